@@ -1,0 +1,236 @@
+"""The command line: a verb, its file, `key=value` overrides, few flags. Imports are lazy, so that --help is quick."""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import coupalign
+from coupalign.errors import InputError
+
+STOPPED = 75      # EX_TEMPFAIL: training stopped early with a checkpoint; slurm/train.sbatch puts the job back into the queue
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 1 (the answer is no), 2 (the input is wrong), 75 (stopped, can go on)."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "botocore", "aiobotocore", "alembic", "mlflow.store"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        result = options.run(options)
+    except InputError as error:
+        print(f"coupalign: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    status, value = result if isinstance(result, tuple) else (0, result)
+    if options.json and value is not None:
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coupalign", description="Referring image segmentation: data to shards, training, scores.")
+    parser.add_argument("--version", action="version", version=f"coupalign {coupalign.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], summary: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary)
+        made.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)       # the deepspeed launcher adds it
+        made.set_defaults(run=run)
+        return made
+
+    _add_data_verbs(verb)
+    _add_model_verbs(verb)
+    verb("doctor", _doctor, "what this machine and this installation can do")
+    return parser
+
+
+def _file_and_overrides(made: argparse.ArgumentParser, name: str = "config", text: str = "YAML file, see configs/") -> None:
+    made.add_argument(name, type=Path, help=text)
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the file, by dotted key")
+
+
+def _add_data_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    made = verb("synth", _synth, "generate RefShapes: scenes and sentences in the layout of RefCOCO")
+    made.add_argument("out", type=Path)
+    made.add_argument("--images", type=int, default=6000)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--level", choices=("easy", "hard"), default="easy", help="easy: color, shape, size, place; hard: relations, order")
+    made.add_argument("--size", type=int, default=96, help="side of the pictures, pixels")
+    made.add_argument("--workers", type=int, default=2)
+
+    made = verb("pack", _pack, "annotations and images -> WebDataset shards with an index")
+    _file_and_overrides(made, "recipe", "YAML file, see shards/recipes/")
+    made.add_argument("--out", type=Path, help="shard directory; wins over the recipe's")
+    made.add_argument("--workers", type=int, default=4)
+    made.add_argument("--overwrite", action="store_true", help="replace a shard set of other content")
+    made.add_argument("--dry-run", action="store_true", help="read annotations, report counts and missing images, write nothing")
+
+    made = verb("verify", _verify, "prove a shard directory whole: sizes, sha256, every sample, counts")
+    made.add_argument("directory", type=Path)
+
+
+def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    _file_and_overrides(verb("describe", _describe, "parameters and FLOPs by part, shapes at each stage"))
+    made = verb("config", _config, "print the whole configuration, defaults included")
+    _file_and_overrides(made)
+    made.add_argument("--deepspeed", action="store_true", help="print the dictionary that DeepSpeed is given")
+    made.add_argument("--ranks", type=int, default=1, help="number of processes that the dictionary is for")
+
+    _file_and_overrides(verb("train", _train, "train a model, or go on where the run stopped"))
+
+    made = verb("eval", _eval, "score a trained model")
+    _file_and_overrides(made, "run_path", "run directory (its best checkpoint) or a checkpoint")
+    made.add_argument("--split", action="append", help="split to score; may be given again; default: those of the config")
+    made.add_argument("--index", help="another shard directory to take the splits from")
+    made.add_argument("--protocol", choices=("ris-v1", "lavt", "cris", "all"), help="default: that of the config")
+    made.add_argument("--language-blind", action="store_true", help="score again with the sentences shuffled among the samples")
+    made.add_argument("--pictures", type=int, default=0, help="keep pictures: so many best, median, worst and random samples")
+
+    made = verb("predict", _predict, "segment what a sentence refers to")
+    made.add_argument("checkpoint", type=Path, help="run directory or checkpoint")
+    made.add_argument("image", type=Path, help="image file, or a .csv or .jsonl file of image,sentence pairs")
+    made.add_argument("sentence", nargs="?", help="left out for a file of pairs")
+    made.add_argument("--out", type=Path, default=Path("predictions"), help="folder for masks, overlays and results.jsonl")
+    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--device", help="cpu, cuda …; default: the GPU where there is one")
+
+    verb("report", _report, "write the HTML page of a run: scores, curves, pictures").add_argument("run_path", type=Path)
+    verb("track", _track, "send what an MLflow server has not received yet").add_argument("run_path", type=Path)
+
+
+# ------------------------------------------------------------------------------------------- verbs, one function each
+
+
+def _synth(options: argparse.Namespace) -> Any:
+    from coupalign.data.synthetic import synth
+
+    report = synth(options.out, options.images, options.seed, options.level, options.size, options.workers)
+    print(report.table())
+    return report.to_json()
+
+
+def _pack(options: argparse.Namespace) -> Any:
+    from coupalign.data.pack import inspect, pack
+    from coupalign.data.recipe import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
+    out = options.out or recipe.out
+    if options.dry_run:
+        report = inspect(recipe)
+        print(report.table())
+        return (0 if report.ok else 1), report.to_json()
+    if out is None:
+        raise InputError(f"{options.recipe}: `out` is empty: say where the shards go, there or with --out")
+    report = pack(recipe, out, options.workers, options.overwrite)
+    print(report.table())
+    return report.to_json()
+
+
+def _verify(options: argparse.Namespace) -> Any:
+    from coupalign.data.index import verify
+
+    report = verify(options.directory)
+    print(report.table())
+    return (0 if report.ok else 1), report.to_json()
+
+
+def _describe(options: argparse.Namespace) -> Any:
+    from coupalign.config.load import read_config
+    from coupalign.describe import describe
+
+    report = describe(read_config(options.config, options.overrides))
+    print(report.table())
+    return report.to_json()
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from coupalign.config.load import dump, read_config
+
+    config = read_config(options.config, options.overrides)
+    if not options.deepspeed:
+        print(dump(config), end="")
+        return config.model_dump(mode="json")
+    if config.engine.kind != "deepspeed":
+        raise InputError(f"{options.config}: engine.kind is {config.engine.kind}; add engine.kind=deepspeed")
+    from coupalign.engine.zero import deepspeed_config
+
+    derived = deepspeed_config(config, options.ranks)
+    if not options.json:
+        print(json.dumps(derived, indent=2))
+    return derived
+
+
+def _train(options: argparse.Namespace) -> Any:
+    from coupalign.config.load import read_config
+    from coupalign.training.loop import train
+
+    config = read_config(options.config, options.overrides)
+    outcome = train(config)
+    status = 0 if outcome.finished else STOPPED
+    if not outcome.is_main:
+        return status, None
+    for name, score in outcome.scores.items():
+        print(f"\n{name}\n{score.table()}")
+    return status, {"run": str(config.directory), "finished": outcome.finished, **outcome.state.to_json(),
+                    "scores": {name: score.to_json() for name, score in outcome.scores.items()}}
+
+
+def _eval(options: argparse.Namespace) -> Any:
+    from coupalign.training.rescore import rescore
+
+    scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
+                     options.language_blind, options.pictures)
+    for name, score in scores.items():
+        print(f"\n{name}\n{score.table()}")
+    return {name: score.to_json() for name, score in scores.items()} or None
+
+
+def _predict(options: argparse.Namespace) -> Any:
+    from coupalign.predict import Predictor
+
+    predictor = Predictor.from_checkpoint(options.checkpoint, options.device)
+    if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl"):
+        raise InputError(f"{options.image}: a sentence is expected after an image (a .csv or .jsonl file of pairs needs none)")
+    if options.sentence is None:
+        results = predictor.predict_file(options.image, options.out, options.batch)
+    else:
+        results = predictor.predict_to(options.image, options.sentence, options.out)
+    if not options.json:
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+    return results
+
+
+def _report(options: argparse.Namespace) -> Any:
+    from coupalign.report import report_run
+
+    page = report_run(options.run_path)
+    print(f"page: {page}")
+    return {"page": str(page)}
+
+
+def _track(options: argparse.Namespace) -> Any:
+    from dataclasses import asdict
+
+    from coupalign.tracking import sync
+
+    sent = sync(options.run_path)
+    print(f"{sent.uri}, run {sent.run_id}: {sent.rows} rows and {sent.artifacts} artifacts sent; "
+          f"{sent.rows_left} rows and {sent.artifacts_left} artifacts left {sent.error or ''}")
+    return (1 if sent.error else 0), asdict(sent)
+
+
+def _doctor(options: argparse.Namespace) -> Any:
+    from coupalign.doctor import examine
+
+    report = examine()
+    width = max(map(len, report))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in report.items()))
+    return report

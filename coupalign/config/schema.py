@@ -1,0 +1,245 @@
+"""The whole configuration: every field, its unit and its default, in one file.
+
+Variants are discriminated unions on `kind`, so that code `match`es on a type and go-to-definition works. Values are
+frozen; unknown keys are refused by `config.load`, which names the file, the key and the nearest valid one.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+class Source(Section):
+    """One split of one annotation set inside a packed shard directory."""
+
+    index: str = Field(description="shard directory or its index.json: a local path, http(s):// or s3:// address")
+    dataset: str | None = Field(None, description="refcoco, refcoco+, refcocog, refshapes …; none: every set in the index")
+    split_by: str | None = Field(None, description="unc, google, umd …; none: every partition in the index")
+    split: str = Field(description="train, val, testA, testB, test …")
+
+
+class Augmentation(Section):
+    """Random changes of a training sample; each is off at 0."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirror image, with left and right swapped in the sentence")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation changes; "
+                                                             "none where the sentence names a color")
+
+
+class DataConfig(Section):
+    train: tuple[Source, ...] = Field((), description="mixture to train on; every sample once an epoch")
+    evaluate: tuple[Source, ...] = Field((), description="what is scored during and after training")
+    image_size: int = Field(480, ge=32, description="side of the square model input, pixels")
+    resize: Literal["squash", "letterbox"] = Field("squash", description="squash ignores the aspect ratio; letterbox pads")
+    unit: Literal["ref", "sentence"] = Field("ref", description="a training sample: a ref with one random sentence, or each sentence")
+    sentence: Literal["cleaned", "raw"] = Field("cleaned", description="which text of the annotation is read: `sent` or `raw`")
+    tokenizer: str | None = Field(None, description="folder or hub name of a Hugging Face tokenizer; none: the vocabulary "
+                                                    "trained when the first training source was packed")
+    max_tokens: int = Field(20, ge=3, description="tokens a sentence is cut to, [CLS] and [SEP] included")
+    augment: Augmentation = Augmentation()
+    shuffle_window: int = Field(256, ge=1, description="shards that are mixed with each other at a time")
+    workers: int = Field(2, ge=0, description="decoding processes per rank; the order of the data does not depend on it")
+    cache_dir: Path | None = Field(None, description="where remote shards are kept; none: the user's cache folder")
+    cache_gb: float = Field(100.0, gt=0, description="most that the cache may hold, GB (1e9 bytes)")
+    bad_samples: Literal["fail", "skip"] = Field("fail", description="what an unreadable sample does; skip counts and names it")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="with skip: the share of samples above which the run stops")
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+class TimmBackbone(Section):
+    """A published image encoder, by its timm name."""
+
+    kind: Literal["timm"] = "timm"
+    name: str = Field("swin_base_patch4_window12_384", description="timm name: swin_*, resnet101*, darknet53")
+    weights: str | None = Field(None, description="local file (official Swin .pth, timm, torchvision), 'hub' for timm's own, "
+                                                   "a hub name, or none: random start")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of Swin, probability at the last block")
+    freeze_norm: bool = Field(True, description="keep BatchNorm statistics and scales as loaded (ResNet, Darknet)")
+    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
+
+
+class SmallBackbone(Section):
+    """A small four-stage encoder (strides 4, 8, 16, 32) for the CPU: residual 3x3 convolutions with GroupNorm."""
+
+    kind: Literal["small"] = "small"
+    widths: tuple[int, int, int, int] = Field((32, 64, 96, 128), description="channels of the four stages")
+    depths: tuple[int, int, int, int] = Field((1, 1, 1, 1), description="blocks of the four stages")
+    checkpointing: bool = False
+
+
+class BertText(Section):
+    """A published BERT, read by `transformers`."""
+
+    kind: Literal["bert"] = "bert"
+    weights: str = Field("bert-base-uncased", description="Hugging Face folder or hub name; random:FOLDER_OR_NAME takes only its shape")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    checkpointing: bool = False
+
+
+class SmallText(Section):
+    """A BERT of the same code with a random start, sized by these fields; its vocabulary is the tokenizer's."""
+
+    kind: Literal["small"] = "small"
+    width: int = Field(128, ge=8)
+    layers: int = Field(4, ge=4, description="cut into four groups, one an image stage")
+    heads: int = Field(4, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    checkpointing: bool = False
+
+
+class WpaConfig(Section):
+    """Word-pixel alignment (METHOD: both directions from one score matrix)."""
+
+    stages: tuple[bool, bool, bool, bool] = Field((True, True, True, True), description="after which image stages it runs")
+    heads: int = Field(1, ge=1)
+    impl: Literal["auto", "reference", "plain", "fused"] = Field(
+        "auto", description="plain keeps the pixel-side projections (the oracle); reference absorbs them; fused is the GPU kernel")
+
+
+class DecoderConfig(Section):
+    width: int = Field(256, ge=8, description="d: channels of the pixel decoder and of the mask embeddings")
+
+
+class ProposalsConfig(Section):
+    """The mask generator."""
+
+    count: int = Field(100, ge=0, description="N mask embeddings; 0 is the model without sentence-mask alignment")
+    layers: int = Field(3, ge=1)
+    heads: int = Field(8, ge=1)
+    ffn: int = Field(2048, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    stages: tuple[int, ...] = Field((4,), description="image stages whose aligned features the queries read")
+
+
+class SmaConfig(Section):
+    sentence: Literal["cls", "mean"] = Field("cls", description="L_g: the final [CLS] state, or the mean of the words")
+
+
+class LossConfig(Section):
+    mask: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    foreground: float = Field(1.1, gt=0, description="weight of foreground pixels in the cross-entropy")
+    background: float = Field(0.9, gt=0, description="weight of background pixels in the cross-entropy")
+    dice: float = Field(1.0, ge=0, description="weight of the Dice loss")
+    contrast: float = Field(0.1, ge=0, description="weight of the auxiliary foreground/background contrast")
+    temperature: float = Field(0.1, gt=0, description="of the contrast")
+    contrast_samples: int = Field(256, ge=1, description="pixels of each kind drawn per image for the contrast")
+
+
+class ModelConfig(Section):
+    kind: Literal["coupalign"] = "coupalign"
+    image: Annotated[Union[TimmBackbone, SmallBackbone], Field(discriminator="kind")] = TimmBackbone()
+    text: Annotated[Union[BertText, SmallText], Field(discriminator="kind")] = BertText()
+    wpa: WpaConfig = WpaConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    proposals: ProposalsConfig = ProposalsConfig()
+    sma: SmaConfig = SmaConfig()
+    losses: LossConfig = LossConfig()
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+class OptimConfig(Section):
+    """AdamW. No weight decay on norms, biases, position tables, queries and gates."""
+
+    impl: Literal["torch", "apex"] = Field("torch", description="apex is NVIDIA's FusedAdam, where it is installed")
+    lr_image: float = Field(5e-5, ge=0, description="peak learning rate of the image encoder")
+    lr_text: float = Field(5e-5, ge=0, description="peak learning rate of the text encoder")
+    lr: float = Field(5e-5, ge=0, description="peak learning rate of everything else")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient; none: no clipping")
+
+
+class ScheduleConfig(Section):
+    kind: Literal["poly", "cosine"] = "poly"
+    power: float = Field(0.9, gt=0, description="of poly")
+    warmup_steps: int = Field(0, ge=0, description="linear rise from 0")
+    final: float = Field(0.0, ge=0, le=1, description="share of the peak learning rate that is left at the end")
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.999, gt=0, lt=1, description="per step; the first steps use a shorter memory, (1 + step) / (10 + step)")
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(32, ge=1, description="samples per optimizer step over all ranks: the only batch dial")
+    max_micro_batch: int | None = Field(None, ge=1, description="most samples a rank takes at once; accumulation follows from it")
+    epochs: float | None = Field(40, gt=0, description="length of the run; or give `steps`")
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps; wins over `epochs`")
+    ema: EmaConfig | None = None
+    max_bad_steps: int = Field(3, ge=1, description="consecutive steps with a non-finite loss or gradient that end the run")
+    log_every: int = Field(10, ge=1, description="steps")
+    evaluate_every: int | None = Field(None, ge=1, description="steps; none: once an epoch; always at the end")
+    save_every: int | None = Field(None, ge=1, description="steps; none: with every evaluation; always at the end")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept, besides the best")
+
+
+class DdpEngine(Section):
+    kind: Literal["ddp"] = "ddp"
+    bucket_mb: int = Field(25, ge=1)
+
+
+class DeepSpeedEngine(Section):
+    kind: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO: 0 nothing is partitioned, 1 optimizer state, 2 + gradients, 3 + parameters")
+    bucket_mb: int = Field(25, ge=1)
+
+
+class NoTracking(Section):
+    kind: Literal["none"] = "none"
+
+
+class MlflowTracking(Section):
+    kind: Literal["mlflow"] = "mlflow"
+    uri: str | None = Field(None, description="tracking server or sqlite:///file; none: MLFLOW_TRACKING_URI, else runs/mlflow.db "
+                                              "beside the run directory")
+    experiment: str = "coupalign"
+    system_metrics: bool = False
+
+
+class EvalConfig(Section):
+    protocol: Literal["ris-v1", "lavt", "cris"] = Field("ris-v1", description="how a prediction meets the truth; docs/method.md")
+    batch: int = Field(16, ge=1, description="samples a rank takes at once")
+    bootstrap: int = Field(1000, ge=0, description="resamples of the confidence intervals; 0: none")
+    limit: int | None = Field(None, ge=1, description="score only so many samples: a quick look, never a result")
+
+
+class Config(Section):
+    name: str = Field("coupalign", pattern=r"^[\w.+-]+$", description="of the run; also its folder below runs/")
+    run_dir: Path | None = Field(None, description="where everything of the run lies; none: runs/<name>")
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; the weights stay fp32")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    engine: Annotated[Union[DdpEngine, DeepSpeedEngine], Field(discriminator="kind")] = DdpEngine()
+    evaluate: EvalConfig = EvalConfig()
+    tracking: Annotated[Union[NoTracking, MlflowTracking], Field(discriminator="kind")] = MlflowTracking()
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.run_dir or Path("runs") / self.name
+
+    @model_validator(mode="after")
+    def _some_length(self) -> Config:
+        if self.train.steps is None and self.train.epochs is None:
+            raise ValueError("train.steps and train.epochs are both empty: say how long to train")
+        return self

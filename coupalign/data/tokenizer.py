@@ -1,0 +1,260 @@
+"""Words to numbers: the text encoder's own WordPiece tokenizer, or one whose vocabulary is learned at pack time.
+
+The learned vocabulary is byte-pair merging over the counted words, ties broken by the alphabet, so that its bytes depend
+on nothing but the multiset of sentences: not on their order, on a hash seed or on the number of processes. (The trainer
+of the `tokenizers` library walks hash maps; it gives no such promise.)
+"""
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from coupalign.errors import InputError
+from coupalign.files import whole_file, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_LONGEST_WORD = 100          # characters; WordPiece calls anything longer unknown
+_LARGEST_ALPHABET = 1000     # characters; rarer ones become [UNK]
+
+
+# ------------------------------------------------------------------------------------------------------ learning
+
+
+def train_vocabulary(sentences: Iterable[str], path: Path, size: int = 8000) -> None:
+    """Write a lower-case WordPiece vocabulary of at most `size` lines to `path`.
+
+    The same multiset of sentences gives the same bytes. [PAD] is line 0; every ASCII letter and digit is in it, alone
+    and as a continuation, so that a word never seen is still spelled.
+
+    Raises:
+        InputError: no sentence holds a word, or `size` leaves no room beside the letters.
+    """
+    words = _count_words(sentences)
+    if not words:
+        raise InputError(f"cannot learn the vocabulary {path}: none of the sentences holds a word")
+    alphabet = _alphabet(words)
+    room = size - len(SPECIAL) - len(alphabet)
+    if room < 0:
+        raise InputError(f"a vocabulary of {size} is too small: its letters alone need {len(SPECIAL) + len(alphabet)}")
+    with whole_file(Path(path), "w") as file:
+        file.write("".join(f"{piece}\n" for piece in (*SPECIAL, *alphabet, *_merge(words, set(alphabet), room))))
+
+
+def _count_words(sentences: Iterable[str]) -> Counter[str]:
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for sentence, times in Counter(sentences).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
+            counts[word] += times
+    return Counter({word: times for word, times in counts.items() if len(word) <= _LONGEST_WORD})
+
+
+def _alphabet(words: Counter[str]) -> list[str]:
+    """Characters at the start of a word and, with ##, inside one; the most frequent ones, in the order of the alphabet."""
+    counts: Counter[str] = Counter()
+    for word, times in words.items():
+        for piece in _spell(word):
+            counts[piece] += times
+    always = {mark + letter for letter in string.ascii_lowercase + string.digits for mark in ("", "##")}
+    frequent = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))
+    return sorted(always.union(frequent[:_LARGEST_ALPHABET]))
+
+
+def _spell(word: str) -> list[str]:
+    return [word[0], *("##" + letter for letter in word[1:])]
+
+
+def _merge(words: Counter[str], known: set[str], room: int) -> list[str]:
+    """The first `room` new pieces of byte-pair merging: always the most frequent pair, then the first in the alphabet."""
+    spelled = [(_spell(word), words[word]) for word in sorted(words)]
+    counts: Counter[tuple[str, str]] = Counter()
+    places: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for place, (pieces, times) in enumerate(spelled):
+        for pair in zip(pieces, pieces[1:]):
+            counts[pair] += times
+            places[pair].add(place)
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    merged: list[str] = []
+    while heap and len(merged) < room:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:
+            continue                      # an old entry: the pair was counted again since
+        if -count < 2:
+            break                         # what occurs once is not worth a line
+        whole = pair[0] + pair[1][2:]
+        if whole not in known:
+            known.add(whole)
+            merged.append(whole)
+        for changed in _replace(pair, whole, spelled, counts, places):
+            if counts[changed] > 0:
+                heapq.heappush(heap, (-counts[changed], changed))
+    return merged
+
+
+def _replace(pair: tuple[str, str], whole: str, spelled: list[tuple[list[str], int]], counts: Counter[tuple[str, str]],
+             places: defaultdict[tuple[str, str], set[int]]) -> set[tuple[str, str]]:
+    """Write `whole` for `pair` in every word that has it; return the pairs whose count changed."""
+    changed: set[tuple[str, str]] = set()
+    for place in places.pop(pair):
+        pieces, times = spelled[place]
+        joined: list[str] = []
+        for piece in pieces:
+            if joined and (joined[-1], piece) == pair:
+                joined[-1] = whole
+            else:
+                joined.append(piece)
+        for old in zip(pieces, pieces[1:]):
+            counts[old] -= times
+            changed.add(old)
+        for new in zip(joined, joined[1:]):
+            counts[new] += times
+            places[new].add(place)
+            changed.add(new)
+        spelled[place] = (joined, times)
+    counts[pair] = 0
+    changed.discard(pair)
+    return changed
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class Tokenizer:
+    """A WordPiece tokenizer that frames a sentence as [CLS] … [SEP]; it can be pickled."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        ids = [backend.token_to_id(token) for token in SPECIAL[:4]]
+        missing = [token for token, number in zip(SPECIAL, ids) if number is None]
+        if missing:
+            raise InputError(f"tokenizer {source}: {', '.join(missing)} not in the vocabulary; it is no BERT tokenizer")
+        if backend.get_vocab_size() < 10:
+            raise InputError(f"tokenizer {source}: a vocabulary of {backend.get_vocab_size()} is none; is vocab.txt whole?")
+        self.source = source
+        self._backend = backend
+        self._pad, self._unknown, self._start, self._end = ids
+
+    @classmethod
+    def open(cls, name: str | Path) -> Tokenizer:
+        """Read a folder (tokenizer.json, else vocab.txt), a vocabulary file, or a Hugging Face hub name.
+
+        Raises:
+            InputError: there is nothing of that name, or it is no BERT tokenizer.
+        """
+        path, source = Path(name).expanduser(), str(name)
+        if path.is_file():
+            return cls(_read_backend(path), source)
+        if path.is_dir():
+            for file in (path / "tokenizer.json", path / "vocab.txt"):
+                if file.is_file():
+                    return cls(_read_backend(file), source)
+            raise InputError(f"tokenizer folder {path} holds neither tokenizer.json nor vocab.txt")
+        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or path.suffix in (".txt", ".json"):
+            raise InputError(f"tokenizer {source}: no such file or folder")
+        return cls(_fetch_backend(source), source)
+
+    def encode(self, sentences: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """Number the words of `sentences`.
+
+        Returns:
+            words int64 [B, max_tokens], padded with [PAD]; mask bool [B, max_tokens], true up to [SEP]; for each
+            sentence, whether it was longer and has been cut (its [SEP] is kept).
+        """
+        import torch
+
+        words = torch.full((len(sentences), max_tokens), self._pad, dtype=torch.int64)
+        mask = torch.zeros((len(sentences), max_tokens), dtype=torch.bool)
+        cut = []
+        for row, sentence in enumerate(sentences):
+            ids = self._backend.encode(sentence, add_special_tokens=False).ids
+            cut.append(len(ids) > max_tokens - 2)
+            ids = [self._start, *ids[:max_tokens - 2], self._end]
+            words[row, :len(ids)] = torch.tensor(ids)
+            mask[row, :len(ids)] = True
+        return words, mask, cut
+
+    def tokens(self, sentence: str) -> list[str]:
+        """The pieces of `sentence`, without [CLS] and [SEP]."""
+        return self._backend.encode(sentence, add_special_tokens=False).tokens
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Every token, by its number; a number without a token is the empty string."""
+        ids = self._backend.get_vocab()
+        listed = [""] * (max(ids.values()) + 1)
+        for token, number in ids.items():
+            listed[number] = token
+        return listed
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the vocabulary in the order of its numbers, hex."""
+        return hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, vocab.txt and tokenizer_config.json, which `open` and `transformers` both read."""
+        folder = Path(folder)
+        with whole_file(folder / "vocab.txt", "w") as file:
+            file.write("".join(f"{token}\n" for token in self.vocabulary))
+        with whole_file(folder / "tokenizer.json", "w") as file:
+            file.write(self._backend.to_str(pretty=True))
+        lower = self._backend.normalizer is None or self._backend.normalizer.normalize_str("A") == "a"
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    if file.suffix == ".json":
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:        # the library raises a bare Exception
+            raise InputError(f"tokenizer {file} cannot be read: {error}") from error
+    tokens = file.read_text(encoding="utf-8").split("\n")
+    tokens = tokens[:-1] if tokens[-1] == "" else tokens
+    numbers = {token: number for number, token in enumerate(tokens)}
+    if len(numbers) != len(tokens):
+        twice = next(token for token, times in Counter(tokens).items() if times > 1)
+        raise InputError(f"vocabulary {file}: {twice!r} is listed twice; the numbers after it would be wrong")
+    if "[UNK]" not in numbers:
+        raise InputError(f"vocabulary {file}: [UNK] is missing; it is no BERT vocabulary (one token a line)")
+    config = file.with_name("tokenizer_config.json")
+    lower = json.loads(config.read_text()).get("do_lower_case", True) if config.is_file() else True
+    return _build_backend(numbers, lower)
+
+
+def _build_backend(numbers: dict[str, int], lower: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _fetch_backend(name: str) -> tokenizers.Tokenizer:
+    """The tokenizer of that name on the Hugging Face hub, or in its local cache."""
+    from coupalign.compat import prepare_torchvision
+
+    prepare_torchvision()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"tokenizer {name}: no such folder, and the Hugging Face hub does not give it "
+                         f"({str(error).splitlines()[0]}); name a local folder with vocab.txt") from error

@@ -1,0 +1,131 @@
+"""The engine seam: everything that differs between DDP and DeepSpeed, at the level where they agree, one optimizer step."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from coupalign import dist
+from coupalign.data.batch import Batch
+from coupalign.dist import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs, besides weights and optimizer, to go on exactly: the data order is a function of the step."""
+
+    step: int = 0                     # optimizer steps done, skipped ones included: the place in the data
+    bad_steps: int = 0                # consecutive steps skipped up to here
+    best: float | None = None         # best score on the first evaluated split
+    best_step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"step": self.step, "bad_steps": self.bad_steps, "best": self.best, "best_step": self.best_step}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did, averaged over all ranks and micro-batches."""
+
+    losses: dict[str, float]          # "loss" is the weighted sum; the terms are unweighted
+    grad_norm: float                  # of the whole gradient, before clipping; nan where it is not finite
+    applied: bool                     # False: the weights did not change, since the loss or the gradient was not finite
+    bad_ranks: tuple[int, ...] = ()   # ranks whose loss was not finite
+    loss_scale: float = 1.0
+
+
+class Engine(Protocol):
+    """Every method is collective: all ranks call it, in the same order."""
+
+    device: torch.device
+
+    def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
+        """One optimizer step over this rank's micro-batches; learning rates are their peaks times `lr_scale`."""
+
+    def infer(self, batch: Batch) -> Tensor:
+        """Logits float32 [B, S, S] in evaluation mode, without gradients."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are their moving average, where the run keeps one."""
+
+    def save(self, directory: Path) -> None:
+        """Write optimizer state and whatever else the weights files do not hold into an existing directory."""
+
+    def load(self, directory: Path) -> None:
+        """Take weights, moving average and optimizer state from a directory that `save` and `export` filled."""
+
+    def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
+        """All weights, fp32 on the CPU, by the model's own names, on rank 0; None elsewhere, or without a moving average."""
+
+
+class MixedPrecision(nn.Module):
+    """Runs a model under autocast. Weights, gradients and their exchange stay fp32, so that DDP and every ZeRO stage agree."""
+
+    def __init__(self, model: nn.Module, precision: str):
+        super().__init__()
+        self.model = model
+        self.dtype = DTYPES[precision]
+
+    def forward(self, *inputs: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(*inputs)
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale of fp16; 1 and constant for the other types. Halves on overflow, doubles after 2,000 good steps."""
+
+    precision: str
+    value: float = field(init=False)
+    good_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.value = 65536.0 if self.precision == "fp16" else 1.0
+
+    def update(self, applied: bool) -> None:
+        if self.precision != "fp16":
+            return
+        self.good_steps = self.good_steps + 1 if applied else 0
+        if not applied:
+            self.value = max(1.0, self.value / 2)
+        elif self.good_steps % 2000 == 0:
+            self.value *= 2
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def restore(self, state: dict[str, float]) -> None:
+        self.value, self.good_steps = state["value"], int(state["good_steps"])
+
+
+def backward_loss(losses: dict[str, Tensor]) -> Tensor:
+    """The loss to differentiate. One that is not finite becomes NaN in every gradient, so that no engine can apply it."""
+    loss = losses["loss"]
+    return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
+
+
+def mean_losses(micro_losses: Sequence[dict[str, Tensor]], world: World) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Loss terms averaged over micro-batches and ranks, and the ranks where the loss was not finite."""
+    names = list(micro_losses[0])
+    mine = torch.stack([torch.stack([losses[name].detach().float() for name in names]) for losses in micro_losses]).mean(0)
+    everybody = dist.gather_vector(mine, world)
+    bad = (~torch.isfinite(everybody[:, names.index("loss")])).nonzero().flatten().tolist()
+    return dict(zip(names, everybody.mean(0).tolist())), tuple(bad)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout and stochastic depth become a function of (seed, step, rank): nothing to save, nothing to lose on resume."""
+    words = torch.tensor([seed, step, rank], dtype=torch.int64)
+    mixed = 0x9E3779B97F4A7C15
+    for word in words.tolist():
+        mixed = ((mixed ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+        mixed ^= mixed >> 31
+    torch.manual_seed(mixed & (2**63 - 1))

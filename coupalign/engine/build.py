@@ -1,0 +1,20 @@
+"""Config -> engine."""
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from coupalign.config.schema import Config, DdpEngine, DeepSpeedEngine
+from coupalign.dist import World
+from coupalign.engine.base import Engine
+
+
+def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World) -> Engine:
+    """Wrap a model on `world.device` and its optimizer in the engine that the config names."""
+    match config.engine:
+        case DdpEngine():
+            from coupalign.engine.ddp import Ddp
+            return Ddp(model, optimizer, config, world)
+        case DeepSpeedEngine():
+            from coupalign.engine.zero import Zero
+            return Zero(model, optimizer, config, world)

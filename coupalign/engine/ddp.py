@@ -1,0 +1,99 @@
+"""The plain engine: DistributedDataParallel, torch's own optimizer, everything in sight."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from coupalign.config.schema import Config, DdpEngine
+from coupalign.data.batch import Batch
+from coupalign.dist import World
+from coupalign.engine.average import Average
+from coupalign.engine.base import LossScale, MixedPrecision, StepStats, backward_loss, mean_losses
+from coupalign.model.weights import load_model_weights, read_weights
+
+
+class Ddp:
+    """Engine over DDP; with one rank it is plain PyTorch."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World):
+        assert isinstance(config.engine, DdpEngine)
+        self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
+        self.clip = config.optim.clip_norm or float("inf")
+        self.scale = LossScale(config.precision)
+        self.net: nn.Module = MixedPrecision(model, config.precision)
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.net = DistributedDataParallel(self.net, device_ids=ids, bucket_cap_mb=config.engine.bucket_mb,
+                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ema = config.train.ema and Average(named, config.train.ema.decay)
+        self.steps = 0
+
+    def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
+        self.net.train()
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = peak * lr_scale
+        micro_losses = []
+        for place, batch in enumerate(micro_batches):
+            with self._exchange(last=place == len(micro_batches) - 1):
+                losses = self.net(batch.image, batch.words, batch.word_mask, batch.target)
+                (backward_loss(losses) * (self.scale.value / len(micro_batches))).backward()
+            micro_losses.append(losses)
+        losses, bad_ranks = mean_losses(micro_losses, self.world)
+        if self.scale.value != 1.0:
+            torch._foreach_div_([p.grad for p in self.parameters], self.scale.value)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
+        applied = norm < float("inf")                      # False for nan, too; gradients are equal on every rank
+        if applied:
+            self.optimizer.step()
+            self.steps += 1
+            if self.ema:
+                self.ema.update(self.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.scale.value)
+        self.scale.update(applied)
+        return stats
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Tensor:
+        self.net.eval()
+        net = self.net.module if isinstance(self.net, DistributedDataParallel) else self.net   # ranks may differ in batches
+        return net(batch.image, batch.words, batch.word_mask).float()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with self.ema.swapped_in() if self.ema else nullcontext():
+            yield
+
+    def save(self, directory: Path) -> None:
+        if self.world.is_main:
+            state = {"optimizer": self.optimizer.state_dict(), "scale": self.scale.state(), "steps": self.steps}
+            torch.save(state, directory / "ddp.pt")
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / "ddp.pt", map_location=self.device, weights_only=True)
+        load_model_weights(self.model, read_weights(directory / "weights.safetensors"), str(directory))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale.restore(state["scale"])
+        self.steps = state["steps"]
+        if self.ema:
+            averages = read_weights(directory / "ema.safetensors")
+            self.ema.restore({name: averages[name] for name in self.ema.live})
+
+    def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
+        if not self.world.is_main or (averaged and not self.ema):
+            return None
+        with self.averaged() if averaged else nullcontext():
+            return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
+                    for name, value in self.model.state_dict().items()}
+
+    def _exchange(self, last: bool) -> object:
+        accumulate_only = not last and isinstance(self.net, DistributedDataParallel)
+        return self.net.no_sync() if accumulate_only else nullcontext()

@@ -1,0 +1,181 @@
+"""DeepSpeed ZeRO behind the same seam: it partitions, exchanges, clips and steps; autocast and the loss scale are ours.
+
+Two choices make every stage give DDP's numbers. Parameters stay fp32 and autocast runs inside the model (DeepSpeed's own
+`bf16` at stage 0 takes a wrong first Adam step, and its `torch_autocast` exchanges gradients in bf16). And a step whose loss
+is not finite is turned into NaN gradients, which stages 1 to 3 refuse to apply by themselves.
+"""
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coupalign.config.schema import Config, DeepSpeedEngine
+from coupalign.data.batch import Batch
+from coupalign.data.order import micro_batches, rank_slice
+from coupalign.dist import World
+from coupalign.engine.average import Average
+from coupalign.engine.base import LossScale, MixedPrecision, StepStats, backward_loss, mean_losses
+from coupalign.model.weights import read_weights
+
+TAG = "deepspeed"
+
+
+def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
+    """The dictionary that DeepSpeed is given: derived, so that batch size and learning rate exist once.
+
+    Learning rates are not in it: the optimizer is ours and each step sets them.
+    """
+    assert isinstance(config.engine, DeepSpeedEngine)
+    share = rank_slice(config.train.global_batch, 0, ranks).stop
+    accumulation = micro_batches(share, config.train.max_micro_batch)
+    bucket = config.engine.bucket_mb * 250_000                                     # elements of 4 bytes
+    zero: dict[str, Any] = {"stage": config.engine.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if config.engine.stage == 3:
+        # No parameter is kept whole on every rank, so that a rank's share is the only truth about it.
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
+    return {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": share // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm or 0.0 if config.engine.stage else 0.0,       # at stage 0 we clip
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Zero:
+    """Engine over DeepSpeed, stages 0 to 3."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World):
+        assert isinstance(config.engine, DeepSpeedEngine)
+        self.deepspeed = _import_deepspeed()
+        self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
+        self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
+        self.scale = LossScale(config.precision)
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.engine, *_ = self.deepspeed.initialize(model=MixedPrecision(model, config.precision), optimizer=optimizer,
+                                                    config=deepspeed_config(config, world.size), dist_init_required=False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = config.train.ema and Average(self._shares(), config.train.ema.decay)
+        self.steps = 0
+
+    def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
+        self.engine.train()
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = peak * lr_scale
+        if self.scale.value != 1.0 and self.stage > 0:
+            self.engine.optimizer.override_loss_scale(self.scale.value)
+        micro_losses = []
+        for batch in micro_batches[:-1]:
+            micro_losses.append(self._backward(batch))
+            self.engine.step()                               # counts the micro-batch; updates nothing before the last
+        micro_losses.append(self._backward(micro_batches[-1]))
+        losses, bad_ranks = mean_losses(micro_losses, self.world)
+        norm = self._update()
+        applied = norm < float("inf")
+        if applied:
+            self.steps += 1
+            if self.ema:
+                self.ema.update(self.steps)
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.scale.value)
+        self.scale.update(applied)
+        return stats
+
+    @torch.no_grad()
+    def infer(self, batch: Batch) -> Tensor:
+        self.engine.eval()
+        return self.engine(batch.image, batch.words, batch.word_mask).float()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self.ema:
+            yield
+            return
+        self._forget_gathered()
+        with self.ema.swapped_in():
+            yield
+            self._forget_gathered()
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False,
+                                    client_state={"scale": self.scale.state(), "steps": self.steps})
+
+    def load(self, directory: Path) -> None:
+        path, client = self.engine.load_checkpoint(str(directory), tag=TAG)
+        assert path is not None, f"{directory}: DeepSpeed found no checkpoint of its own"
+        self.scale.restore(client["scale"])
+        self.steps = client["steps"]
+        if self.ema:
+            averages = read_weights(directory / "ema.safetensors")
+            self.ema.restore({name: self._share_of(averages[name], name) for name in self.ema.live})
+
+    def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
+        if averaged and not self.ema:
+            return None
+        with self.averaged() if averaged else nullcontext():
+            weights = {name: self._whole(p) for name, p in self.model.named_parameters()}
+        weights |= {name: buffer.cpu().clone() for name, buffer in self.model.named_buffers()}
+        return {name: weights[name] for name in self.model.state_dict()} if self.world.is_main else None
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        losses = self.engine(batch.image, batch.words, batch.word_mask, batch.target)
+        loss = backward_loss(losses)
+        self.engine.backward(loss * self.scale.value if self.stage == 0 else loss)
+        return losses
+
+    def _update(self) -> float:
+        """Take the step and return the gradient norm before clipping; inf or nan: the step was refused."""
+        if self.stage == 0:
+            if self.scale.value != 1.0:
+                torch._foreach_div_([p.grad for p in self.parameters], self.scale.value)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
+            if not norm < float("inf"):
+                for parameter in self.parameters:
+                    parameter.grad = None                    # AdamW passes over parameters without a gradient
+            self.engine.step()
+            return norm
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else float("inf")
+
+    def _forget_gathered(self) -> None:
+        """Under ZeRO 3, drop whole parameters kept for reuse: they would hide a change of the shares they were gathered from."""
+        if self.stage == 3:
+            self.engine.empty_partition_cache()
+
+    def _shares(self) -> dict[str, Tensor]:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p.ds_tensor if self.stage == 3 else p for name, p in named.items()}
+
+    def _share_of(self, whole: Tensor, name: str) -> Tensor:
+        """This rank's part of a whole tensor, in the layout that ZeRO 3 uses: flat, padded to equal parts."""
+        if self.stage < 3:
+            return whole
+        assert self.ema
+        size = self.ema.live[name].numel()
+        flat = torch.nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
+        return flat[self.world.rank * size:(self.world.rank + 1) * size]
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor | None:
+        gathered = self.deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3)
+        with gathered:
+            return parameter.detach().float().cpu().clone() if self.world.is_main else None
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without its habit of compiling a C++ operator for shared-memory collectives at the first start."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,158 @@
+"""The three ways the field turns logits into an intersection and a union, each a small function of one sample.
+
+    ris-v1   the default: everything at the photograph's own resolution
+    lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others score
+    cris     probabilities bicubic back to the photograph's resolution, a threshold of 0.35, as CRIS, ETRIS, DETRIS score
+
+Legend: S side of the square input; H, W the photograph's size. `Frame` says where the photograph lies in the square.
+Pixel centers lie at half integers throughout: column x of a photograph W wide is found at (x + 0.5) * inner_width / W - 0.5
++ left in the square.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from coupalign.errors import InputError
+from coupalign.evaluation.metrics import Empty
+
+if TYPE_CHECKING:
+    from coupalign.config.schema import DataConfig, Source
+    from coupalign.data.batch import Frame
+
+_CRIS_THRESHOLD = 0.35
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named way to score; `count(logits float [S, S], frame, truth bool [H, W]) -> (intersection, union)`.
+
+    `truth`, `prediction` and `threshold` are the words printed with every score.
+    """
+
+    name: str
+    count: Callable[[Tensor, Frame, np.ndarray], tuple[int, int]]
+    empty: Empty
+    truth: str
+    prediction: str
+    threshold: str
+
+
+def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
+    """[S, S] -> float32 [H, W]: the part of the square that shows the photograph, bilinear with align_corners=False."""
+    inner = _inside_frame(logits, frame).float()
+    size = (frame.height, frame.width)
+    return functional.interpolate(inner[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def count_ris_v1(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+    """At the photograph's size; p > 0.5 is logit > 0, without the rounding of a sigmoid."""
+    return _count(logits_at_original_size(logits, frame) > 0, truth)
+
+
+def count_lavt(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+    """At the input size, inside the frame; one logit is the difference of two channels, so argmax is logit > 0.
+
+    Pillow resizes the truth, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to
+    480) its rounding decides.
+    """
+    small = Image.fromarray(truth.astype(np.uint8)).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
+    return _count(_inside_frame(logits, frame) > 0, np.asarray(small) > 0)
+
+
+def count_cris(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+    """At the photograph's size: probabilities, bicubic through the inverse of the frame's map, p > 0.35."""
+    return _count(_warp_back(torch.sigmoid(logits.float()), frame) > _CRIS_THRESHOLD, truth)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("ris-v1", count_ris_v1, "one",
+                 truth="original resolution, union of polygons",
+                 prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
+                 threshold="p > 0.5"),
+        Protocol("lavt", count_lavt, "zero",
+                 truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
+                       "overlap; shards hold the union only)",
+                 prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
+                 threshold="logit > 0, which is the argmax of two channels"),
+        Protocol("cris", count_cris, "zero",
+                 truth="original resolution, union of polygons",
+                 prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
+                            "input's affine map to the original resolution",
+                 threshold=f"p > {_CRIS_THRESHOLD}"),
+    )
+}
+
+_EXPECTED_RESIZE = {"lavt": "squash", "cris": "letterbox"}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol of that name.
+
+    Raises:
+        InputError: no such protocol; lists them.
+    """
+    if name not in PROTOCOLS:
+        raise InputError(f"protocol {name!r}: there are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[Source],
+                        limit: int | None = None) -> dict[str, str]:
+    """Everything a reader must know to compare a score, by heading, in words.
+
+    A model may be scored under a protocol whose authors feed the image in another way; the words under "input" say so,
+    because such a number is not comparable with theirs.
+    """
+    shape = "squashed to" if data.resize == "squash" else "letterboxed into"
+    expected = _EXPECTED_RESIZE.get(protocol.name, data.resize)
+    strange = "" if expected == data.resize else f"; the authors of {protocol.name} use {expected}: not comparable with theirs"
+    sets = sorted({f"{source.dataset or 'all data sets'}/{source.split_by or 'all'} {source.split}" for source in sources})
+    conditions = {
+        "sets": ", ".join(sets),
+        "input": f"{shape} {data.image_size}x{data.image_size}{strange}",
+        "truth": protocol.truth,
+        "prediction": protocol.prediction,
+        "threshold": protocol.threshold,
+        "sentences": f"every sentence of every ref, {data.sentence}, cut to {data.max_tokens} tokens",
+        "empty": f"an empty union counts as IoU {'1' if protocol.empty == 'one' else '0'}; P@X counts IoU >= X",
+    }
+    if limit is not None:
+        conditions["limit"] = f"{limit:,} samples only, evenly spaced: a quick look, not a result"
+    return conditions
+
+
+def _inside_frame(square: Tensor, frame: Frame) -> Tensor:
+    assert square.shape == (frame.size, frame.size), f"a square of {tuple(square.shape)} for an input of {frame.size} pixels"
+    return square[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+
+
+def _warp_back(square: Tensor, frame: Frame) -> Tensor:
+    """[S, S] -> [H, W], bicubic; the neighbors of the frame take part, and zero lies outside the square."""
+    assert square.shape == (frame.size, frame.size), f"logits {tuple(square.shape)} for an input of {frame.size} pixels"
+
+    def places(length: int, inner: int, offset: int) -> Tensor:
+        """Where each pixel center lies in the square, in grid_sample's -1 … 1."""
+        centers = (torch.arange(length, device=square.device, dtype=torch.float64) + 0.5) * (inner / length) + offset
+        return (2 * centers / frame.size - 1).to(square.dtype)
+
+    y = places(frame.height, frame.inner_height, frame.top)
+    x = places(frame.width, frame.inner_width, frame.left)
+    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+    return functional.grid_sample(square[None, None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False)[0, 0]
+
+
+def _count(prediction: Tensor, truth: np.ndarray) -> tuple[int, int]:
+    assert prediction.shape == truth.shape, f"prediction {tuple(prediction.shape)}, truth {truth.shape}"
+    expected = torch.from_numpy(np.ascontiguousarray(truth, dtype=bool)).to(prediction.device)
+    inside, union = torch.stack([(prediction & expected).sum(), (prediction | expected).sum()]).tolist()
+    return inside, union

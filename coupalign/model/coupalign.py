@@ -1,0 +1,129 @@
+"""CoupAlign: coupling word-pixel with sentence-mask alignments (NeurIPS 2022), as reconstructed in docs/method.md.
+
+Shape legend: B batch, S input side, T words, P pixels of a stage (H*W), C stage channels, D text width,
+d mask width, N mask embeddings.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coupalign.config.schema import ModelConfig
+from coupalign.errors import InputError
+from coupalign.model.backbone import StagedBackbone
+from coupalign.model.decoder import MaskHead, PixelDecoder
+from coupalign.model.losses import referring_losses
+from coupalign.model.proposals import MaskProposals
+from coupalign.model.sma import SentenceMaskAlignment, sentence_state
+from coupalign.model.text import StagedText
+from coupalign.model.wpa import WordPixelAlignment
+
+STAGES = 4
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class CoupAlign(nn.Module):
+    """Image and text encoders that exchange words and pixels at every stage, a mask generator, a sentence that weights its masks.
+
+    Args:
+        config: the model's part of the configuration.
+        vocabulary: number of tokens of the tokenizer.
+        image_size: S, pixels, a multiple of 32.
+
+    Raises:
+        InputError: a field does not fit another; the message names both.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: int, image_size: int):
+        super().__init__()
+        self.config, self.image_size = config, image_size
+        self.word_stages = _word_stages(config)
+        self.image = StagedBackbone(config.image, image_size)
+        self.text = StagedText(config.text, vocabulary, groups=self.word_stages)
+        channels, width = self.image.channels, config.decoder.width
+        self.wpa = nn.ModuleDict({
+            str(stage): WordPixelAlignment(channels[stage], self.text.width, config.wpa.heads, config.wpa.impl,
+                                           update_words=config.proposals.count > 0 or stage + 1 < self.word_stages)
+            for stage in range(STAGES) if config.wpa.stages[stage]})
+        self.decoder = PixelDecoder(channels, width)
+        if config.proposals.count:
+            self.proposals = MaskProposals([channels[s - 1] for s in config.proposals.stages], width, config.proposals)
+            self.sma = SentenceMaskAlignment(width, self.text.width)
+        self.head = MaskHead(width)
+        self.register_buffer("mean", 255 * torch.tensor(_IMAGENET_MEAN), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(_IMAGENET_STD), persistent=False)
+
+    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor,
+                target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """Segment what each sentence refers to.
+
+        Args:
+            image: uint8 [B, 3, S, S], RGB.
+            words: token numbers, int64 [B, T].
+            word_mask: bool [B, T], true at real tokens.
+            target: bool [B, S, S], or none.
+
+        Returns:
+            logits, float32 [B, S, S]; with a target the losses, see `referring_losses`.
+        """
+        stages, words = self.align(image, words, word_mask)                    # 4 x [B, H, W, C], [B, T, D]
+        embedding = pixels = self.decoder(stages)                              # Y [B, d, S/4, S/4]
+        if self.config.proposals.count:
+            masks = self.proposals([stages[s - 1] for s in self.config.proposals.stages])    # Q_o [B, N, d]
+            sentence = sentence_state(words, word_mask, self.config.sma.sentence)            # L_g [B, D]
+            pixels = self.sma(masks, sentence, embedding)                                    # Y' [B, d, S/4, S/4]
+        logits = F.interpolate(self.head(pixels).float(), scale_factor=4.0, mode="bilinear", align_corners=False)[:, 0]
+        return logits if target is None else referring_losses(logits, embedding, target, self.config.losses)
+
+    def align(self, image: Tensor, words: Tensor, word_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The two encoders, interleaved: aligned pixels of the four stages [B, H, W, C] and the final words [B, T, D]."""
+        assert image.shape[1:] == (3, self.image_size, self.image_size), f"image {tuple(image.shape)}, model {self.image_size}"
+        pixels = (image.permute(0, 2, 3, 1) - self.mean) / self.std            # [B, S, S, 3]
+        words = self.text.embed(words, word_mask) if self.word_stages else words
+        stages = []
+        for stage in range(STAGES):
+            pixels = self.image(stage, pixels)                                 # [B, H, W, C]
+            if stage < self.word_stages:
+                words = self.text(stage, words, word_mask)                     # [B, T, D]
+            if str(stage) in self.wpa:
+                aligned, words = self.wpa[str(stage)](pixels.flatten(1, 2), words, word_mask)
+                pixels = aligned.view_as(pixels)
+            stages.append(pixels)
+        return stages, words
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Names of the trainable parameters of the image encoder, the text encoder and the rest: each has its learning rate."""
+        groups: dict[str, list[str]] = {"image": [], "text": [], "rest": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                part = name.split(".")[0]
+                groups[part if part in ("image", "text") else "rest"].append(name)
+        return groups
+
+
+def build_model(config: ModelConfig, vocabulary: int, image_size: int) -> CoupAlign:
+    """A model with a random start; `model.weights` loads pretrained encoders into it.
+
+    Raises:
+        InputError: a field does not fit another; the message names both.
+    """
+    return CoupAlign(config, vocabulary, image_size)
+
+
+def _word_stages(config: ModelConfig) -> int:
+    """How many stages the words take part in: all where the sentence weights the masks, else up to the last alignment.
+
+    Text layers behind that would be trained by nothing, which data parallelism refuses.
+    """
+    proposals = config.proposals
+    if wrong := [s for s in proposals.stages if not 1 <= s <= STAGES]:
+        raise InputError(f"model.proposals.stages names stage {wrong[0]}; the image encoder has stages 1 to {STAGES}")
+    if proposals.count and not proposals.stages:
+        raise InputError("model.proposals.stages is empty; name the stages that the queries read, (4,) for instance")
+    if proposals.count:
+        return STAGES
+    if not any(config.wpa.stages):
+        raise InputError("model.proposals.count = 0 and model.wpa.stages all false: nothing in the model would read the sentence")
+    return 1 + max(stage for stage in range(STAGES) if config.wpa.stages[stage])

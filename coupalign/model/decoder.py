@@ -1,0 +1,66 @@
+"""Pixel decoder: a top-down pyramid over the four aligned stages, and the head that reads the mask from its finest level.
+
+Shape legend: B batch, C stage channels, d decoder width, H W stage sides, S input side.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coupalign.model.backbone import group_norm
+
+
+class PixelDecoder(nn.Module):
+    """Feature pyramid: per stage a LayerNorm and a projection to d, added to the coarser level, then one 3x3 convolution.
+
+    One convolution a level keeps it at about a tenth of a Swin-B at d = 256.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int):
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in channels)
+        self.smooth = nn.ModuleList(SmoothingConv(width, width) for _ in channels)
+
+    def forward(self, stages: Sequence[Tensor]) -> Tensor:
+        """Four maps [B, H, W, C], finest first -> pixel embedding Y [B, d, S/4, S/4], not rectified."""
+        level: Tensor | None = None
+        for i in reversed(range(len(stages))):
+            lateral = self.laterals[i](stages[i]).permute(0, 3, 1, 2)
+            if level is not None:
+                lateral = lateral + F.interpolate(torch.relu(level), scale_factor=2.0, mode="nearest")
+            level = self.smooth[i](lateral)
+        assert level is not None
+        return level
+
+
+class MaskHead(nn.Module):
+    """A small convolutional head: pixel embedding -> one logit per stride-4 pixel."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        inner = max(width // 4, 16)
+        self.smooth = SmoothingConv(width, inner)
+        self.classify = nn.Conv2d(inner, 1, 1)
+        nn.init.trunc_normal_(self.classify.weight, std=0.02)
+        nn.init.constant_(self.classify.bias, -2.0)    # objects cover about a tenth of an image
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, d, S/4, S/4] -> logits [B, 1, S/4, S/4]."""
+        return self.classify(torch.relu(self.smooth(pixels)))
+
+
+class SmoothingConv(nn.Module):
+    """3x3 convolution and GroupNorm."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm = group_norm(outputs)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H, W]."""
+        return self.norm(self.conv(x))

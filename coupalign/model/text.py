@@ -1,0 +1,116 @@
+"""StagedText: a Hugging Face BERT run in four consecutive groups of layers, one beside each image stage.
+
+Shape legend: B batch, T words, D text width.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coupalign.compat import prepare_torchvision
+from coupalign.config.schema import BertText, SmallText
+from coupalign.errors import InputError
+
+prepare_torchvision()
+from transformers import BertConfig, BertModel  # noqa: E402
+
+GROUPS = 4
+_MASKED = -1e4   # exp() of it is 0 in every type; unlike finfo.min it stays finite when autocast rounds it to half precision
+
+
+class StagedText(nn.Module):
+    """BERT's layers in four groups, as equal as possible (12 layers: 3-3-3-3; earlier groups take the remainder).
+
+    Padded words are zero after every group. The module keeps the names of `BertModel` below `self.bert`.
+
+    Args:
+        config: a published BERT or a small one with a random start; weights are loaded elsewhere.
+        vocabulary: number of tokens of the tokenizer.
+        groups: how many groups will ever be run; the layers of the others are frozen, since nothing reads them.
+
+    Raises:
+        InputError: the tokenizer's vocabulary is not the encoder's, the folder or name cannot be read, or the width
+            is not a multiple of the heads.
+    """
+
+    def __init__(self, config: BertText | SmallText, vocabulary: int, groups: int = GROUPS):
+        super().__init__()
+        self.bert = BertModel(bert_config(config, vocabulary), add_pooling_layer=False)
+        self.width: int = self.bert.config.hidden_size
+        self.checkpointing = config.checkpointing
+        bounds = _bounds(len(self.bert.encoder.layer))
+        self.spans = list(zip(bounds[:-1], bounds[1:]))
+        for layer in self.bert.encoder.layer[bounds[groups]:]:
+            layer.requires_grad_(False)
+
+    def embed(self, words: Tensor, word_mask: Tensor) -> Tensor:
+        """Token numbers int64 [B, T] -> states [B, T, D], zero where `word_mask` (bool [B, T]) is false."""
+        return self.bert.embeddings(input_ids=words) * word_mask[..., None]
+
+    def forward(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
+        """Run the layers of one group on states [B, T, D]; padded words neither act nor change from zero."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._run, group, words, word_mask, use_reentrant=False)
+        return self._run(group, words, word_mask)
+
+    def _run(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
+        bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[:, None, None]    # [B, 1, 1, T]
+        first, last = self.spans[group]
+        for layer in self.bert.encoder.layer[first:last]:
+            out = layer(words, bias)
+            words = out[0] if isinstance(out, tuple) else out    # transformers 4 returns a tuple
+        return words * word_mask[..., None]
+
+
+def bert_config(config: BertText | SmallText, vocabulary: int) -> BertConfig:
+    """The sizes of the encoder; `bert-base-uncased` needs no file or network, because it is the class's default.
+
+    Raises:
+        InputError: see `StagedText`.
+    """
+    match config:
+        case SmallText():
+            if config.width % config.heads:
+                raise InputError(f"model.text.width = {config.width} is not a multiple of model.text.heads = {config.heads}")
+            sizes = BertConfig(vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
+                               num_attention_heads=config.heads, intermediate_size=4 * config.width)
+        case BertText():
+            sizes = _published_config(config.weights)
+            if sizes.vocab_size != vocabulary:
+                raise InputError(f"model.text.weights = {config.weights} has {sizes.vocab_size} tokens, "
+                                 f"the tokenizer has {vocabulary}; set data.tokenizer to the tokenizer of that encoder")
+            if sizes.num_hidden_layers < GROUPS:
+                raise InputError(f"model.text.weights = {config.weights} has {sizes.num_hidden_layers} layers; "
+                                 f"at least {GROUPS} are needed")
+    sizes.hidden_dropout_prob = sizes.attention_probs_dropout_prob = config.dropout
+    sizes._attn_implementation = "sdpa"
+    return sizes
+
+
+def bert_vocabulary(config: BertText) -> int:
+    """How many tokens a published encoder knows."""
+    return _published_config(config.weights).vocab_size
+
+
+def _published_config(weights: str) -> BertConfig:
+    if weights == "bert-base-uncased" and not Path(weights).is_dir():
+        return BertConfig()
+    try:
+        sizes, _ = BertConfig.get_config_dict(weights)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.text.weights = {weights}: no BERT configuration there; give a folder with config.json, "
+                         f"or a hub name that can be reached or is cached ({error})") from error
+    # An empty folder gives no error but an empty configuration, which would mean bert-base.
+    if sizes.get("model_type", "bert") != "bert" or "hidden_size" not in sizes:
+        kind = sizes.get("model_type", "none")
+        raise InputError(f"model.text.weights = {weights}: no BERT configuration there (config.json: model_type {kind})")
+    return BertConfig.from_dict(sizes)
+
+
+def _bounds(layers: int) -> list[int]:
+    """Where the groups begin and end: 12 -> [0, 3, 6, 9, 12], 6 -> [0, 2, 4, 5, 6]."""
+    size, rest = divmod(layers, GROUPS)
+    return [size * group + min(group, rest) for group in range(GROUPS + 1)]

@@ -1,0 +1,1 @@
+"""Training: the loop (`loop.py`), the optimizer (`optim.py`), the learning rate (`schedule.py`)."""

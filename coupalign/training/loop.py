@@ -1,0 +1,228 @@
+"""The training loop: data order in, optimizer steps through the engine, numbers out; it can stop and go on anywhere."""
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import coupalign
+from coupalign import dist
+from coupalign.config.load import dump, flatten
+from coupalign.config.schema import Config
+from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
+from coupalign.data.tokenizer import Tokenizer
+from coupalign.dist import World
+from coupalign.engine.base import Engine, StepStats, TrainState, seed_step
+from coupalign.engine.build import build_engine
+from coupalign.engine.checkpoint import Checkpoints, finished
+from coupalign.engine.stop import StopRequest
+from coupalign.errors import InputError
+from coupalign.evaluation.metrics import Score
+from coupalign.files import whole_file, write_json
+from coupalign.model.coupalign import build_model
+from coupalign.model.weights import load_pretrained
+from coupalign.tracking.base import Tracker, git_revision, open_tracker
+from coupalign.training.optim import build_optimizer
+from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
+from coupalign.training.scoring import score_splits
+
+logger = logging.getLogger("coupalign.training")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The resources of a training run on this rank."""
+
+    config: Config
+    world: World
+    tokenizer: Tokenizer
+    loader: TrainLoader
+    engine: Engine
+    checkpoints: Checkpoints
+    total: int                       # optimizer steps of the whole run
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
+        return step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0 or step == self.total
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training session ended. `scores` of the last evaluation, by split, on rank 0."""
+
+    state: TrainState
+    finished: bool
+    is_main: bool
+    scores: dict[str, Score] = field(default_factory=dict)
+
+
+def train(config: Config) -> Outcome:
+    """Train, or go on training, the run that `config` describes; call it on every rank.
+
+    Raises:
+        InputError: for everything the user can mend, before the first step where that is possible.
+    """
+    with dist.session() as world, StopRequest(world) as stop:
+        run = _prepare(config, world)
+        try:
+            state = run.checkpoints.resume(run.engine) or TrainState()
+            with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
+                tracker.artifact(config.directory / "config.yaml")
+                outcome = _steps(run, state, tracker, stop)
+                if not outcome.finished:
+                    tracker.close("SCHEDULED")
+            return outcome
+        finally:
+            run.loader.close()
+
+
+def _prepare(config: Config, world: World) -> Run:
+    """Everything that is built once; wrong input shows here, before any time is spent."""
+    torch.manual_seed(config.seed)
+    tokenizer = open_tokenizer(config.data)
+    loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
+                                world.rank, world.size, tokenizer)
+    model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
+    if not finished(config.directory / "checkpoints"):
+        for report in load_pretrained(model, config.model):
+            if world.is_main:
+                print(report.text(), flush=True)
+    engine = build_engine(model, build_optimizer(model, config.optim), config, world)
+    total = total_steps(config.train, loader.samples)
+    if world.is_main:
+        with whole_file(config.directory / "config.yaml", "w") as file:
+            file.write(dump(config))
+        print(f"{config.name}: {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
+              f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
+              f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
+              f"-> {config.directory}", flush=True)
+    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total)
+
+
+def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
+    config, scores = run.config, {}
+    bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not run.world.is_main,
+               mininterval=1.0, dynamic_ncols=True)
+    meter = Meter()
+    batches = run.loader.steps_from(state.step)
+    while state.step < run.total:
+        with meter.waiting():
+            step, micro_batches = next(batches)
+        assert step == state.step
+        seed_step(config.seed, step, run.world.rank)
+        scale = lr_scale(step, run.total, config.schedule)
+        stats = run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale)
+        meter.samples += config.train.global_batch
+        state = _advance(state, stats, config)
+        bar.update()
+        if state.step % config.train.log_every == 0 or state.step == run.total:
+            tracker.log(state.step, _row(stats, scale * config.optim.lr, meter))
+            bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
+        if config.data.evaluate and run.due(config.train.evaluate_every, state.step):
+            scores, state = _evaluate(run, state, tracker)
+            meter.restart()
+        stopping = stop.agreed()
+        if stopping or run.due(config.train.save_every or config.train.evaluate_every, state.step):
+            path = run.checkpoints.save(run.engine, state, run.tokenizer)
+            meter.restart()
+        if stopping and state.step < run.total:
+            bar.close()
+            if run.world.is_main:
+                print(f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from {path}",
+                      flush=True)
+            return Outcome(state, False, run.world.is_main, scores)
+    bar.close()
+    if config.data.evaluate and not scores:
+        scores, state = _evaluate(run, state, tracker)
+    return Outcome(state, True, run.world.is_main, scores)
+
+
+def _evaluate(run: Run, state: TrainState, tracker: Tracker) -> tuple[dict[str, Score], TrainState]:
+    """Score every evaluation split; the first decides which checkpoint is the best."""
+    config, world = run.config, run.world
+    with run.engine.averaged():
+        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world)
+    for split, score in scores.items():
+        tracker.log(state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()})
+        tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})
+        write_json(config.directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()})
+        tqdm.write(f"step {state.step:,}  {split}: oIoU {100 * score.metrics['oIoU']:.2f}  mIoU {100 * score.metrics['mIoU']:.2f}  "
+                   f"P@0.5 {100 * score.metrics['P@0.5']:.2f}  ({score.protocol}, {score.samples:,} samples)")
+    if scores:
+        tracker.artifact(config.directory / "scores", "scores")
+    first = dist.from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
+    if state.best is None or (first is not None and first > state.best):
+        state = replace(state, best=first, best_step=state.step)
+    return scores, state
+
+
+def _advance(state: TrainState, stats: StepStats, config: Config) -> TrainState:
+    bad = 0 if stats.applied else state.bad_steps + 1
+    if bad:
+        where = f"the loss on ranks {list(stats.bad_ranks)}" if stats.bad_ranks else "the gradient"
+        logger.warning("step %d: %s was not finite; the weights were left as they were (%d in a row)", state.step, where, bad)
+    # fp16 finds its loss scale by overflowing: from 65536 down to 1 takes up to 16 steps.
+    allowed = config.train.max_bad_steps + (16 if config.precision == "fp16" and not stats.bad_ranks else 0)
+    if bad >= allowed:
+        raise InputError(f"step {state.step}: {where} was not finite {bad} times in a row. Lower optim.lr, set optim.clip_norm, "
+                         "or train in precision: fp32; the run can go on from its last checkpoint")
+    return replace(state, step=state.step + 1, bad_steps=bad)
+
+
+class Meter:
+    """Samples per second and the share of time spent waiting for data, since the last look."""
+
+    def __init__(self) -> None:
+        self.last_wait = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time until now: an evaluation or a checkpoint is not training."""
+        self.began, self.waited, self.samples = time.perf_counter(), 0.0, 0
+
+    def waiting(self) -> Meter:
+        return self
+
+    def __enter__(self) -> None:
+        self.wait_began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.waited += time.perf_counter() - self.wait_began
+
+    def read(self) -> dict[str, float]:
+        passed = time.perf_counter() - self.began
+        self.last_wait = self.waited / passed
+        values = {"train/samples_per_second": self.samples / passed, "train/data_wait_share": self.last_wait}
+        self.restart()
+        return values
+
+
+def _row(stats: StepStats, lr: float, meter: Meter) -> dict[str, float]:
+    row = {f"train/{name}": value for name, value in stats.losses.items()}
+    row |= {"train/lr": lr, "train/grad_norm": stats.grad_norm, "train/skipped": float(not stats.applied),
+            "train/peak_memory_gb": _peak_memory_gb()}
+    if stats.loss_scale != 1.0:
+        row["train/loss_scale"] = stats.loss_scale
+    return row | meter.read()
+
+
+def _peak_memory_gb() -> float:
+    """Most memory ever held, GB (1e9 bytes): on the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _tags(run: Run) -> dict[str, str]:
+    return {"data_fingerprint": run.loader.fingerprint, "git": git_revision(Path(coupalign.__file__).parent),
+            "coupalign": coupalign.__version__, "torch": torch.__version__, "engine": _engine_name(run.config),
+            "world_size": str(run.world.size), "precision": run.config.precision}
+
+
+def _engine_name(config: Config) -> str:
+    return f"deepspeed ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else "ddp"

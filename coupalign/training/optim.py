@@ -1,0 +1,68 @@
+"""AdamW with the method's parameter groups, from torch or from NVIDIA apex."""
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from coupalign.config.schema import OptimConfig
+from coupalign.errors import InputError
+
+# Parts of a parameter's name that exempt it from weight decay besides being a vector: METHOD section 3, "Parameters".
+UNDECAYED = ("position", "pos_embed", "queries", "gate")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters, in up to six groups: image, text and rest, each with and without decay.
+
+    Raises:
+        InputError: `impl: apex` where NVIDIA's apex, or its CUDA part, is not installed.
+    """
+    groups = parameter_groups(model, config)
+    if config.impl == "apex":
+        _require_apex()
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(groups, betas=config.betas, eps=config.eps, adam_w_mode=True)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+    """Groups with `name`, `params`, `lr` (the peak) and `weight_decay`; every trainable parameter in exactly one."""
+    peaks = {"image": config.lr_image, "text": config.lr_text, "rest": config.lr}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0]
+            groups.setdefault((part if part in peaks else "rest", _decays(name, parameter)), []).append(parameter)
+    return [{"name": f"{part}{'' if decays else ' (no decay)'}", "params": parameters, "lr": peaks[part],
+             "weight_decay": config.weight_decay if decays else 0.0}
+            for (part, decays), parameters in sorted(groups.items())]
+
+
+def which_apex() -> str:
+    """"nvidia", "nvidia without CUDA kernels", "unrelated" (PyPI's web toolkit of the same name) or "absent"; imports neither."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "absent"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "optimizers" / "fused_adam.py").is_file() for folder in folders):
+        return "unrelated"
+    return "nvidia" if importlib.util.find_spec("amp_C") else "nvidia without CUDA kernels"
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+
+
+def _require_apex() -> None:
+    found = which_apex()
+    if found == "nvidia":
+        return
+    reason = {"absent": "it is not installed",
+              "unrelated": "the installed package `apex` is PyPI's unrelated web toolkit",
+              "nvidia without CUDA kernels": "it was built without its CUDA extensions (amp_C is missing)"}[found]
+    raise InputError(f"optim.impl: apex asks for NVIDIA's apex, but {reason}. Build it from NVIDIA's sources with "
+                     "--cpp_ext --cuda_ext (never `pip install apex`), or set optim.impl: torch, which is as fast")

@@ -1,0 +1,51 @@
+"""Runs an ordinary function on several ranks: `run_ranks(fn, 2, argument)` returns what each rank returned."""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from coupalign import dist
+
+TIMEOUT_S = 240
+
+
+def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Call `fn(world, *arguments)` in `ranks` fresh processes joined over gloo; a file is the rendezvous, no port is used.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback) or did not end in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(TIMEOUT_S)
+            late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            assert not late, f"ranks {late} did not end within {TIMEOUT_S} s"
+            failures = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
+            assert not failures, "\n".join(failures)
+            return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(ranks)]
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        with dist.session(f"file://{folder}/rendezvous", timeout_minutes=3) as world:
+            result = fn(world, *arguments)
+        (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+    except BaseException:
+        (Path(folder) / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise

@@ -1,0 +1,88 @@
+"""DDP, every ZeRO stage and a single process are the same optimizer; a checkpoint is the same run; NaN changes nothing."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.jobs import curves, engines, interrupted, poisoned
+from tests.distributed.ranks import run_ranks
+
+KINDS = ("ddp", "zero0", "zero1", "zero2", "zero3")
+STEPS = 20
+# fp32 sums of gradients are taken in another order by each engine: relative differences of 1e-7 a step, which Adam's division
+# by sqrt(v) + eps amplifies where the true gradient is zero (an attention's key bias): with eps = 1e-5 that noise stays below
+# lr * 1e-7 * |g| / eps. 1e-6 relative on the loss is eight times the unit roundoff of fp32 (1.2e-7); weights move by up to
+# lr = 1e-3 a step, and may differ by a hundredth of one step after twenty.
+LOSS_TOLERANCE = 1e-6
+WEIGHT_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    return run_ranks(curves, 1, engines("ddp"), STEPS)[0][0]
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, dict[str, Any]]:
+    return dict(zip(KINDS, run_ranks(curves, 2, engines(*KINDS), STEPS)[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one_process(kind: str, single: dict[str, Any], pair: dict[str, dict[str, Any]]) -> None:
+    one, two = single, pair[kind]
+    losses = torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
+    norms = torch.tensor([[numbers[1] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
+    print(f"{kind}: largest relative difference to one process: loss {_relative(losses):.1e}, gradient norm {_relative(norms):.1e}, "
+          f"weights {_furthest(one, two, 'weights'):.1e}, average {_furthest(one, two, 'ema'):.1e}")
+    assert _relative(losses) < LOSS_TOLERANCE
+    assert _relative(norms) < 100 * LOSS_TOLERANCE
+    assert _furthest(one, two, "weights") < WEIGHT_TOLERANCE
+    assert _furthest(one, two, "ema") < WEIGHT_TOLERANCE
+    torch.testing.assert_close(one["logits"], two["logits"], rtol=0, atol=1e-3)
+    assert losses[0, -1] < losses[0, 0], "the runs compared did not even learn"
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return dict(zip(KINDS, run_ranks(interrupted, 2, engines(*KINDS), tmp_path_factory.mktemp("saved"), 7, STEPS + 2)[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, pair: dict[str, dict[str, Any]],
+                                                   resumed: dict[str, dict[str, Any]]) -> None:
+    whole, again = pair[kind], resumed[kind]
+    if kind == "ddp":
+        assert again["numbers"] == whole["numbers"]
+        assert all(torch.equal(again[what][name], whole[what][name]) for what in ("weights", "ema") for name in whole[what])
+    assert _furthest(whole, again, "weights") < WEIGHT_TOLERANCE
+    assert _furthest(whole, again, "ema") < WEIGHT_TOLERANCE
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
+    for kind, result in zip(KINDS, run_ranks(poisoned, 2, engines(*KINDS))[0]):
+        assert not result["stats"].applied, kind
+        assert result["stats"].bad_ranks == (1,), kind
+        assert all(torch.equal(result["before"][name], result["after"][name]) for name in result["before"]), kind
+        assert all(loss == loss for loss, _ in result["numbers"]), f"{kind}: the step after a skipped one is healthy"
+        assert any(not torch.equal(result["after"][name], result["later"][name]) for name in result["after"]), kind
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_agrees_between_engines(precision: str) -> None:
+    """Weights and gradients stay fp32 and only autocast rounds, so engines agree as far as the split of the batch allows."""
+    configs = [config.model_copy(update={"precision": precision}) for config in engines("ddp", "zero0", "zero2", "zero3")]
+    results = run_ranks(curves, 2, configs, 3)[0]
+    for result in results[1:]:
+        first = torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (results[0], result)], dtype=torch.float64)
+        assert _relative(first) < 1e-4
+
+
+def _relative(pair: torch.Tensor) -> float:
+    return ((pair[0] - pair[1]).abs() / pair[0].abs()).max().item()
+
+
+def _furthest(one: dict[str, Any], two: dict[str, Any], what: str) -> float:
+    assert one[what].keys() == two[what].keys()
+    return max((one[what][name] - two[what][name]).abs().max().item() for name in one[what])

@@ -1,0 +1,188 @@
+"""The launch and Slurm scripts: their syntax, what they print, and the two local launchers with two processes each."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
+SBATCH = {"slurm/pack.sbatch": "pack", "slurm/train.sbatch": "train", "slurm/eval.sbatch": "evaluate"}
+ARGUMENTS = ["configs/a b.yaml", "name=it's", "data.train=[{index: 'a b', split: train}]", "seed=$HOME"]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what a launcher or a scheduler may have set in it."""
+    prefixes = ("SLURM_", "MASTER_", "OMP_", "NPROC", "NNODES", "NODE_RANK", "CUDA_VISIBLE", "DS_", "COUPALIGN_", "DRY_RUN")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    return kept | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | changes
+
+
+def run(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=240)
+
+
+def last_line(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("script", [*LAUNCHERS, *SBATCH, "slurm/env.sh"])
+def test_bash_accepts_every_script(script):
+    done = run("bash", "-n", script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_script_in_the_folders_is_tested_here():
+    found = {str(path.relative_to(ROOT)) for folder in ("launch", "slurm") for path in (ROOT / folder).iterdir()}
+    scripts = {name for name in found if name.endswith((".sh", ".sbatch"))}
+    assert scripts >= {*LAUNCHERS, *SBATCH, "slurm/env.sh"}
+    for script in scripts:
+        assert run("bash", "-n", script).returncode == 0, script
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+@pytest.mark.parametrize("words, verb", [([], "train"), (["train"], "train"), (["evaluate"], "evaluate")])
+def test_a_launcher_ends_in_the_entry_point_with_its_arguments_untouched(script, words, verb):
+    command = last_line(run(script, "--dry-run", *words, *ARGUMENTS, NPROC="3"))
+    module = "--module" if "deepspeed" in script else "-m"
+    assert command[-len(ARGUMENTS) - 3:] == [module, "coupalign", verb, *ARGUMENTS]
+    assert command[command.index("--num_gpus" if "deepspeed" in script else "--nproc-per-node") + 1] == "3"
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_without_a_gpu_one_process_is_the_default(script):
+    command = last_line(run(script, "--dry-run", "train", "a.yaml"))
+    assert command[command.index("--num_gpus" if "deepspeed" in script else "--nproc-per-node") + 1] == "1"
+
+
+def test_visible_devices_are_respected():
+    command = last_line(run("launch/deepspeed.sh", "--dry-run", "a.yaml", CUDA_VISIBLE_DEVICES="2,3,5", NPROC="2"))
+    assert command[command.index("--include") + 1] == "localhost:2,3"
+    command = last_line(run("launch/torchrun.sh", "--dry-run", "a.yaml", CUDA_VISIBLE_DEVICES="2,3,5"))
+    assert command[command.index("--nproc-per-node") + 1] == "3"
+
+
+def test_the_hostfile_decides_the_processes():
+    command = last_line(run("launch/deepspeed.sh", "--hostfile", "launch/hostfile.example", "--dry-run", "a.yaml",
+                            MASTER_ADDR="10.0.0.1", MASTER_PORT="2345", DEEPSPEED_ARGS="--no_ssh_check --ssh_port 22"))
+    assert command == shlex.split("deepspeed --hostfile launch/hostfile.example --master_addr 10.0.0.1 --master_port 2345 "
+                                  "--no_ssh_check --ssh_port 22 --no_local_rank --module coupalign train a.yaml")
+    assert run("launch/deepspeed.sh", "--hostfile", "nowhere", "a.yaml").returncode == 2
+
+
+def test_the_example_hostfile_is_one_that_deepspeed_reads():
+    lines = [line for line in (ROOT / "launch/hostfile.example").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"\S+ slots=\d+", line) for line in lines)
+
+
+def test_several_nodes_need_a_meeting_point():
+    missing = run("launch/torchrun.sh", "--dry-run", "a.yaml", NNODES="2")
+    assert missing.returncode != 0 and "MASTER_ADDR" in missing.stderr
+    command = last_line(run("launch/torchrun.sh", "--dry-run", "a.yaml", NNODES="2", NODE_RANK="1", MASTER_ADDR="n1"))
+    assert "--standalone" not in command and command[command.index("--master-addr") + 1] == "n1"
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_and_mistakes(script, tmp_path):
+    done = run(script, "-h")
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}")
+    assert run(script, "--nonsense").returncode == 2
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    done = run(script, "--dry-run", "a.yaml", PYTHON=str(bare))
+    assert done.returncode == 1 and "coupalign" in done.stderr and done.stdout == ""
+
+
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+names = ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+Path(os.environ["REPORTS"], os.environ["RANK"] + ".json").write_text(
+    json.dumps({"arguments": sys.argv[1:]} | {name: os.environ[name] for name in names}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_two_processes_start_with_ranks_and_arguments(script, tmp_path):
+    (tmp_path / "coupalign").mkdir()
+    (tmp_path / "coupalign" / "__init__.py").write_text("")
+    (tmp_path / "coupalign" / "__main__.py").write_text(STAND_IN)
+    done = run(str(ROOT / script), "train", *ARGUMENTS, cwd=tmp_path, NPROC="2", OMP_NUM_THREADS="1", REPORTS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in ("0", "1"):
+        report = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert report == {"arguments": ["train", *ARGUMENTS], "WORLD_SIZE": "2", "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_a_failing_process_fails_the_launcher(script, tmp_path):
+    (tmp_path / "coupalign").mkdir()
+    (tmp_path / "coupalign" / "__init__.py").write_text("")
+    (tmp_path / "coupalign" / "__main__.py").write_text("import sys; sys.exit(3)")
+    assert run(str(ROOT / script), "train", "a.yaml", cwd=tmp_path, NPROC="1").returncode != 0
+
+
+@pytest.mark.parametrize("script", SBATCH)
+def test_an_sbatch_file_prints_its_srun_command_without_slurm(script):
+    command = last_line(run("bash", script, *ARGUMENTS, DRY_RUN="1"))
+    assert command[0] == "srun" and command[-len(ARGUMENTS) - 4:] == ["python", "-m", "coupalign", SBATCH[script], *ARGUMENTS]
+
+
+@pytest.mark.parametrize("script", SBATCH)
+def test_an_sbatch_file_that_is_not_submitted_says_how(script):
+    done = run("bash", script, "a.yaml")
+    assert done.returncode == 2 and "sbatch" in done.stderr
+
+
+@pytest.mark.parametrize("script", SBATCH)
+def test_sbatch_directives_come_before_the_first_command_and_name_no_site(script):
+    lines = (ROOT / script).read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [line for line in lines if line.startswith("#SBATCH")]
+    assert all(line in directives for line in lines[:first] if "SBATCH" in line and line.startswith("#S"))
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+    options = {line.split()[1].split("=")[0] for line in directives}
+    assert {"--requeue", "--open-mode", "--output"} <= options
+    assert not options & {"--partition", "--account", "--gres", "--gpus", "--qos", "--constraint"}
+    assert ("--signal" in options) == (SBATCH[script] == "train")
+
+
+FAKE_SRUN = """#!/bin/sh
+printf "%s\\n" "$MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS $SRUN_CPUS_PER_TASK" "$@" > "$REPORT"
+exit $STATUS
+"""
+FAKE_SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo node07; echo node08; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+@pytest.mark.parametrize("status, requeued", [("0", False), ("1", False), ("75", True), ("143", False)])
+def test_a_training_job_meets_at_its_first_node_and_is_requeued_only_after_an_early_stop(tmp_path, status, requeued):
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copytree(ROOT / "slurm", tmp_path / "checkout" / "slurm")
+    spooled = shutil.copy(ROOT / "slurm/train.sbatch", tmp_path / "slurm_script")
+    done = run("bash", str(spooled), "a.yaml", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="123456",
+               SLURM_SUBMIT_DIR=str(tmp_path / "checkout"), SLURM_JOB_NODELIST="node[07-08]", SLURM_JOB_NUM_NODES="2",
+               SLURM_NTASKS="16", SLURM_CPUS_PER_TASK="12", REPORT=str(tmp_path / "report"),
+               REQUEUED=str(tmp_path / "requeued"), STATUS=status)
+    assert done.returncode == int(status), done.stderr
+    first, *arguments = (tmp_path / "report").read_text().splitlines()
+    assert first == "node07 23456 12 12"
+    assert arguments[:4] == ["--nodes", "2", "--ntasks", "16"]
+    assert arguments[-5:] == ["python", "-m", "coupalign", "train", "a.yaml"]
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 123456\n"

@@ -1,0 +1,150 @@
+"""The main job as users run it: train through real launchers, be killed, go on, score, predict, report."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import coupalign
+from coupalign.cli import main
+from coupalign.tracking import read_rows
+from tests.e2e.conftest import finish, launch
+
+pytestmark = pytest.mark.slow
+TIMED = ("train/samples_per_second", "train/data_wait_share", "train/peak_memory_gb")
+
+
+def curve(run: Path) -> dict[int, dict[str, float]]:
+    """Everything that was measured at each step, but for what a clock or the memory says."""
+    steps: dict[int, dict[str, float]] = {}
+    for row, _ in read_rows(run / "metrics.jsonl"):
+        steps.setdefault(row.step, {}).update({name: value for name, value in row.metrics.items() if name not in TIMED})
+    return steps
+
+
+def kill_when(process: subprocess.Popen[str], there: Path) -> None:
+    """SIGKILL the launcher and all its ranks as soon as a path exists."""
+    until = time.monotonic() + 240
+    while not there.exists():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < until, f"{there} did not appear"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 14 steps on two DDP ranks that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    finish(launch(2, "train", config, f"run_dir={run}"))
+    return run
+
+
+def test_a_killed_run_goes_on_bit_for_bit(config: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    kill_when(launch(2, "train", config, f"run_dir={run}"), run / "checkpoints" / "step-00000006")
+    output = finish(launch(2, "train", config, f"run_dir={run}"))
+    assert curve(run) == curve(whole), output[-2000:]
+    assert sorted(curve(run)) == list(range(1, 15))
+    for file in ("weights.safetensors", "ema.safetensors"):
+        last = "checkpoints/step-00000014"
+        assert (run / last / file).read_bytes() == (whole / last / file).read_bytes(), file
+    assert not list(run.rglob("*.partial")), "no debris"
+
+
+def test_one_rank_gives_the_same_curve_as_two(config: Path, whole: Path, tmp_path: Path) -> None:
+    """Dropout draws from each rank's own stream, so it is off here; the data are the same global batches."""
+    changes = ["model.text.dropout=0", "model.proposals.dropout=0", "train.steps=4", "optim.eps=1e-5"]
+    finish(launch(1, "train", config, f"run_dir={tmp_path / 'one'}", *changes))
+    finish(launch(2, "train", config, f"run_dir={tmp_path / 'two'}", *changes, "engine.kind=deepspeed", "engine.stage=2",
+                  launcher="deepspeed"))
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    for step in (1, 2, 3, 4):
+        assert two[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-5)
+
+
+def test_asked_to_stop_it_saves_and_says_that_it_can_go_on(config: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    process = launch(1, "train", config, f"run_dir={run}", "train.steps=400", "train.evaluate_every=400", "train.save_every=400")
+    until = time.monotonic() + 200
+    while not curve(run) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, status=75)
+    assert "SIGTERM" in output and "goes on" in output
+    saved = sorted((run / "checkpoints").glob("step-*"))[-1]
+    done = int(saved.name.removeprefix("step-"))
+    finish(launch(1, "train", config, f"run_dir={run}", f"train.steps={done + 2}", "train.evaluate_every=400", "train.save_every=400"))
+    assert sorted(curve(run)) == list(range(1, done + 3))
+
+
+def test_scores_pictures_page_and_prediction(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    finish(launch(2, "eval", run, "--language-blind", "--pictures", "2"))
+    score = json.loads((run / "score.json").read_text())
+    assert {"oIoU", "mIoU", "P@0.5", "P@0.9", "language_blind_oIoU", "protocol", "samples"} <= score.keys()
+    assert score["protocol"] == "ris-v1" and score["samples"] == len((run / "scores/val-ris-v1.csv").read_text().splitlines()) - 1
+    assert list((run / "pictures" / "val").glob("*.png"))
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 0
+    assert "<svg" in (run / "report.html").read_text()
+    image = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(image)
+    capsys.readouterr()
+    assert main(["predict", str(run), str(image), "the red circle", "--out", str(tmp_path / "out"), "--json"]) == 0
+    json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert Image.open(next((tmp_path / "out").glob("*.mask.png"))).size == (70, 50)
+    assert coupalign.load(run).predict(image, "the red circle").mask.shape == (50, 70)
+
+
+def test_all_protocols_side_by_side(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(whole), "--protocol", "all", "--split", "testA", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {score["protocol"] for score in scores.values()} == {"ris-v1", "lavt", "cris"}
+
+
+def test_another_configuration_cannot_go_on(config: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, symlinks=True)
+    for change, named in [("model.decoder.width=32", "model.decoder.width was 16, is 32"), ("seed=1", "seed was 0, is 1"),
+                          ("engine.kind=deepspeed", "written by ddp with 2 ranks")]:
+        assert main(["train", str(config), f"run_dir={run}", "train.steps=20", change]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_checkpoints_whole(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(launch(1, "train", config, f"run_dir={run}", "train.steps=3", "train.evaluate_every=100"))
+    before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code = limit + "from coupalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.run([os.sys.executable, "-c", code, "train", str(config), f"run_dir={run}", "train.steps=6",
+                              "train.evaluate_every=100"], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert "could not be written" in process.stderr and "step-00000003" in process.stderr
+    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
+    finish(launch(1, "train", config, f"run_dir={run}", "train.steps=6", "train.evaluate_every=100"))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ("train.global_batch=9", "train.global_batch=9"),
+    ("data.train.0.split=trian", "trian"),
+    ("data.train.0.index=/nowhere", "/nowhere"),
+    ("optim.impl=apex", "never `pip install apex`"),
+])
+def test_wrong_settings_end_before_the_first_step(config: Path, tmp_path: Path, change: str, named: str) -> None:
+    ranks = 2 if "global_batch" in change else 1
+    process = launch(ranks, "train", config, f"run_dir={tmp_path / 'run'}", change)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0 and named in output, output[-3000:]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,119 @@
+"""Masks against slow arithmetic in numpy."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from coupalign.data.masks import area, check_segmentation, decode, encode, rle_from_segmentation
+
+MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
+
+
+def slow_runs(mask: np.ndarray) -> list[int]:
+    """Run lengths by counting, column by column, zeros first."""
+    runs, value = [0], False
+    for pixel in mask.flatten(order="F"):
+        if pixel != value:
+            runs.append(0)
+            value = not value
+        runs[-1] += 1
+    return runs
+
+
+def rectangle(x: int, y: int, w: int, h: int) -> list[float]:
+    return [float(v) for v in (x, y, x, y + h, x + w, y + h, x + w, y)]
+
+
+@given(MASKS)
+def test_encode_and_decode_are_inverse(mask: np.ndarray) -> None:
+    rle = json.loads(json.dumps(encode(mask)))
+    assert rle["size"] == list(mask.shape)
+    assert decode(rle).dtype == bool and np.array_equal(decode(rle), mask)
+    assert area(rle) == mask.sum()
+
+
+@given(MASKS)
+def test_crowd_run_lengths_plain_and_compressed(mask: np.ndarray) -> None:
+    height, width = mask.shape
+    plain = rle_from_segmentation({"size": [height, width], "counts": slow_runs(mask)}, height, width)
+    assert np.array_equal(decode(plain), mask)
+    assert rle_from_segmentation(encode(mask), height, width) == encode(mask) == plain
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=5))
+def test_polygons_are_united(boxes: list[tuple[int, int, int, int]]) -> None:
+    truth = np.zeros((30, 44), bool)
+    for x, y, w, h in boxes:
+        truth[y:y + h, x:x + w] = True
+    rle = rle_from_segmentation([rectangle(*box) for box in boxes], 30, 44)
+    assert np.array_equal(decode(rle), truth)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=3, max_size=3))
+def test_triangles_agree_with_geometry_away_from_the_edges(corners: list[tuple[float, float]]) -> None:
+    points = np.array(corners)
+    mask = decode(rle_from_segmentation([points.flatten().tolist()], 32, 42))
+    x, y = np.meshgrid(np.arange(42) + 0.5, np.arange(32) + 0.5)
+    signed, distance = [], []
+    for a, b in zip(points, np.roll(points, -1, axis=0)):
+        side = (b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])
+        length2 = max(float(((b - a) ** 2).sum()), 1e-12)
+        t = np.clip(((x - a[0]) * (b[0] - a[0]) + (y - a[1]) * (b[1] - a[1])) / length2, 0, 1)
+        signed.append(side)
+        distance.append(np.hypot(x - a[0] - t * (b[0] - a[0]), y - a[1] - t * (b[1] - a[1])))
+    inside = np.all(np.array(signed) > 0, axis=0) | np.all(np.array(signed) < 0, axis=0)
+    clear = np.min(distance, axis=0) > 1.5
+    assert np.array_equal(mask[clear], inside[clear])
+
+
+def test_degenerate_parts_are_left_out() -> None:
+    rle = rle_from_segmentation([[3.0, 3.0, 8.0, 8.0], rectangle(1, 1, 4, 5)], 20, 20)
+    assert area(rle) == 20
+
+
+@pytest.mark.parametrize("segmentation, word", [
+    ([], "no polygon"),
+    ([[1.0, 2.0, 3.0, 4.0]], "no polygon"),
+    ([[1.0, 2.0, 3.0]], "pairs"),
+    ([[1.0, 2.0, 3.0, float("nan"), 5.0, 6.0]], "pairs"),
+    ([1.0, 2.0], "neither"),
+    ("poly", "neither"),
+    ({"size": [4, 5], "counts": [19]}, "19 of 20"),
+    ({"size": [5, 4], "counts": [20]}, "size"),
+    ({"size": [4, 5], "counts": [21, -1]}, "whole"),
+    ({"size": [4, 5], "counts": "\u00e9"}, "20 pixels|foreign"),
+    ({"size": [4, 5], "counts": "P"}, "cut short"),
+    ({"size": [4, 5]}, "whole"),
+])
+def test_malformed_segmentations_are_refused(segmentation: object, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        check_segmentation(segmentation, 4, 5)
+
+
+def test_overlap_of_a_real_annotation_counts_once(real_data: Path) -> None:
+    instances = json.loads((real_data / "mini_refcoco/refcocog/instances.json").read_text())
+    found = next(a for a in instances["annotations"] if a["id"] == 41510)
+    image = next(i for i in instances["images"] if i["id"] == found["image_id"])
+    size = image["height"], image["width"]
+    parts = [area(rle_from_segmentation([polygon], *size)) for polygon in found["segmentation"]]
+    assert sum(parts) - area(rle_from_segmentation(found["segmentation"], *size)) == 106
+
+
+def test_real_pool_areas(real_data: Path) -> None:
+    instances = json.loads((real_data / "coco_pool/refcoco/instances.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
+    crowds = [a for a in instances["annotations"] if a["iscrowd"]]
+    assert crowds
+    for found in crowds:
+        pixels = area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]]))
+        assert pixels == sum(found["segmentation"]["counts"][1::2])
+    ratios = [area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]])) / max(found["area"], 1)
+              for found in instances["annotations"] if not found["iscrowd"]]
+    assert 0.99 < np.median(ratios) < 1.01   # `area` is the polygon's, not the pixels': small objects differ by up to a half

@@ -1,0 +1,54 @@
+"""The table of samples, its subset, and the permutation of the language-blind control."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coupalign.config.schema import Source
+from coupalign.data.index import read_index
+from coupalign.data.samples import build_table, other_sentences, spread
+from coupalign.errors import InputError
+
+
+def test_shards_are_numbered_over_all_indexes(packed: Path):
+    first, second = read_index(packed), read_index(packed / "index.json")
+    other = replace(second, fingerprint="another")
+    sources = [Source(index="a", dataset="refcocog", split="val"), Source(index="a", split="train"),
+               Source(index="b", split="testA")]
+    table = build_table(sources, (first, first, other), "sentence")
+    assert table.indexes == (first, other)
+    for number in range(len(table)):
+        image = table.indexes[table.index[number]].images[table.image[number]]
+        assert table.shard[number] == image.shard + len(first.shards) * table.index[number]
+        assert table.label(number) == f"{image.refs[table.ref[number]].set}/{image.refs[table.ref[number]].ref_id}"
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"split": "trian"}, r"no sample of \*/\*, split 'trian'; it holds: .*refcoco/unc train \(16 refs, 41 sentences\)"),
+    ({"split": "train", "dataset": "refcoco+"}, r"no sample of refcoco\+/\*"),
+    ({"split": "train", "split_by": "google"}, r"no sample of \*/google")])
+def test_an_empty_split_and_an_unknown_set_are_refused(packed: Path, fields: dict, words: str):
+    with pytest.raises(InputError, match=words):
+        build_table((Source(index=str(packed), **fields),), (read_index(packed),), "ref")
+
+
+def test_a_limit_is_spread_evenly():
+    for samples in range(1, 40):
+        for limit in range(1, 45):
+            taken = spread(samples, limit)
+            assert len(set(taken)) == min(samples, limit) and taken[0] == 0 and taken[-1] < samples
+
+
+def test_the_control_is_a_permutation_that_leads_to_other_images(packed: Path):
+    table = build_table((Source(index=str(packed), split="train"),), (read_index(packed),), "sentence")
+    dice = np.random.default_rng(0)
+    for size in (2, 3, 5, 8, 20, len(table)):
+        for _ in range(20):
+            some = table.take(dice.choice(len(table), size, replace=False))
+            other, image = other_sentences(some), some.image_ids
+            assert sorted(other) == list(range(size)) and (other != np.arange(size)).all()
+            largest = np.unique(image, return_counts=True)[1].max()
+            assert (image[other] == image).sum() == max(0, 2 * largest - size)
