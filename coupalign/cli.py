@@ -126,7 +126,7 @@ def _pack(options: argparse.Namespace) -> Any:
     if options.dry_run:
         report = inspect(recipe)
         print(report.table())
-        return (0 if report.ok else 1), report.to_json()
+        return (1 if report.missing_images or report.missing_annotations else 0), report.to_json()
     if out is None:
         raise InputError(f"{options.recipe}: `out` is empty: say where the shards go, there or with --out")
     report = pack(recipe, out, options.workers, options.overwrite)
@@ -209,10 +209,14 @@ def _predict(options: argparse.Namespace) -> Any:
 
 
 def _report(options: argparse.Namespace) -> Any:
+    from coupalign.config.load import read_config
     from coupalign.report import report_run
+    from coupalign.training.rescore import publish_scores
 
     page = report_run(options.run_path)
     print(f"page: {page}")
+    if (options.run_path / "config.yaml").is_file():
+        publish_scores(read_config(options.run_path / "config.yaml").model_copy(update={"run_dir": options.run_path}))
     return {"page": str(page)}
 
 

@@ -78,7 +78,7 @@ fi
 port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 read -r -a more <<<"${DEEPSPEED_ARGS:-}"
 
-command=(deepspeed "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank --module coupalign "$verb" "$@")
+command=(deepspeed --log_level warning "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank --module coupalign "$verb" "$@")
 if [[ -n "$dry" ]]; then
     printf '%q ' "${command[@]}"
     echo

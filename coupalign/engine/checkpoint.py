@@ -7,6 +7,7 @@
         weights.safetensors   all weights, fp32, by the model's names: readable without any engine
         ema.safetensors       their moving average, where the run keeps one
         tokenizer/            what turns sentences into the model's words
+        text/                 the shape of a published text encoder
         ddp.pt | deepspeed/   optimizer state
       best -> step-00000200
 """
@@ -21,12 +22,13 @@ from typing import Any
 
 from coupalign import __version__, dist
 from coupalign.config.load import diff, dump, read_config
-from coupalign.config.schema import Config, DeepSpeedEngine
+from coupalign.config.schema import BertText, Config, DeepSpeedEngine
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
 from coupalign.engine.base import Engine, TrainState
 from coupalign.errors import InputError
 from coupalign.files import publish_directory, write_json
+from coupalign.model.text import write_shape
 from coupalign.model.weights import write_weights
 
 # What may differ between the run that wrote a checkpoint and the run that goes on from it: nothing that changes a number.
@@ -97,6 +99,8 @@ class Checkpoints:
             if averages is not None:
                 write_weights(partial / "ema.safetensors", averages)
             tokenizer.save(partial / "tokenizer")
+            if isinstance(self.config.model.text, BertText):
+                write_shape(self.config.model.text, len(tokenizer), partial / "text")
             (partial / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             write_json(partial / "state.json", {"format": 1, "tool": f"coupalign {__version__}", "state": state.to_json(),
                                                 "engine": self._engine(), "data": self.data_fingerprint})
@@ -109,8 +113,9 @@ class Checkpoints:
     def _check(self, path: Path, meta: dict[str, Any]) -> None:
         old = read_config(path / "config.yaml")
         changed = {key: values for key, values in diff(old, self.config).items() if not key.startswith(FREE)}
-        changed = {key: values for key, values in changed.items() if not (key.startswith("data.train") and key.endswith(".index"))}
-        problems = [f"{key} was {before!r}, is {after!r}" for key, (before, after) in changed.items() if not key.startswith("engine.")]
+        moved = [key for key in changed if key.startswith("data.train") and key.endswith(".index")]        # the fingerprint decides
+        problems = [f"{key} was {before!r}, is {after!r}" for key, (before, after) in changed.items()
+                    if key not in moved and not key.startswith("engine.")]
         if meta["data"] != self.data_fingerprint:
             problems.append("the training data have another fingerprint")
         was, now = meta["engine"], self._engine()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from coupalign.config.load import read_config
-from coupalign.config.schema import Config
+from coupalign.config.load import override, read_config
+from coupalign.config.schema import BertText, Config
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 from coupalign.model.coupalign import CoupAlign, build_model
@@ -20,7 +20,7 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
         InputError: no checkpoint there, a part of it is missing or damaged, or the weights are another model's.
     """
     folder = find_checkpoint(Path(path))
-    config = read_config(folder / "config.yaml")
+    config = _portable(read_config(folder / "config.yaml"), folder)
     tokenizer = Tokenizer.open(str(folder / "tokenizer"))
     weights = read_weights(folder / "weights.safetensors")
     averaged = folder / "ema.safetensors"
@@ -48,3 +48,12 @@ def find_checkpoint(path: Path) -> Path:
             return folder
     there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise InputError(f"{path}: no checkpoint here (config.yaml, weights.safetensors; or checkpoints/ with them); found {there}")
+
+
+def _portable(config: Config, folder: Path) -> Config:
+    """The same model where neither the pretrained files of its training nor its GPU kernels are at hand."""
+    changes = ["model.wpa.impl=auto"] if config.model.wpa.impl == "fused" else []
+    if isinstance(config.model.text, BertText) and (folder / "text").is_dir():
+        text = config.model.text.model_copy(update={"weights": f"random:{folder / 'text'}"})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
+    return override(config, changes)

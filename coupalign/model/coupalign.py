@@ -93,15 +93,6 @@ class CoupAlign(nn.Module):
             stages.append(pixels)
         return stages, words
 
-    def parameter_groups(self) -> dict[str, list[str]]:
-        """Names of the trainable parameters of the image encoder, the text encoder and the rest: each has its learning rate."""
-        groups: dict[str, list[str]] = {"image": [], "text": [], "rest": []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                part = name.split(".")[0]
-                groups[part if part in ("image", "text") else "rest"].append(name)
-        return groups
-
 
 def build_model(config: ModelConfig, vocabulary: int, image_size: int) -> CoupAlign:
     """A model with a random start; `model.weights` loads pretrained encoders into it.

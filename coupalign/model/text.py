@@ -95,7 +95,13 @@ def bert_vocabulary(config: BertText) -> int:
     return _published_config(config.weights).vocab_size
 
 
+def write_shape(config: BertText, vocabulary: int, folder: Path) -> None:
+    """Write config.json of a published encoder, so that `weights: random:<folder>` builds it where the original is absent."""
+    bert_config(config, vocabulary).save_pretrained(folder)
+
+
 def _published_config(weights: str) -> BertConfig:
+    weights = weights.removeprefix("random:")
     if weights == "bert-base-uncased" and not Path(weights).is_dir():
         return BertConfig()
     try:

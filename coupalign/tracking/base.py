@@ -165,7 +165,7 @@ def open_tracker(config: NoTracking | MlflowTracking, run_dir: Path, run_name: s
     """The tracker of a session: the journal and what follows it on rank 0, a null object elsewhere.
 
     Args:
-        params: the configuration with dotted keys (see `flatten`).
+        params: the configuration with dotted keys (see `config.load.flatten`).
         tags: data fingerprint, git revision and other words that describe the run.
     Raises InputError on every rank for a tracking address that cannot work; an address that does not answer is no error.
     """
@@ -188,19 +188,6 @@ def open_tracker(config: NoTracking | MlflowTracking, run_dir: Path, run_name: s
         raise
     finally:
         tracker.close(status)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys; lists become {key}.0, {key}.1 … where they hold mappings, else one value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
-            value = {str(place): item for place, item in enumerate(value)}
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def git_revision(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import coupalign
 from coupalign import dist
 from coupalign.config.load import dump, flatten
 from coupalign.config.schema import Config
+from coupalign.data.batch import Batch
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
@@ -105,7 +107,8 @@ def _prepare(config: Config, world: World) -> Run:
 
 
 def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
-    config, scores = run.config, {}
+    config = run.config
+    scores: dict[str, Score] | None = None                   # none: not evaluated yet; empty on ranks other than 0
     bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not run.world.is_main,
                mininterval=1.0, dynamic_ncols=True)
     meter = Meter()
@@ -117,11 +120,11 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
         seed_step(config.seed, step, run.world.rank)
         scale = lr_scale(step, run.total, config.schedule)
         stats = run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale)
-        meter.samples += config.train.global_batch
+        meter.add(config.train.global_batch, micro_batches)
         state = _advance(state, stats, config)
         bar.update()
         if state.step % config.train.log_every == 0 or state.step == run.total:
-            tracker.log(state.step, _row(stats, scale * config.optim.lr, meter))
+            tracker.log(state.step, {**_row(stats, scale * config.optim.lr), **meter.read(), "data/bad_samples": len(run.loader.bad)})
             bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
         if config.data.evaluate and run.due(config.train.evaluate_every, state.step):
             scores, state = _evaluate(run, state, tracker)
@@ -135,11 +138,11 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
             if run.world.is_main:
                 print(f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from {path}",
                       flush=True)
-            return Outcome(state, False, run.world.is_main, scores)
+            return Outcome(state, False, run.world.is_main, scores or {})
     bar.close()
-    if config.data.evaluate and not scores:
+    if config.data.evaluate and scores is None:
         scores, state = _evaluate(run, state, tracker)
-    return Outcome(state, True, run.world.is_main, scores)
+    return Outcome(state, True, run.world.is_main, scores or {})
 
 
 def _evaluate(run: Run, state: TrainState, tracker: Tracker) -> tuple[dict[str, Score], TrainState]:
@@ -175,7 +178,7 @@ def _advance(state: TrainState, stats: StepStats, config: Config) -> TrainState:
 
 
 class Meter:
-    """Samples per second and the share of time spent waiting for data, since the last look."""
+    """Samples per second, the share of time spent waiting for data and of sentences that were cut, since the last look."""
 
     def __init__(self) -> None:
         self.last_wait = 0.0
@@ -184,6 +187,13 @@ class Meter:
     def restart(self) -> None:
         """Forget the time until now: an evaluation or a checkpoint is not training."""
         self.began, self.waited, self.samples = time.perf_counter(), 0.0, 0
+        self.read_here = self.cut_here = 0
+
+    def add(self, samples: int, micro_batches: Sequence[Batch]) -> None:
+        """Count a step of `samples` over all ranks, whose part on this rank are the micro-batches."""
+        self.samples += samples
+        self.read_here += sum(len(batch) for batch in micro_batches)
+        self.cut_here += sum(info.cut for batch in micro_batches for info in batch.info)
 
     def waiting(self) -> Meter:
         return self
@@ -197,18 +207,19 @@ class Meter:
     def read(self) -> dict[str, float]:
         passed = time.perf_counter() - self.began
         self.last_wait = self.waited / passed
-        values = {"train/samples_per_second": self.samples / passed, "train/data_wait_share": self.last_wait}
+        values = {"train/samples_per_second": self.samples / passed, "data/wait_share": self.last_wait,
+                  "data/cut_sentences_share": self.cut_here / max(1, self.read_here)}
         self.restart()
         return values
 
 
-def _row(stats: StepStats, lr: float, meter: Meter) -> dict[str, float]:
+def _row(stats: StepStats, lr: float) -> dict[str, float]:
     row = {f"train/{name}": value for name, value in stats.losses.items()}
     row |= {"train/lr": lr, "train/grad_norm": stats.grad_norm, "train/skipped": float(not stats.applied),
             "train/peak_memory_gb": _peak_memory_gb()}
     if stats.loss_scale != 1.0:
         row["train/loss_scale"] = stats.loss_scale
-    return row | meter.read()
+    return row
 
 
 def _peak_memory_gb() -> float:

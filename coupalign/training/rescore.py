@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from coupalign import dist
-from coupalign.config.load import override
+from coupalign.config.load import flatten, override
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
 from coupalign.engine.base import DTYPES
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
+from coupalign.evaluation.evaluator import Evaluation
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.pictures import keep_pictures
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.files import write_json
-from coupalign.training.scoring import score_split, split_names
+from coupalign.model.coupalign import CoupAlign
+from coupalign.tracking import open_tracker
+from coupalign.training.scoring import Infer, score_split, split_names
 
 
 def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (), index: str | None = None,
@@ -39,32 +42,53 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
     """
     with dist.session() as world:
         checkpoint = find_checkpoint(path)
-        config, model, tokenizer = open_checkpoint(checkpoint)
+        config, model, tokenizer = open_checkpoint(checkpoint, world.device)
         config = override(config, overrides).model_copy(update={"run_dir": _run_directory(checkpoint)})
-        model = model.to(world.device).eval()
-
-        @torch.no_grad()
-        def infer(batch: Batch) -> Tensor:
-            with torch.autocast(world.device.type, DTYPES[config.precision], enabled=config.precision != "fp32"):
-                return model(batch.image, batch.words, batch.word_mask).float()
-
+        infer = _inference(model.eval(), config.precision)
         scores: dict[str, Score] = {}
         protocols = list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol]
         for split, source in split_names(_sources(config, splits, index)).items():
-            for place, rules in enumerate(protocols):
-                first = place == 0
+            for rules in protocols:
+                first = rules == protocols[0]
                 evaluation = score_split(infer, config, split, source, tokenizer, world, protocol=rules,
                                          language_blind=language_blind and first, pictures=pictures if first else 0)
-                if world.is_main and evaluation.score is not None:
+                if evaluation.score is not None:
                     scores[split if len(protocols) == 1 else f"{split} {rules}"] = evaluation.score
-                    write_json(config.directory / "scores" / f"{split}-{rules}.json",
-                               {"checkpoint": checkpoint.resolve().name, **evaluation.score.to_json()})
-                    if pictures and first:
-                        keep_pictures(config.directory / "pictures" / split, evaluation, pictures)
+                    _keep(config.directory, checkpoint, split, evaluation, pictures if first else 0)
         if scores:
-            write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": next(iter(scores)),
-                                                         **next(iter(scores.values())).to_json()})
+            name, score = next(iter(scores.items()))
+            write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": name, **score.to_json()})
+            publish_scores(config)
         return scores
+
+
+def publish_scores(config: Config) -> None:
+    """Show the scores, rows, pictures and page of a tracked run in its MLflow run; rank 0 only."""
+    if not (config.directory / "tracking.json").is_file():
+        return
+    with open_tracker(config.tracking, config.directory, config.name, rank=0, params=flatten(config)) as tracker:
+        for name in ("score.json", "report.html"):
+            if (config.directory / name).is_file():
+                tracker.artifact(config.directory / name)
+        for name in ("scores", "pictures"):
+            if (config.directory / name).is_dir():
+                tracker.artifact(config.directory / name, name)
+
+
+def _inference(model: CoupAlign, precision: str) -> Infer:
+    @torch.no_grad()
+    def infer(batch: Batch) -> Tensor:
+        with torch.autocast(batch.image.device.type, DTYPES[precision], enabled=precision != "fp32"):
+            return model(batch.image, batch.words, batch.word_mask).float()
+    return infer
+
+
+def _keep(run: Path, checkpoint: Path, split: str, evaluation: Evaluation, pictures: int) -> None:
+    assert evaluation.score is not None
+    write_json(run / "scores" / f"{split}-{evaluation.score.protocol}.json",
+               {"checkpoint": checkpoint.resolve().name, **evaluation.score.to_json()})
+    if pictures:
+        keep_pictures(run / "pictures" / split, evaluation, pictures)
 
 
 def _sources(config: Config, splits: Sequence[str], index: str | None) -> list[Source]:

@@ -52,7 +52,8 @@ def micro_batches(step: int, world: World, config: Config) -> list[Batch]:
     share = total // world.size
     cut = min(cut, share)
     starts = range(world.rank * share, (world.rank + 1) * share, cut)
-    return [Batch(image[at:at + cut], words[at:at + cut], mask[at:at + cut], target[at:at + cut], ()) for at in starts]
+    batches = [Batch(image[at:at + cut], words[at:at + cut], mask[at:at + cut], target[at:at + cut], ()) for at in starts]
+    return [batch.to(world.device) for batch in batches]
 
 
 def steps(engine: Engine, config: Config, world: World, span: range) -> list[tuple[float, float]]:
@@ -75,7 +76,8 @@ def curves(world: World, configs: Sequence[Config], count: int) -> list[dict[str
         with engine.averaged():
             logits = engine.infer(probe)
         numbers += steps(engine, config, world, range(count, count + 2))     # the average was taken out again
-        results.append({"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True), "logits": logits})
+        results.append({"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True),
+                        "logits": logits.cpu()})
     return results
 
 

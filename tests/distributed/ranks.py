@@ -15,15 +15,15 @@ from coupalign import dist
 TIMEOUT_S = 240
 
 
-def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Call `fn(world, *arguments)` in `ranks` fresh processes joined over gloo; a file is the rendezvous, no port is used.
+def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any, gpu: bool = False) -> list[Any]:
+    """Call `fn(world, *arguments)` in `ranks` fresh processes joined over gloo (nccl); a file is the rendezvous, no port is used.
 
     Raises:
         AssertionError: a rank failed (with its traceback) or did not end in time.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments)) for rank in range(ranks)]
+        processes = [context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments, gpu)) for rank in range(ranks)]
         for process in processes:
             process.start()
         try:
@@ -39,9 +39,9 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
                 process.kill()
 
 
-def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...]) -> None:
+def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...], gpu: bool) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+                   "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     try:
         with dist.session(f"file://{folder}/rendezvous", timeout_minutes=3) as world:
             result = fn(world, *arguments)

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
-SBATCH = {"slurm/pack.sbatch": "pack", "slurm/train.sbatch": "train", "slurm/eval.sbatch": "evaluate"}
+SBATCH = {"slurm/pack.sbatch": "pack", "slurm/train.sbatch": "train", "slurm/eval.sbatch": "eval"}
 ARGUMENTS = ["configs/a b.yaml", "name=it's", "data.train=[{index: 'a b', split: train}]", "seed=$HOME"]
 
 
@@ -49,7 +49,7 @@ def test_every_script_in_the_folders_is_tested_here():
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
-@pytest.mark.parametrize("words, verb", [([], "train"), (["train"], "train"), (["evaluate"], "evaluate")])
+@pytest.mark.parametrize("words, verb", [([], "train"), (["train"], "train"), (["eval"], "eval")])
 def test_a_launcher_ends_in_the_entry_point_with_its_arguments_untouched(script, words, verb):
     command = last_line(run(script, "--dry-run", *words, *ARGUMENTS, NPROC="3"))
     module = "--module" if "deepspeed" in script else "-m"
@@ -73,7 +73,8 @@ def test_visible_devices_are_respected():
 def test_the_hostfile_decides_the_processes():
     command = last_line(run("launch/deepspeed.sh", "--hostfile", "launch/hostfile.example", "--dry-run", "a.yaml",
                             MASTER_ADDR="10.0.0.1", MASTER_PORT="2345", DEEPSPEED_ARGS="--no_ssh_check --ssh_port 22"))
-    assert command == shlex.split("deepspeed --hostfile launch/hostfile.example --master_addr 10.0.0.1 --master_port 2345 "
+    assert command == shlex.split("deepspeed --log_level warning --hostfile launch/hostfile.example --master_addr 10.0.0.1 "
+                                  "--master_port 2345 "
                                   "--no_ssh_check --ssh_port 22 --no_local_rank --module coupalign train a.yaml")
     assert run("launch/deepspeed.sh", "--hostfile", "nowhere", "a.yaml").returncode == 2
 

@@ -19,7 +19,7 @@ from coupalign.tracking import read_rows
 from tests.e2e.conftest import finish, launch
 
 pytestmark = pytest.mark.slow
-TIMED = ("train/samples_per_second", "train/data_wait_share", "train/peak_memory_gb")
+TIMED = ("train/samples_per_second", "data/wait_share", "train/peak_memory_gb")
 
 
 def curve(run: Path) -> dict[int, dict[str, float]]:

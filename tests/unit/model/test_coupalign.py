@@ -134,14 +134,6 @@ def test_bf16_autocast_is_near_fp32_and_keeps_float32_logits():
     assert (got - want).norm() < 0.05 * want.norm()
 
 
-def test_parameter_groups_hold_every_trainable_parameter_once():
-    model = build_model(config(0, wpa=WpaConfig(stages=(True, True, False, False))), VOCABULARY, SIDE)
-    groups = model.parameter_groups()
-    assert sorted(sum(groups.values(), [])) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    assert all(n.startswith("image.") for n in groups["image"]) and all(n.startswith("text.") for n in groups["text"])
-    assert {n.split(".")[0] for n in groups["rest"]} == {"wpa", "decoder", "head"}
-
-
 def test_constants_are_not_part_of_a_checkpoint():
     assert not {"mean", "std"} & set(build_model(config(), VOCABULARY, SIDE).state_dict())
 

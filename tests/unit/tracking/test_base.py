@@ -11,7 +11,7 @@ import pytest
 
 from coupalign.config.schema import MlflowTracking, NoTracking
 from coupalign.errors import InputError
-from coupalign.tracking import JOURNAL, flatten, git_revision, open_tracker, read_rows
+from coupalign.tracking import JOURNAL, git_revision, open_tracker, read_rows
 from coupalign.tracking.base import Journal
 from coupalign.tracking.outbox import tracking_address
 
@@ -129,11 +129,6 @@ def test_the_exception_of_training_passes_through(tmp_path):
     with pytest.raises(KeyError), open_tracker(NoTracking(), tmp_path, "a", rank=0) as tracker:
         tracker.log(1, {"loss": 2})
         raise KeyError("training")
-
-
-def test_flatten_gives_dotted_keys():
-    tree = {"a": 1, "b": {"c": {"d": None}, "e": (1, 2)}, "f": ({"g": 1}, {"g": 2}), "h": {}, "i": []}
-    assert flatten(tree) == {"a": 1, "b.c.d": None, "b.e": (1, 2), "f.0.g": 1, "f.1.g": 2, "h": {}, "i": []}
 
 
 def test_git_revision_tells_clean_dirty_and_untracked_folders(tmp_path):

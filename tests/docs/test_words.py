@@ -1,0 +1,84 @@
+"""What is shown to a user is true: the README's commands parse and name files that exist, the flags are frozen, help is light."""
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coupalign.cli import _parser
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(page for page in ROOT.rglob("*.md") if not {".venv", "runs", "data"} & set(page.relative_to(ROOT).parts))
+VERBS = {
+    "synth": {"--images", "--seed", "--level", "--size", "--workers"},
+    "pack": {"--out", "--workers", "--overwrite", "--dry-run"},
+    "verify": set(),
+    "describe": set(),
+    "config": {"--deepspeed", "--ranks"},
+    "train": set(),
+    "eval": {"--split", "--index", "--protocol", "--language-blind", "--pictures"},
+    "predict": {"--out", "--batch", "--device"},
+    "report": set(),
+    "track": set(),
+    "doctor": set(),
+}
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices)
+
+
+def shown_commands() -> list[str]:
+    """Lines of shell blocks in the pages that start coupalign, alone or through a launcher."""
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.match(r"coupalign |launch/\w+\.sh ", line) and "…" not in line]
+
+
+def test_flags_are_frozen() -> None:
+    """A new flag is a decision: most things belong into the configuration."""
+    found = {name: {flag for action in parser._actions for flag in action.option_strings} for name, parser in verbs().items()}
+    assert found == {name: flags | {"-h", "--help", "--json", "--local_rank"} for name, flags in VERBS.items()}
+
+
+@pytest.mark.parametrize("line", shown_commands())
+def test_a_shown_command_is_accepted(line: str) -> None:
+    words = shlex.split(line)
+    if words[0].startswith("launch/"):
+        assert (ROOT / words[0]).is_file()
+        words = [word for word in words if word not in ("--dry-run",)]
+        words = words[3:] if words[1] == "--hostfile" else words[1:]
+    else:
+        words = words[1:]
+    words = words if words[0] in VERBS else ["train", *words]
+    _parser().parse_args(words)
+    for word in words:
+        if word.startswith(("configs/", "shards/recipes/")):
+            assert (ROOT / word).is_file(), f"{line}: no {word}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+@pytest.mark.parametrize("code", ["import coupalign", "import coupalign.cli; coupalign.cli._parser().format_help()"])
+def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
+    heavy = "torch numpy pydantic deepspeed transformers timm webdataset mlflow"
+    check = f"{code}; import sys; found = set('{heavy}'.split()) & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _parser().parse_args([verb, "--help"])
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
