@@ -81,8 +81,8 @@ def curves(world: World, configs: Sequence[Config], count: int) -> list[dict[str
     return results
 
 
-def interrupted(world: World, configs: Sequence[Config], folder: Path, first: int, count: int) -> list[dict[str, Any]]:
-    """For each engine in turn: train `first` steps, save, build everything anew, load, train up to `count`."""
+def interrupted(world: World, configs: Sequence[Config], folder: Path, first: int, count: int) -> list[list[tuple[float, float]]]:
+    """Loss and norm of each step, for each engine: train `first` steps, save, build everything anew, load, train up to `count`."""
     results = []
     for place, config in enumerate(configs):
         here = folder / str(place)
@@ -99,7 +99,7 @@ def interrupted(world: World, configs: Sequence[Config], folder: Path, first: in
         again = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)      # another random start
         again.load(here)
         numbers += steps(again, config, world, range(first, count))
-        results.append({"numbers": numbers, "weights": again.export(), "ema": again.export(averaged=True)})
+        results.append(numbers)
     return results
 
 

@@ -1,6 +1,7 @@
 """DDP, every ZeRO stage and a single process are the same optimizer; a checkpoint is the same run; NaN changes nothing."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def pair() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_equal_one_process(kind: str, single: dict[str, Any], pair: dict[str, dict[str, Any]]) -> None:
     one, two = single, pair[kind]
-    losses = torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
+    losses = _losses(one, two)
     norms = torch.tensor([[numbers[1] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
     print(f"{kind}: largest relative difference to one process: loss {_relative(losses):.1e}, gradient norm {_relative(norms):.1e}, "
           f"weights {_furthest(one, two, 'weights'):.1e}, average {_furthest(one, two, 'ema'):.1e}")
@@ -44,20 +45,14 @@ def test_two_ranks_equal_one_process(kind: str, single: dict[str, Any], pair: di
     assert losses[0, -1] < losses[0, 0], "the runs compared did not even learn"
 
 
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return dict(zip(KINDS, run_ranks(interrupted, 2, engines(*KINDS), tmp_path_factory.mktemp("saved"), 7, STEPS + 2)[0]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, pair: dict[str, dict[str, Any]],
-                                                   resumed: dict[str, dict[str, Any]]) -> None:
-    whole, again = pair[kind], resumed[kind]
-    if kind == "ddp":
-        assert again["numbers"] == whole["numbers"]
-        assert all(torch.equal(again[what][name], whole[what][name]) for what in ("weights", "ema") for name in whole[what])
-    assert _furthest(whole, again, "weights") < WEIGHT_TOLERANCE
-    assert _furthest(whole, again, "ema") < WEIGHT_TOLERANCE
+def test_a_resumed_run_equals_an_uninterrupted_one(pair: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """Loss and gradient norm of a step tell of every weight and every moment of the steps before it."""
+    for kind, again in zip(KINDS, run_ranks(interrupted, 2, engines(*KINDS), tmp_path, 3, 8)[0]):
+        whole = pair[kind]["numbers"][:8]
+        if kind == "ddp":
+            assert again == whole
+        for found, expected in zip(again, whole):
+            assert found == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
@@ -69,14 +64,20 @@ def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
         assert any(not torch.equal(result["after"][name], result["later"][name]) for name in result["after"]), kind
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_agrees_between_engines(precision: str) -> None:
-    """Weights and gradients stay fp32 and only autocast rounds, so engines agree as far as the split of the batch allows."""
-    configs = [config.model_copy(update={"precision": precision}) for config in engines("ddp", "zero0", "zero2", "zero3")]
-    results = run_ranks(curves, 2, configs, 3)[0]
-    for result in results[1:]:
-        first = torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (results[0], result)], dtype=torch.float64)
-        assert _relative(first) < 1e-4
+def test_mixed_precision_agrees_between_engines() -> None:
+    """Weights and gradients stay fp32 and only autocast rounds: engines differ by less than the rounding itself does."""
+    plain, *mixed = [config.model_copy(update={"precision": precision}) for precision, kinds in
+                     (("fp32", ("ddp",)), ("bf16", ("ddp", "zero0", "zero2", "zero3")), ("fp16", ("ddp", "zero0", "zero2", "zero3")))
+                     for config in engines(*kinds)]
+    exact, *results = run_ranks(curves, 2, [plain, *mixed], 3)[0]
+    for first in (0, 4):
+        spread = _relative(_losses(exact, results[first]))
+        for result in results[first + 1:first + 4]:
+            assert _relative(_losses(results[first], result)) < spread < 0.05
+
+
+def _losses(one: dict[str, Any], two: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
 
 
 def _relative(pair: torch.Tensor) -> float:
