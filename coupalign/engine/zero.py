@@ -57,7 +57,7 @@ class Zero:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World):
         assert isinstance(config.engine, DeepSpeedEngine)
-        self.deepspeed = _import_deepspeed()
+        self.deepspeed = _import_deepspeed(world)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
         self.scale = LossScale(config.precision)
@@ -170,8 +170,13 @@ class Zero:
             return parameter.detach().float().cpu().clone() if self.world.is_main else None
 
 
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed without its habit of compiling a C++ operator for shared-memory collectives at the first start."""
+def _import_deepspeed(world: World) -> Any:
+    """Import DeepSpeed without its habit of compiling a C++ operator for shared-memory collectives at the first start.
+
+    It insists on its launcher's variables even where the process group exists already, so whoever started us, it finds them.
+    """
+    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+        os.environ.setdefault(name, str(value))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from coupalign import dist
 
 TIMEOUT_S = 240
@@ -42,6 +44,7 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any, gpu: bool = F
 def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...], gpu: bool) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                    "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    torch.set_num_threads(1)              # the variable comes too late for a torch that is imported already
     try:
         with dist.session(f"file://{folder}/rendezvous", timeout_minutes=3) as world:
             result = fn(world, *arguments)

@@ -18,7 +18,7 @@ from tests.distributed.ranks import run_ranks
 
 def score(world: World, config: Config, shards: Path) -> dict[str, object]:
     """Rows and score of an untrained model under each protocol."""
-    source = Source(index=str(shards), split="train")
+    source = Source(index=str(shards), split="val")
     config = config.model_copy(update={"data": config.data.model_copy(update={"train": (source,), "workers": 0})})
     tokenizer = open_tokenizer(config.data)
     torch.manual_seed(0)
@@ -30,13 +30,13 @@ def score(world: World, config: Config, shards: Path) -> dict[str, object]:
 
     results = {}
     for name in PROTOCOLS:
-        evaluation = score_split(infer, config, "train", source, tokenizer, world, protocol=name)
+        evaluation = score_split(infer, config, "val", source, tokenizer, world, protocol=name)
         results[name] = (evaluation.rows.tolist(), evaluation.score and evaluation.score.to_json())
     return results
 
 
 def test_any_number_of_ranks_gives_the_same_integers(shards: Path, tmp_path: Path) -> None:
-    configs = [override(Config(run_dir=tmp_path / str(ranks)), [*TINY, "evaluate.batch=3"]) for ranks in (1, 2, 3)]
+    configs = [override(Config(run_dir=tmp_path / str(ranks)), [*TINY, "evaluate.batch=4", "evaluate.bootstrap=20"]) for ranks in (1, 2, 3)]
     one, two, three = (run_ranks(score, ranks, config, shards)[0] for ranks, config in zip((1, 2, 3), configs))
     assert one == two == three
     assert any(inside for rows, _ in one.values() for _, inside, _ in rows), "a prediction that never hits proves nothing"

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -31,14 +32,16 @@ def curve(run: Path) -> dict[int, dict[str, float]]:
 
 
 def kill_when(process: subprocess.Popen[str], there: Path) -> None:
-    """SIGKILL the launcher and all its ranks as soon as a path exists."""
+    """SIGKILL the launcher, all its ranks and their workers as soon as a path exists."""
     until = time.monotonic() + 240
     while not there.exists():
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < until, f"{there} did not appear"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    launcher = psutil.Process(process.pid)
+    for victim in (launcher, *launcher.children(recursive=True)):
+        victim.kill()
+    process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +129,11 @@ def test_a_full_disk_leaves_the_old_checkpoints_whole(config: Path, tmp_path: Pa
     run = tmp_path / "run"
     finish(launch(1, "train", config, f"run_dir={run}", "train.steps=3", "train.evaluate_every=100"))
     before = {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    # The limit holds for shared memory too, so the samples come without worker processes.
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     code = limit + "from coupalign.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.run([os.sys.executable, "-c", code, "train", str(config), f"run_dir={run}", "train.steps=6",
-                              "train.evaluate_every=100"], capture_output=True, text=True, timeout=200)
+                              "train.evaluate_every=100", "data.workers=0"], capture_output=True, text=True, timeout=200)
     assert process.returncode == 2, process.stderr[-3000:]
     assert "could not be written" in process.stderr and "step-00000003" in process.stderr
     assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before

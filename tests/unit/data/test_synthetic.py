@@ -61,7 +61,7 @@ def _describe(annotation: dict, noun: str, hues: np.ndarray | None, side: int, l
         angle = np.angle(np.exp(1j * np.radians(hues[mask])).mean(), deg=True)
         color = min(HUES, key=lambda name: abs((angle - HUES[name] + 180) % 360 - 180))
     return {"id": annotation["id"], "noun": noun, "color": color,
-            "big": mask.sum() > (395 if level == "easy" else 185) * (side / 96) ** 2,
+            "big": mask.sum() > (508 if level == "easy" else 185) * (side / 96) ** 2,
             "x": (xs.mean() + 0.5) / side, "y": (ys.mean() + 0.5) / side}
 
 
@@ -151,7 +151,7 @@ def test_targets_are_never_alone_in_their_class_and_stay_visible(made: Made) -> 
     for ref in made.refs:
         assert classes[ref["image_id"], ref["category_id"]] >= 2
     per_image = Counter(a["image_id"] for a in made.annotations.values())
-    assert set(per_image.values()) <= ({4, 5} if made.level == "easy" else {5, 6, 7, 8, 9})
+    assert set(per_image.values()) <= ({3, 4} if made.level == "easy" else {5, 6, 7, 8, 9})
     assert min(a["area"] for a in made.annotations.values()) >= (140 if made.level == "easy" else 60)
 
 
