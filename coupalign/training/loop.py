@@ -73,6 +73,9 @@ def train(config: Config) -> Outcome:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
+            if world.is_main:
+                with whole_file(config.directory / "config.yaml", "w") as file:
+                    file.write(dump(config))
             with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
                 tracker.artifact(config.directory / "config.yaml")
                 outcome = _steps(run, state, tracker, stop)
@@ -97,8 +100,6 @@ def _prepare(config: Config, world: World) -> Run:
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
     if world.is_main:
-        with whole_file(config.directory / "config.yaml", "w") as file:
-            file.write(dump(config))
         print(f"{config.name}: {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
               f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
               f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "

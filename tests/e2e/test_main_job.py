@@ -123,6 +123,7 @@ def test_another_configuration_cannot_go_on(config: Path, whole: Path, tmp_path:
                           ("engine.kind=deepspeed", "written by ddp with 2 ranks")]:
         assert main(["train", str(config), f"run_dir={run}", "train.steps=20", change]) == 2
         assert named in capsys.readouterr().err
+        assert (run / "config.yaml").read_bytes() == (whole / "config.yaml").read_bytes(), "a refused start changes nothing"
 
 
 def test_a_full_disk_leaves_the_old_checkpoints_whole(config: Path, tmp_path: Path) -> None:
