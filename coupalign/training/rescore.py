@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coupalign import dist
-from coupalign.config.load import flatten, override
+from coupalign.config.load import override
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
 from coupalign.engine.base import DTYPES
@@ -66,7 +66,7 @@ def publish_scores(config: Config) -> None:
     """Show the scores, rows, pictures and page of a tracked run in its MLflow run; rank 0 only."""
     if not (config.directory / "tracking.json").is_file():
         return
-    with open_tracker(config.tracking, config.directory, config.name, rank=0, params=flatten(config)) as tracker:
+    with open_tracker(config.tracking, config.directory, config.name, rank=0) as tracker:
         for name in ("score.json", "report.html"):
             if (config.directory / name).is_file():
                 tracker.artifact(config.directory / name)
