@@ -24,4 +24,4 @@ lint: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) runs data build *.egg-info
+	rm -rf $(VENV) build *.egg-info
