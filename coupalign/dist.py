@@ -61,12 +61,6 @@ def session(rendezvous: str = "env://", timeout_minutes: float = 30.0) -> Iterat
         td.destroy_process_group()
 
 
-def launched_places() -> tuple[int, int]:
-    """(rank, world size) that the launcher gave to this process; (0, 1) where there is none."""
-    rank, size, *_ = _places(os.environ)
-    return rank, size
-
-
 def any_rank(flag: bool, world: World) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on every rank."""
     if world.size == 1:
@@ -106,18 +100,6 @@ def from_main(value: Any, world: World) -> Any:
     box: Sequence[Any] = [value]
     td.broadcast_object_list(box, src=0, device=world.device)
     return box[0]
-
-
-@contextmanager
-def main_first(world: World) -> Iterator[None]:
-    """Rank 0 runs the block (it downloads, it creates), then everybody else does."""
-    if not world.is_main:
-        wait_for_all(world)
-    try:
-        yield
-    finally:
-        if world.is_main:
-            wait_for_all(world)
 
 
 def wait_for_all(world: World) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
 import coupalign
-from coupalign.kernels import available
+from coupalign.kernels import choose
 from coupalign.training.optim import which_apex
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "deepspeed", "webdataset", "mlflow", "pydantic", "s3fs")
@@ -21,7 +22,7 @@ def examine() -> dict[str, str]:
     found["gpu"] = _gpus()
     found["bf16"] = "yes" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else _cpu_bf16()
     found["apex"] = which_apex()
-    found["alignment kernels"] = available()
+    found["alignment attention"] = f"auto takes {choose('auto')}"
     return found
 
 
@@ -40,5 +41,6 @@ def _gpus() -> str:
 
 
 def _cpu_bf16() -> str:
-    flags = torch.backends.cpu.get_cpu_capability()
-    return f"on the CPU ({flags}); fast only where the processor has bf16 instructions"
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    found = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    return f"yes, {', '.join(found)}" if found else "no instructions for it: precision=fp32 is faster here"

@@ -123,9 +123,8 @@ def mean_losses(micro_losses: Sequence[dict[str, Tensor]], world: World) -> tupl
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout and stochastic depth become a function of (seed, step, rank): nothing to save, nothing to lose on resume."""
-    words = torch.tensor([seed, step, rank], dtype=torch.int64)
-    mixed = 0x9E3779B97F4A7C15
-    for word in words.tolist():
+    mixed = 0x9E3779B97F4A7C15                               # the increment and multipliers of splitmix64
+    for word in (seed, step, rank):
         mixed = ((mixed ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
         mixed ^= mixed >> 31
     torch.manual_seed(mixed & (2**63 - 1))

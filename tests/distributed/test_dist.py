@@ -15,8 +15,7 @@ from tests.distributed.ranks import run_ranks
 
 def collect(world: World) -> dict[str, Any]:
     rows = np.arange(world.rank * 3, dtype=np.int64).reshape(-1, 3) + 100 * world.rank      # 0, 1 and 2 rows
-    with dist.main_first(world):
-        pass
+    dist.wait_for_all(world)
     return {"rows": dist.gather_rows(rows, world), "any": dist.any_rank(world.rank == 1, world), "none": dist.any_rank(False, world),
             "vector": dist.gather_vector(torch.tensor([world.rank, 0.5]), world), "main": dist.from_main(world.rank * 2 + 7, world)}
 

@@ -17,7 +17,7 @@ import pytest
 from coupalign.data import pack as packing
 from coupalign.data.index import read_index, verify
 from coupalign.data.masks import decode
-from coupalign.data.pack import inspect, pack
+from coupalign.data.pack import pack
 from coupalign.data.recipe import Recipe, read_recipe
 from coupalign.errors import InputError
 
@@ -383,24 +383,3 @@ def test_shipped_recipes(file: Path, monkeypatch) -> None:
     recipe = read_recipe(file)
     assert recipe.name == file.stem and recipe.out == Path("data/shards") / recipe.name
     assert recipe.root in (Path.home() / "refer", Path("data/refshapes"))
-
-
-def test_dry_run_on_real_records(real_data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("REFER_ROOT", str(real_data / "real_records"))
-    recipe = read_recipe(ROOT / "shards/recipes/all.yaml")
-    report = inspect(recipe)
-    numbers = [split for splits in report.counts.values() for split in splits.values()]
-    assert len(report.counts) == 5 and sum(n["refs"] for n in numbers) == 28 and sum(n["sentences"] for n in numbers) == 72
-    assert report.state == "dry run" and len(report.missing_images) == 4
-    assert "4 of 4 images are missing (28 refs need them): COCO_train2014_000000460986.jpg" in report.table()
-    with pytest.raises(InputError, match="4 of 4 images are missing"):
-        pack_quietly(recipe, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_real_photographs(real_data: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(real_data / "mini_refcoco", sets=({"dataset": "refcocog", "split_by": "demo"},), vocabulary_size=None)
-    report = pack_quietly(recipe, tmp_path / "out")
-    assert report.images == 7 and sum(n["refs"] for n in report.counts["refcocog/demo"].values()) == 8
-    assert verify(tmp_path / "out").ok

@@ -1,0 +1,34 @@
+"""Packing real records and photographs."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coupalign.data.index import verify
+from coupalign.data.pack import inspect, pack
+from coupalign.data.recipe import AnnotationSet, Recipe, read_recipe
+from coupalign.errors import InputError
+
+RECIPES = Path(__file__).parents[3] / "shards" / "recipes"
+
+
+def test_dry_run_on_real_records(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REFER_ROOT", str(real_data / "real_records"))
+    recipe = read_recipe(RECIPES / "all.yaml")
+    report = inspect(recipe)
+    numbers = [split for splits in report.counts.values() for split in splits.values()]
+    assert len(report.counts) == 5 and sum(n["refs"] for n in numbers) == 28 and sum(n["sentences"] for n in numbers) == 72
+    assert report.state == "dry run" and len(report.missing_images) == 4
+    assert "4 of 4 images are missing (28 refs need them): COCO_train2014_000000460986.jpg" in report.table()
+    with pytest.raises(InputError, match="4 of 4 images are missing"):
+        pack(recipe, tmp_path / "out", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_real_photographs(real_data: Path, tmp_path: Path) -> None:
+    sets = (AnnotationSet(dataset="refcocog", split_by="demo"),)
+    report = pack(Recipe(name="mini", root=real_data / "mini_refcoco", sets=sets, vocabulary_size=None), tmp_path / "out", progress=False)
+    assert report.images == 7 and sum(n["refs"] for n in report.counts["refcocog/demo"].values()) == 8
+    assert verify(tmp_path / "out").ok
