@@ -37,7 +37,8 @@ setup(
     ],
     extras_require={
         "s3": ["s3fs"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "wids", "s3fs", "moto[s3,server]"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "wids", "s3fs", "moto[s3,server]",
+                 "triton"],
     },
     entry_points={"console_scripts": ["coupalign = coupalign.cli:main"]},
     classifiers=[

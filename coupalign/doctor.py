@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import coupalign
-from coupalign.kernels import choose
+from coupalign.kernels import explain
 from coupalign.training.optim import which_apex
 
-PACKAGES = ("torch", "torchvision", "timm", "transformers", "deepspeed", "webdataset", "mlflow", "pydantic", "s3fs")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "transformers", "deepspeed", "webdataset", "mlflow", "pydantic", "s3fs")
 
 
 def examine() -> dict[str, str]:
@@ -22,7 +22,7 @@ def examine() -> dict[str, str]:
     found["gpu"] = _gpus()
     found["bf16"] = "yes" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else _cpu_bf16()
     found["apex"] = which_apex()
-    found["alignment attention"] = f"auto takes {choose('auto')}"
+    found["alignment attention"] = f"auto takes {explain('auto')}"
     return found
 
 

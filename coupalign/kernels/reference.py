@@ -12,13 +12,13 @@ from torch import Tensor
 
 def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1) -> tuple[Tensor, Tensor]:
     """See `coupalign.kernels.bidirectional_attention`; scores and both softmaxes are float32 also under autocast."""
-    batch, count, _ = pixels.shape
+    columns = keys.shape[1]
     exact = torch.promote_types(pixels.dtype, torch.float32)
     with without_autocast(pixels.device):
         v, k, u = pixels.to(exact), keys.to(exact), values.to(exact)
         bias, padding = finite_bias(bias.to(exact))
         scores = torch.baddbmm(bias[:, None], v, k.transpose(1, 2))                          # [B, P, H*T]
-        over_words = scores.view(batch, count, heads, -1).softmax(-1).view_as(scores)        # [B, P, H*T]
+        over_words = scores.unflatten(2, (heads, columns // heads)).softmax(-1).flatten(2)    # [B, P, H*T]
         over_pixels = scores.transpose(1, 2).softmax(-1)                                     # [B, H*T, P]
         pixels_from_words = (over_words @ u).masked_fill(padding.all(1)[:, None, None], 0.0)
         words_from_pixels = (over_pixels @ v).masked_fill(padding[..., None], 0.0)

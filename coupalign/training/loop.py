@@ -26,6 +26,7 @@ from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
 from coupalign.evaluation.metrics import Score
 from coupalign.files import whole_file, write_json
+from coupalign.kernels import explain
 from coupalign.model.coupalign import build_model
 from coupalign.model.weights import load_pretrained
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
@@ -103,7 +104,8 @@ def _prepare(config: Config, world: World) -> Run:
         print(f"{config.name}: {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
               f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
               f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
-              f"-> {config.directory}", flush=True)
+              f"-> {config.directory}\n"
+              f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
     return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total)
 
 

@@ -141,8 +141,9 @@ def test_constants_are_not_part_of_a_checkpoint():
 @pytest.mark.parametrize("variant, message", [(config(proposal_stages=(5,)), "names stage 5"),
                                               (config(proposal_stages=()), "stages is empty"),
                                               (config(wpa=WpaConfig(heads=3)), "heads = 3"),
-                                              (config(wpa=WpaConfig(impl="fused")), "fused")])
-def test_fields_that_do_not_fit_are_named(variant, message):
+                                              (config(wpa=WpaConfig(impl="fused")), "impl = fused: out of order")])
+def test_fields_that_do_not_fit_are_named(variant, message, monkeypatch):
+    monkeypatch.setattr("coupalign.kernels.obstacle", lambda: "out of order")
     with pytest.raises(InputError, match=message):
         build_model(variant, VOCABULARY, SIDE)
 

@@ -88,8 +88,9 @@ def test_the_word_side_is_float32_under_autocast():
     assert pixels.dtype == v.dtype and after.dtype == words.dtype
 
 
-def test_bad_heads_and_paths_are_refused():
+def test_bad_heads_and_paths_are_refused(monkeypatch):
     with pytest.raises(InputError, match="heads = 3"):
         WordPixelAlignment(16, 24, heads=3)
-    with pytest.raises(InputError, match="fused"):
+    monkeypatch.setattr("coupalign.kernels.obstacle", lambda: "out of order")
+    with pytest.raises(InputError, match="impl = fused: out of order"):
         WordPixelAlignment(16, 24, impl="fused")
