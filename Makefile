@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test gpu lint setup clean
 setup: $(VENV)/.ready
 
 # torch first and by itself: whatever comes later must find the pinned build and not pull another one.
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+
+# On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
+gpu: setup
+	PYTHON="$(CURDIR)/$(BIN)/python" benchmarks/gpu.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -48,12 +48,20 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data_verbs(verb)
     _add_model_verbs(verb)
+    made = verb("bench", _bench, "measure: the alignment kernels, what they ask of a GPU, or the memory traffic of a step")
+    made.add_argument("what", choices=("kernel", "registers", "traffic"),
+                      help="kernel: time and bytes of word-pixel alignment, beside every other way to write it; registers: each kernel "
+                           "compiled for each GPU, none is needed; traffic CONFIG: bytes and FLOPs of a training step by part")
+    _file_and_overrides(made, "config", "YAML file, for traffic", optional=True)
+    made.add_argument("--batch", type=int, action="append", help="images; kernel: may be given again, default 8 and 32 (2 on a CPU); "
+                                                                  "traffic: default 32")
     verb("doctor", _doctor, "what this machine and this installation can do")
     return parser
 
 
-def _file_and_overrides(made: argparse.ArgumentParser, name: str = "config", text: str = "YAML file, see configs/") -> None:
-    made.add_argument(name, type=Path, help=text)
+def _file_and_overrides(made: argparse.ArgumentParser, name: str = "config", text: str = "YAML file, see configs/",
+                        optional: bool = False) -> None:
+    made.add_argument(name, type=Path, help=text, nargs="?" if optional else None)
     made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the file, by dotted key")
 
 
@@ -229,6 +237,49 @@ def _track(options: argparse.Namespace) -> Any:
     print(f"{sent.uri}, run {sent.run_id}: {sent.rows} rows and {sent.artifacts} artifacts sent; "
           f"{sent.rows_left} rows and {sent.artifacts_left} artifacts left {sent.error or ''}")
     return (1 if sent.error else 0), asdict(sent)
+
+
+def _bench(options: argparse.Namespace) -> Any:
+    if any(batch < 1 for batch in options.batch or ()):
+        raise InputError("--batch must be at least 1")
+    if (options.what == "traffic") != bool(options.config):
+        raise InputError("bench traffic needs a configuration, the other benches take none: coupalign bench traffic configs/demo.yaml")
+    return {"kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic}[options.what](options)
+
+
+def _bench_kernel(options: argparse.Namespace) -> Any:
+    from coupalign.bench.kernel import bench_kernel, table
+
+    bench = bench_kernel(options.batch)
+    print(table(bench))
+    return bench.to_json()
+
+
+def _bench_registers(options: argparse.Namespace) -> Any:
+    try:
+        from coupalign.kernels.resources import everything, measure, table
+    except ImportError as error:
+        raise InputError(f"bench registers compiles with Triton, which is not installed ({error}): pip install triton") from error
+    from tqdm import tqdm
+
+    wanted = everything()
+    results = list(tqdm(measure(wanted), total=len(wanted), unit="kernel", desc="compiling"))
+    print(table(results))
+    faults = [result for result in results if result.fault]
+    print(f"\n{len(results)} kernels, {len(faults)} with a fault (shared memory exceeded, or registers spilled on sm_90)")
+    return (1 if faults else 0), [result.row() for result in results]
+
+
+def _bench_traffic(options: argparse.Namespace) -> Any:
+    from dataclasses import asdict
+
+    from coupalign.bench.traffic import step_traffic, traffic_table
+    from coupalign.config.load import read_config
+
+    batch = (options.batch or [32])[-1]
+    costs = step_traffic(read_config(options.config, options.overrides), batch)
+    print(traffic_table(costs, batch))
+    return {"batch": batch, "parts": {name: asdict(cost) for name, cost in costs.items()}}
 
 
 def _doctor(options: argparse.Namespace) -> Any:

@@ -106,7 +106,7 @@ class WpaConfig(Section):
     stages: tuple[bool, bool, bool, bool] = Field((True, True, True, True), description="after which image stages it runs")
     heads: int = Field(1, ge=1)
     impl: Literal["auto", "reference", "plain", "fused"] = Field(
-        "auto", description="plain keeps the pixel-side projections (the oracle); reference absorbs them; fused is the GPU kernel")
+        "auto", description="auto: fused kernels where they run, else reference (plain PyTorch); plain: projections kept, the oracle")
 
 
 class DecoderConfig(Section):

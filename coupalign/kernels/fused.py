@@ -89,7 +89,7 @@ def _unit(ds, before, dtype: tl.constexpr):
         if ds is None:
             return tl.full([], 2.0 ** -100, tl.float32)
         else:
-            return tl.maximum(before, _power_of_two(tl.max(tl.max(tl.abs(ds), 1), 0)))
+            return tl.maximum(before, _power_of_two(tl.max(tl.abs(ds))))
     else:
         return tl.full([], 1.0, tl.float32)
 

@@ -1,6 +1,7 @@
 """What each kernel asks of a GPU, compiled ahead of time: no GPU, no driver and no CUDA toolkit are needed."""
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -70,10 +71,13 @@ class Resources:
     spilled: int            # bytes of one thread
     shared: int             # bytes of one program
     tensor_cores: str       # which matrix instructions: wgmma, mma.sync, tcgen05 or none
+    failure: str = ""       # what the compiler said, where it gave up
 
     @property
     def fault(self) -> str | None:
         """Why this case must not ship."""
+        if self.failure:
+            return f"does not compile: {self.failure}"
         limit = SHARED_MEMORY[self.case.architecture]
         if self.shared > limit:
             return f"{self.shared:,} bytes of shared memory are more than {limit:,}"
@@ -109,7 +113,15 @@ def cases(architectures: Sequence[int] = (80, 90, 100), dtypes: Sequence[torch.d
                     yield Case(f"{direction}_combine_kernel", architecture, torch.bfloat16, width, words, heads)
 
 
-def measure(wanted: Iterable[Case], processes: int = 2) -> Iterator[Resources]:
+def everything() -> list[Case]:
+    """What `coupalign bench registers` shows: every kernel x type x backbone stage on the data-center GPUs with 20 words; on
+    sm_90 every number of columns as well; and GPUs with little shared memory, where only the sum of both decides."""
+    columns = ((64, 1), (64, 2), (64, 4))
+    return [*cases(), *cases((SPILL_FREE,), channels=(128, 1024), columns=columns),
+            *cases((89, 120), (torch.bfloat16,), (128, 256, 1024), ((20, 1), (64, 4)))]
+
+
+def measure(wanted: Sequence[Case], processes: int = os.cpu_count() or 1) -> Iterator[Resources]:
     """Compile the cases side by side; results come in their order.
 
     Raises:
@@ -119,6 +131,14 @@ def measure(wanted: Iterable[Case], processes: int = 2) -> Iterator[Resources]:
         raise InputError("TRITON_INTERPRET is set: unset it, the interpreter has no registers to count")
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(compile_case, wanted, chunksize=4)
+
+
+def table(results: Iterable[Resources]) -> str:
+    """For people."""
+    rows = [{name: str(value) for name, value in result.row().items()} for result in results]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [dict(zip(widths, widths)), *rows]
+    return "\n".join("  ".join(f"{line[name]:<{width}}" for name, width in widths.items()).rstrip() for line in lines)
 
 
 def compile_case(case: Case) -> Resources:
@@ -131,7 +151,10 @@ def compile_case(case: Case) -> Resources:
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": 4} if case.helper else {"num_warps": cut.tiling.warps, "num_stages": cut.tiling.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+    except Exception as error:      # whatever the compiler throws is a finding about this case, and the others go on
+        return Resources(case, 0, 0, 0, "none", f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
     registers, spilled = _registers(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     used = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if f"{name}." in ptx]

@@ -60,17 +60,20 @@ class WordPixelAlignment(nn.Module):
         Returns:
             pixels [B, P, C] and words [B, T, D]; the words are unchanged where `update_words` is false.
         """
-        attend = self._attend_plain if self.impl == "plain" else self._attend_absorbed
-        pixels_from_words, words_from_pixels = attend(self.norm_pixels(pixels), self.norm_words(words), word_mask)
+        pixels_from_words, words_from_pixels = self.attend(self.norm_pixels(pixels), self.norm_words(words), word_mask)
         pixels = pixels + _gated(self.gate_pixels, pixels_from_words).to(pixels.dtype)
         if self.update_words:
             message = _gated(self.gate_words, words_from_pixels) * word_mask[..., None]
             words = words + message.to(words.dtype)
         return pixels, words
 
+    def attend(self, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: E741
+        """Both messages, V^ [B, P, C] and L^ [B, T, D] (none without `update_words`), of normalized pixels and words."""
+        return (self._attend_plain if self.impl == "plain" else self._attend_absorbed)(v, l, word_mask)
+
     def _attend_absorbed(self, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: E741
         with without_autocast(v.device):
-            keys, values, bias = self._absorb(_exact(l), word_mask)
+            keys, values, bias = self.absorb(_exact(l), word_mask)
         pixels_from_words, read = bidirectional_attention(v, keys, values, bias, self.impl, self.heads)
         if not self.update_words:
             return pixels_from_words, None
@@ -80,7 +83,7 @@ class WordPixelAlignment(nn.Module):
             message = torch.einsum("bhtc,hdc->bthd", read, weight).flatten(2) + _exact(self.pixel_value_bias)
             return pixels_from_words, message * word_mask[..., None]
 
-    def _absorb(self, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    def absorb(self, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
         """Word-side operands of the kernel, computed in float32: keys and values [B, h*T, C], bias [B, h*T]."""
         key = F.linear(l, _exact(self.key_weight), _exact(self.key_bias))                                # [B, T, C]
         key = key.unflatten(2, (self.heads, -1)) * (key.shape[2] // self.heads) ** -0.5                  # [B, T, h, C/h]

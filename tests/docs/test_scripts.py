@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
+BENCHMARK = "benchmarks/gpu.sh"
 SBATCH = {"slurm/pack.sbatch": "pack", "slurm/train.sbatch": "train", "slurm/eval.sbatch": "eval"}
 ARGUMENTS = ["configs/a b.yaml", "name=it's", "data.train=[{index: 'a b', split: train}]", "seed=$HOME"]
 
@@ -34,7 +35,7 @@ def last_line(done: subprocess.CompletedProcess) -> list[str]:
     return shlex.split(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", [*LAUNCHERS, *SBATCH, "slurm/env.sh"])
+@pytest.mark.parametrize("script", [*LAUNCHERS, *SBATCH, "slurm/env.sh", BENCHMARK])
 def test_bash_accepts_every_script(script):
     done = run("bash", "-n", script)
     assert (done.returncode, done.stderr) == (0, "")
@@ -46,6 +47,11 @@ def test_every_script_in_the_folders_is_tested_here():
     assert scripts >= {*LAUNCHERS, *SBATCH, "slurm/env.sh"}
     for script in scripts:
         assert run("bash", "-n", script).returncode == 0, script
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu():
+    done = run(BENCHMARK)
+    assert (done.returncode, done.stdout) == (2, "") and "torch finds no GPU here" in done.stderr
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)

@@ -25,6 +25,7 @@ VERBS = {
     "predict": {"--out", "--batch", "--device"},
     "report": set(),
     "track": set(),
+    "bench": {"--batch"},
     "doctor": set(),
 }
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from coupalign.cli import main
 
@@ -20,13 +21,19 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict]
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = said(capsys, "doctor")
     assert status == 0
-    assert found["alignment attention"] == "auto takes reference"
+    path = "fused kernels on" if torch.cuda.is_available() else "plain PyTorch ("
+    assert found["alignment attention"].startswith(f"auto takes {path}")
     assert {"torch", "deepspeed", "gpu", "bf16", "apex"} <= found.keys()
 
 
 def test_describe(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = said(capsys, "describe", config)
     assert status == 0 and "wpa" in json.dumps(found)
+
+
+def test_the_traffic_of_a_step(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = said(capsys, "bench", "traffic", config, "--batch", 4)
+    assert (status, found["batch"]) == (0, 4) and found["parts"]["wpa"]["bytes"] > 0
 
 
 def test_config_and_its_deepspeed_dictionary(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id
 NAMES = ("pixels_from_words", "words_from_pixels", "grad pixels", "grad keys", "grad values", "grad bias")
 SHAPES = [      # B, P, T, C, H: every backbone's widths, no multiple of a tile among P, all paths of the plan
     (2, 111, 7, 96, 1), (1, 300, 20, 128, 1), (1, 63, 20, 192, 1), (3, 130, 1, 256, 1), (1, 65, 32, 384, 1), (1, 225, 20, 512, 1),
-    (1, 63, 16, 768, 1), (1, 111, 20, 1024, 1), (1, 70, 9, 1536, 1), (1, 40, 20, 2048, 1), (2, 100, 64, 128, 1), (1, 90, 20, 96, 2),
+    (1, 63, 16, 768, 1), (1, 111, 20, 1024, 1), (1, 70, 9, 1536, 1), (1, 30, 20, 2048, 1), (2, 100, 64, 128, 1), (1, 90, 20, 96, 2),
     (1, 50, 5, 24, 3), (1, 70, 40, 256, 4), (1, 1, 1, 16, 1),
 ]
 
@@ -31,7 +31,7 @@ SHAPES = [      # B, P, T, C, H: every backbone's widths, no multiple of a tile 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shapes would give every program one tile; with few programs they walk over several, as large ones do."""
-    monkeypatch.setattr(plan, "PROGRAMS", 6)
+    monkeypatch.setattr(plan, "PROGRAMS", 3)
 
 
 @pytest.fixture
@@ -133,6 +133,7 @@ def test_large_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for x in got)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")      # the gradient of float16 pixels may
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("power", [-12, 20])
 def test_the_scale_of_the_word_gradient_does_not_matter(power: int, dtype: torch.dtype) -> None:
@@ -145,7 +146,7 @@ def test_the_scale_of_the_word_gradient_does_not_matter(power: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 300, 20, 128, 1), (2, 200, 20, 320, 1)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("shape", [(1, 300, 20, 128, 1), (1, 130, 20, 320, 1)], ids=["narrow", "wide"])
 def test_repeats_are_equal_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype, poisoned_memory: None) -> None:
     inputs = operands(shape, dtype)
     first = everything(through(1), inputs)

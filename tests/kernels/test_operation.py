@@ -104,6 +104,17 @@ def test_activation_checkpointing_and_double_use(reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(twice), again))
 
 
+def test_nothing_of_the_size_of_the_scores_is_kept_for_backward() -> None:
+    """The pixels themselves, and tensors of the words."""
+    inputs = [x.requires_grad_() for x in operands((2, 300, 20, 64, 1), torch.float16)[:4]]
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        bidirectional_attention(*inputs, impl="fused")
+    large = [x for x in kept if x.numel() >= 300 * 20]
+    assert len(large) == 1 and large[0].data_ptr() == inputs[0].data_ptr()
+    assert sorted(tuple(x.shape) for x in kept if x.numel() < 300 * 20) == [(2, 20), (2, 20)] + [(2, 20, 64)] * 3
+
+
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 def test_a_cuda_graph_captures_forward_and_backward() -> None:
     inputs = operands((2, 3600, 20, 256, 1), torch.bfloat16)

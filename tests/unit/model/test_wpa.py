@@ -80,8 +80,8 @@ def test_the_word_side_is_float32_under_autocast():
     wpa = module().float()
     v, words, mask = (x.float() if x.is_floating_point() else x for x in inputs())
     seen = {}
-    original = wpa._absorb
-    wpa._absorb = lambda *args: seen.setdefault("out", original(*args))
+    original = wpa.absorb
+    wpa.absorb = lambda *args: seen.setdefault("out", original(*args))
     with torch.autocast("cpu", torch.bfloat16):
         pixels, after = wpa(v, words, mask)
     assert [x.dtype for x in seen["out"]] == [torch.float32] * 3

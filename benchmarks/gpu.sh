@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What needs a GPU, unattended: the tests, then every way to write word-pixel alignment, timed. `make gpu` calls it.
+# Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json. A failing test does not keep the benchmark from running.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python}
+
+gpu=$("$python" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))" 2>/dev/null) || {
+    echo "benchmarks/gpu.sh: torch finds no GPU here" >&2
+    exit 2
+}
+out=${OUT:-benchmarks}/$(date +%F)-$gpu
+status=0
+
+"$python" -m coupalign doctor
+"$python" -m pytest tests -m gpu -q 2>&1 | tee "$out-tests.txt" || status=1
+for batch in 32 8; do
+    "$python" -m coupalign bench kernel --batch $batch --json >"$out-kernel-$batch.txt" || status=1
+    tail -n 1 "$out-kernel-$batch.txt" >"$out-kernel-$batch.json"
+    sed -i '$d' "$out-kernel-$batch.txt"
+    cat "$out-kernel-$batch.txt"
+done
+exit $status
