@@ -75,8 +75,9 @@ def _weights_and_score_gradient(s, dp, dq, there, log_sum, delta, back, finer, P
 
 @triton.jit
 def _power_of_two(x):
-    """The power of two just below x, between 2^-100 and 2^100."""
-    return tl.exp2(tl.floor(tl.log2(tl.minimum(tl.maximum(x, 2.0 ** -100), 2.0 ** 100))))
+    """The largest power of two that is not above x >= 0, between 2^-100 and 2^100: its exponent without its fraction."""
+    x = tl.minimum(tl.maximum(x, 2.0 ** -100), 2.0 ** 100)
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -136,15 +137,14 @@ def forward_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL,
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL, pixel_count, words, tiles, splits, blocks,
-                        C: tl.constexpr, HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL, pixel_count, words, tiles, splits, blocks, C,
+                        HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
     """A run of pixel tiles of one image, the channels block by block: the scores over all channels, then the outputs.
 
     A tile is read twice by the same program, the second time from the cache. The sums over pixels are too many for
     registers: they are added up in memory, where this program alone touches them. Few tiles make few programs, so a
     group of programs may share a run: each computes the scores, and the outputs of `blocks` channel blocks.
     """
-    BLOCKS: tl.constexpr = (C + C_ - 1) // C_
     group, split, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
     bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
@@ -159,8 +159,8 @@ def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, T
         start = (image * pixel_count + first) * C
         there = place < pixel_count - first
         s = tl.zeros([P_, W], tl.float32)
-        for j in range(0, BLOCKS):
-            c = j * C_ + tl.arange(0, C_)
+        for block in range(0, C, C_):
+            c = block + tl.arange(0, C_)
             v = tl.load(PIXELS + start + place[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
             k = tl.load(KEYS + word_start + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
             s = tl.dot(v, tl.trans(k), s, input_precision="ieee")
@@ -168,8 +168,8 @@ def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, T
         p = _softmax_over_words(s, P_, W, W_HEAD).to(PIXELS.dtype.element_ty)
         q, largest, shrink, total = _next_over_pixels(s, there, largest, total)
         q = q.to(PIXELS.dtype.element_ty)
-        for j in range(group * blocks, tl.minimum((group + 1) * blocks, BLOCKS)):
-            c = j * C_ + tl.arange(0, C_)
+        for block in range(group * blocks * C_, tl.minimum((group + 1) * blocks * C_, C), C_):
+            c = block + tl.arange(0, C_)
             mask = there[:, None] & (c < C)[None, :]
             v = tl.load(PIXELS + start + place[:, None] * C + c[None, :], mask=mask, other=0.0)
             u = tl.load(VALUES + word_start + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
@@ -185,8 +185,8 @@ def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, T
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def forward_combine_kernel(SUMS, LARGEST, TOTAL, FROM_PIXELS, LOG_SUM, words, splits,
-                           C: tl.constexpr, HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def forward_combine_kernel(SUMS, LARGEST, TOTAL, FROM_PIXELS, LOG_SUM, words, splits, C,
+                           HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
     """Add the partial sums of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
@@ -217,8 +217,8 @@ def forward_combine_kernel(SUMS, LARGEST, TOTAL, FROM_PIXELS, LOG_SUM, words, sp
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def backward_prepare_kernel(KEYS, VALUES, FROM_PIXELS, GRAD_FROM_PIXELS, K, U, G, DELTA, BACK, words, finer,
-                            C: tl.constexpr, HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_prepare_kernel(KEYS, VALUES, FROM_PIXELS, GRAD_FROM_PIXELS, K, U, G, DELTA, BACK, words, finer, C,
+                            HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
     """The word side of one image for backward: keys, values and gradient in the type of the matrix products, and
     delta [B, W], the mean of the gradient under the softmax over pixels.
 
@@ -307,14 +307,14 @@ def backward_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_F
 
 @triton.jit
 def _scores_and_weight_gradients(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, GRAD_FROM_PIXELS, start, word_start, there, row, real,
-                                 C: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr):
+                                 C, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr):
     """Three products of a tile with the words, each over all channels: never over one program's own block of them."""
     place = tl.arange(0, P_)
     s = tl.zeros([P_, W], tl.float32)
     dp = tl.zeros([P_, W], tl.float32)
     dq = tl.zeros([P_, W], tl.float32)
-    for first in range(0, C, C_):
-        c = first + tl.arange(0, C_)
+    for block in range(0, C, C_):
+        c = block + tl.arange(0, C_)
         at_tile = start + place[:, None] * C + c[None, :]
         at_words = word_start + row[:, None] * C + c[None, :]
         mask = there[:, None] & (c < C)[None, :]
@@ -332,10 +332,9 @@ def _scores_and_weight_gradients(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, GRAD_FRO
 
 @triton.jit(do_not_specialize=[*SHAPES, "finer"])
 def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_FROM_PIXELS, DELTA, BACK,
-                         GRAD_PIXELS, KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, pixel_count, words, tiles, splits, finer, blocks,
-                         C: tl.constexpr, HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+                         GRAD_PIXELS, KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, pixel_count, words, tiles, splits, finer, blocks, C,
+                         HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
     """A run of pixel tiles of one image, the channels block by block, as in `forward_wide_kernel`."""
-    BLOCKS: tl.constexpr = (C + C_ - 1) // C_
     group, split, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
     bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
@@ -362,8 +361,8 @@ def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, G
         p = p.to(PIXELS.dtype.element_ty)
         q = q.to(PIXELS.dtype.element_ty)
         ds = (ds / unit).to(PIXELS.dtype.element_ty)
-        for j in range(group * blocks, tl.minimum((group + 1) * blocks, BLOCKS)):
-            c = j * C_ + tl.arange(0, C_)
+        for block in range(group * blocks * C_, tl.minimum((group + 1) * blocks * C_, C), C_):
+            c = block + tl.arange(0, C_)
             at_tile = start + place[:, None] * C + c[None, :]
             at_words = word_start + row[:, None] * C + c[None, :]
             mask = there[:, None] & (c < C)[None, :]
@@ -388,8 +387,8 @@ def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, G
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def backward_combine_kernel(KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, GRAD_KEYS, GRAD_VALUES, GRAD_BIAS, words, splits,
-                            C: tl.constexpr, HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_combine_kernel(KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, GRAD_KEYS, GRAD_VALUES, GRAD_BIAS, words, splits, C,
+                            HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
     """Add the word-side gradients of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)

@@ -17,11 +17,12 @@ def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: 
     with without_autocast(pixels.device):
         v, k, u = pixels.to(exact), keys.to(exact), values.to(exact)
         bias, padding = finite_bias(bias.to(exact))
+        u = u.masked_fill(padding[..., None], 0.0)       # what pixels read where there is nothing but padding
         scores = torch.baddbmm(bias[:, None], v, k.transpose(1, 2))                          # [B, P, H*T]
         over_words = scores.unflatten(2, (heads, columns // heads)).softmax(-1).flatten(2)    # [B, P, H*T]
-        over_pixels = scores.transpose(1, 2).softmax(-1)                                     # [B, H*T, P]
-        pixels_from_words = (over_words @ u).masked_fill(padding.all(1)[:, None, None], 0.0)
-        words_from_pixels = (over_pixels @ v).masked_fill(padding[..., None], 0.0)
+        over_pixels = scores.softmax(1)                                                      # [B, P, H*T]
+        pixels_from_words = over_words @ u
+        words_from_pixels = (over_pixels.transpose(1, 2) @ v).masked_fill(padding[..., None], 0.0)
     return pixels_from_words.to(pixels.dtype), words_from_pixels
 
 

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from triton.compiler import ASTSource
 
 from coupalign.errors import InputError
 from coupalign.kernels import fused
-from coupalign.kernels.plan import Direction, Plan, plan, refusal
+from coupalign.kernels.plan import MOST_CHANNELS, Direction, Plan, plan, refusal
 
 # Channels after the four stages of each supported backbone.
 STAGES = {"swin_t": (96, 192, 384, 768), "swin_b": (128, 256, 512, 1024), "swin_l": (192, 384, 768, 1536),
@@ -47,7 +48,7 @@ class Case:
     kernel: str
     architecture: int       # compute capability x 10
     dtype: torch.dtype
-    channels: int
+    channels: int | None    # none: the kernel is the same for any number
     words: int = 20
     heads: int = 1
 
@@ -59,7 +60,8 @@ class Case:
     @property
     def plan(self) -> Plan:
         direction: Direction = "forward" if self.kernel.startswith("forward") else "backward"
-        return plan(direction, 32, 14_400, self.words, self.channels, self.heads, self.dtype, SHARED_MEMORY[self.architecture])
+        channels = self.channels or MOST_CHANNELS
+        return plan(direction, 32, 14_400, self.words, channels, self.heads, self.dtype, SHARED_MEMORY[self.architecture])
 
 
 @dataclass(frozen=True)
@@ -90,35 +92,36 @@ class Resources:
         case, tiling = self.case, self.case.plan.tiling
         tile = f"{tiling.pixels}x{tiling.channels} {tiling.warps}w {tiling.stages}s"
         return {"arch": f"sm_{case.architecture}", "kernel": case.kernel.removesuffix("_kernel"),
-                "dtype": str(case.dtype).removeprefix("torch."), "channels": case.channels, "words": case.words, "heads": case.heads,
+                "dtype": str(case.dtype).removeprefix("torch."), "channels": case.channels or "any",
+                "words": case.words, "heads": case.heads,
                 "tile": "" if case.helper else tile, "registers": self.registers, "spilled": self.spilled, "shared": self.shared,
                 "tensor cores": self.tensor_cores, "fault": self.fault or ""}
 
 
 def cases(architectures: Sequence[int] = (80, 90, 100), dtypes: Sequence[torch.dtype] = tuple(TYPES),
-          channels: Sequence[int] = tuple(sorted({c for widths in STAGES.values() for c in widths})),
-          columns: Sequence[tuple[int, int]] = ((20, 1),)) -> Iterator[Case]:
-    """Every kernel x architecture x type x width x (words, heads); the combining ones have no type."""
-    for architecture in architectures:
-        for width in channels:
-            for words, heads in columns:
-                for dtype in dtypes:
-                    if refusal((1, 1, width), words, heads, dtype):
-                        continue
-                    for direction in ("forward", "backward"):
-                        case = Case(f"{direction}_kernel", architecture, dtype, width, words, heads)
-                        yield replace(case, kernel=f"{direction}_wide_kernel") if case.plan.wide else case
-                    yield Case("backward_prepare_kernel", architecture, dtype, width, words, heads)
-                for direction in ("forward", "backward"):
-                    yield Case(f"{direction}_combine_kernel", architecture, torch.bfloat16, width, words, heads)
+          columns: Sequence[tuple[int, int]] = ((20, 1),)) -> list[Case]:
+    """Every kernel that a backbone stage can need x architecture x type x (words, heads), each once."""
+    widths = sorted({width for stages in STAGES.values() for width in stages})
+    wanted = (_needed(*shape) for shape in product(architectures, columns, dtypes, widths))
+    return list(dict.fromkeys(chain.from_iterable(wanted)))
+
+
+def _needed(architecture: int, columns: tuple[int, int], dtype: torch.dtype, width: int) -> Iterator[Case]:
+    """The kernels of one shape."""
+    if refusal((1, 1, width), *columns, dtype):
+        return
+    for direction in ("forward", "backward"):
+        narrow = Case(f"{direction}_kernel", architecture, dtype, width, *columns)
+        yield replace(narrow, kernel=f"{direction}_wide_kernel", channels=None) if narrow.plan.wide else narrow
+        yield Case(f"{direction}_combine_kernel", architecture, torch.bfloat16, None, *columns)      # whatever the type of the pixels
+    yield Case("backward_prepare_kernel", architecture, dtype, None, *columns)
 
 
 def everything() -> list[Case]:
     """What `coupalign bench registers` shows: every kernel x type x backbone stage on the data-center GPUs with 20 words; on
     sm_90 every number of columns as well; and GPUs with little shared memory, where only the sum of both decides."""
-    columns = ((64, 1), (64, 2), (64, 4))
-    return [*cases(), *cases((SPILL_FREE,), channels=(128, 1024), columns=columns),
-            *cases((89, 120), (torch.bfloat16,), (128, 256, 1024), ((20, 1), (64, 4)))]
+    columns = ((16, 1), (64, 1), (20, 2), (64, 2), (20, 4), (64, 4))
+    return [*cases(), *cases((SPILL_FREE,), columns=columns), *cases((89, 120), (torch.bfloat16,), ((20, 1), (64, 4)))]
 
 
 def measure(wanted: Sequence[Case], processes: int = os.cpu_count() or 1) -> Iterator[Resources]:
@@ -144,11 +147,14 @@ def table(results: Iterable[Resources]) -> str:
 def compile_case(case: Case) -> Resources:
     """Compile one case and read what it needs from the cubin."""
     kernel, cut = getattr(fused, case.kernel), case.plan
-    constants = {"C": case.channels, "HEADS": case.heads, **(cut.helper_constants if case.helper else cut.constants)}
+    constants = {"HEADS": case.heads, **(cut.helper_constants if case.helper else cut.constants)}
+    if case.channels:
+        constants["C"] = case.channels
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(case, name) for name in names}
-    # What the launcher's specialization finds out: torch allocates at multiples of 16 bytes and more.
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if signature[name].startswith("*")}
+    # What the launcher's specialization finds out: torch allocates at multiples of 16 bytes, and every width is one of 16.
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
+               if signature[name].startswith("*") or (name == "C" and not case.channels)}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": 4} if case.helper else {"num_warps": cut.tiling.warps, "num_stages": cut.tiling.stages}
     try:
@@ -162,7 +168,7 @@ def compile_case(case: Case) -> Resources:
 
 
 def _type(case: Case, name: str) -> str:
-    if not name.isupper():
+    if name == "C" or not name.isupper():
         return "fp32" if name == "finer" else "i32"
     return TYPES[case.dtype] if name in IN_PIXEL_TYPE[case.kernel] else "*fp32"
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -26,10 +27,12 @@ def test_registers_and_shared_memory() -> None:
     *shown, rows = done.stdout.splitlines() or [""]
     assert done.returncode == 0, f"{done.stderr[-2000:]}\n" + "\n".join(line for line in shown if " bytes " in line or "compile" in line)
     rows = json.loads(rows)
-    large = {(row["arch"], row["dtype"], row["channels"]) for row in rows if row["kernel"] in ("backward", "backward_wide")}
-    widths = {width for stages in resources.STAGES.values() for width in stages}
-    assert large >= {(arch, dtype, width) for arch in ("sm_80", "sm_90", "sm_100") for dtype in ("float32", "float16", "bfloat16")
-                     for width in widths}
+    compiled = {(row["arch"], row["dtype"], row["kernel"], row["channels"]) for row in rows}
+    for arch, dtype, width in product(("sm_80", "sm_90", "sm_100"), ("float32", "float16", "bfloat16"),
+                                      {width for stages in resources.STAGES.values() for width in stages}):
+        for direction in ("forward", "backward"):
+            wide = dtype == "float32" or width > 256
+            assert (arch, dtype, f"{direction}_wide" if wide else direction, "any" if wide else width) in compiled
     assert {row["kernel"] for row in rows} == {name.removesuffix("_kernel") for name in resources.IN_PIXEL_TYPE}
     assert all(row["registers"] > 16 for row in rows)
     on_tensor_cores = [row["tensor cores"] for row in rows if row["kernel"] in ("forward", "backward") and row["arch"] == "sm_90"]
