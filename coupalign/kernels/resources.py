@@ -23,7 +23,7 @@ from coupalign.kernels.plan import MOST_CHANNELS, Direction, Plan, plan, refusal
 
 # Channels after the four stages of each supported backbone.
 STAGES = {"swin_t": (96, 192, 384, 768), "swin_b": (128, 256, 512, 1024), "swin_l": (192, 384, 768, 1536),
-          "resnet101": (256, 512, 1024, 2048), "darknet53": (128, 256, 512, 1024)}
+          "resnet101": (256, 512, 1024, 2048), "darknet53": (128, 256, 512, 1024), "small": (32, 64, 96, 128)}     # small: the demo's
 # Bytes of shared memory that one program can have, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+from coupalign.config.load import read_config
+from coupalign.config.schema import TimmBackbone
 from coupalign.errors import InputError
+from coupalign.model.backbone import StagedBackbone
 from tests.kernels.test_fused import operands
 
 resources = pytest.importorskip("coupalign.kernels.resources", reason="Triton is not installed")
@@ -50,14 +54,12 @@ def test_a_fault_is_a_fault() -> None:
 
 
 def test_the_stages_are_those_of_the_backbones() -> None:
-    from coupalign.config.schema import TimmBackbone
-    from coupalign.model.backbone import StagedBackbone
-
     names = {"swin_t": "swin_tiny_patch4_window7_224", "swin_b": "swin_base_patch4_window12_384", "resnet101": "resnet101",
              "swin_l": "swin_large_patch4_window12_384", "darknet53": "darknet53"}
-    for name, stages in resources.STAGES.items():
-        with torch.device("meta"):
-            assert tuple(StagedBackbone(TimmBackbone(name=names[name], weights="random"), 384).channels) == stages
+    demo = read_config(Path(__file__).parents[2] / "configs" / "demo.yaml")
+    images = {name: TimmBackbone(name=names[name], weights="random") for name in names} | {"small": demo.model.image}
+    with torch.device("meta"):
+        assert {name: tuple(StagedBackbone(image, 384).channels) for name, image in images.items()} == resources.STAGES
 
 
 def test_the_types_compiled_are_the_types_launched(monkeypatch: pytest.MonkeyPatch) -> None:
