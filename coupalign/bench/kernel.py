@@ -273,8 +273,9 @@ def counted(stages: Sequence[tuple[int, int]] = STAGES, batch: int = 32) -> dict
                 attend, inputs, weights = _operands(name, batch, pixels, channels, torch.bfloat16, torch.device("cpu"))
                 with Traffic() as forward, torch.autocast("cpu", torch.bfloat16):
                     outputs = attend(*inputs)
+                gradients = [torch.empty_like(x) for x in outputs]
                 with Traffic() as backward:
-                    torch.autograd.grad([x.sum() for x in outputs], [x for x in (*inputs, *weights) if x.requires_grad], allow_unused=True)
+                    torch.autograd.grad(outputs, [x for x in (*inputs, *weights) if x.requires_grad], gradients)
             sums["forward"] += forward.total.bytes / 1e9
             sums["backward"] += backward.total.bytes / 1e9
     found[KERNEL] = {direction: sum(kernel_bytes(direction, batch, *stage) for stage in stages) / 1e9 for direction in DIRECTIONS[:2]}
