@@ -16,9 +16,8 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
-# In the order of the folders: the long files come first, so that two workers end together.
 test: setup lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 # On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
 gpu: setup
