@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What needs a GPU, unattended: the tests, then every way to write word-pixel alignment, timed. `make gpu` calls it.
-# Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json. A failing test does not keep the benchmark from running.
+# Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json. A failing test does not keep the benchmark from running;
+# a benchmark that fails leaves no .json. OUT names another folder.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
@@ -15,9 +16,12 @@ status=0
 "$python" -m coupalign doctor
 "$python" -m pytest tests -m gpu -q 2>&1 | tee "$out-tests.txt" || status=1
 for batch in 32 8; do
-    "$python" -m coupalign bench kernel --batch $batch --json >"$out-kernel-$batch.txt" || status=1
-    tail -n 1 "$out-kernel-$batch.txt" >"$out-kernel-$batch.json"
-    sed -i '$d' "$out-kernel-$batch.txt"
+    if "$python" -m coupalign bench kernel --batch $batch --json >"$out-kernel-$batch.txt"; then
+        tail -n 1 "$out-kernel-$batch.txt" >"$out-kernel-$batch.json"
+        sed -i '$d' "$out-kernel-$batch.txt"
+    else
+        status=1
+    fi
     cat "$out-kernel-$batch.txt"
 done
 exit $status

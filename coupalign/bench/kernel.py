@@ -227,8 +227,7 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> tuple[float,
         from triton.testing import do_bench
 
         return tuple(do_bench(_captured(call).replay, quantiles=[0.5, 0.2, 0.8]))
-    times = sorted(1e3 * t / m.number_per_run for m in [Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5)]
-                   for t in m.raw_times)
+    times = sorted(1e3 * t for t in Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5).times)
     return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
 
 

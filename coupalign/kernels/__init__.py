@@ -105,7 +105,7 @@ def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: 
     assert keys.shape == values.shape == (batch, columns, channels), (pixels.shape, keys.shape, values.shape)
     assert bias.shape == (batch, columns) and columns % heads == 0, (bias.shape, columns, heads)
     pixels = _rounded(pixels)
-    if path == "fused" and _fits(pixels, columns // heads, heads):
+    if path == "fused" and _fits(pixels, columns // heads, heads, impl):
         from coupalign.kernels import fused
 
         return fused.bidirectional_attention(pixels, keys, values, bias, heads)
@@ -120,13 +120,15 @@ def _rounded(pixels: Tensor) -> Tensor:
     return pixels.to(torch.get_autocast_dtype(place))
 
 
-def _fits(pixels: Tensor, words: int, heads: int) -> bool:
+def _fits(pixels: Tensor, words: int, heads: int, impl: str) -> bool:
     """Whether the fused kernels can run this call; why not is said once."""
-    place = "cpu" if interpreting() else "cuda"
-    if pixels.device.type != place:
+    here, place = pixels.device.type, "cpu" if interpreting() else "cuda"
+    if here == "meta" or (here != place and impl == "auto"):      # only measured, or as `auto` promises: nothing to tell
         return False
     why = refusal(tuple(pixels.shape), words, heads, pixels.dtype)
-    if place == "cpu" and pixels.dtype == torch.bfloat16:
+    if here != place:
+        why = f"the tensors are on {here}"
+    elif place == "cpu" and pixels.dtype == torch.bfloat16:
         why = "Triton's interpreter multiplies bfloat16 wrongly"
     if why and why not in _said and not torch.compiler.is_compiling():
         _said.add(why)

@@ -163,6 +163,19 @@ def test_a_shape_it_cannot_run_takes_the_reference_and_says_so_once(what: str, c
     assert len(caplog.records) == 1 and what in caplog.text
 
 
+def test_tensors_on_another_device_are_told_of_where_fused_was_asked_for(monkeypatch: pytest.MonkeyPatch,
+                                                                         caplog: pytest.LogCaptureFixture) -> None:
+    kernels._said.clear()
+    monkeypatch.setattr(kernels, "obstacle", lambda: None)
+    monkeypatch.setattr(kernels, "interpreting", lambda: False)
+    inputs = [x.cpu() for x in operands(SMALL, torch.float32)[:4]]
+    with caplog.at_level(logging.WARNING, "coupalign.kernels"):
+        for impl in ("auto", "fused", "fused"):
+            bidirectional_attention(*inputs, impl=impl)
+            bidirectional_attention(*[x.to("meta") for x in inputs], impl=impl)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the tensors are on cpu"]
+
+
 def test_float64_takes_the_reference() -> None:
     inputs = [x.double() for x in operands(SMALL, torch.float32)[:4]]
     assert bidirectional_attention(*inputs, impl="fused")[0].dtype == torch.float64
