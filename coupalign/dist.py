@@ -1,18 +1,22 @@
-"""Ranks: who this process is, and the few collectives that the project uses. The only reader of the launcher's environment."""
+"""Ranks: joining the job's process group, and the few collectives that the project uses. The only reader of the launcher's environment."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as td
 
 from coupalign.errors import InputError
+from coupalign.launcher import meeting_point, places
+from coupalign.watch import Watch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,32 +36,35 @@ class World:
 
 
 @contextmanager
-def session(rendezvous: str = "env://", timeout_minutes: float = 30.0) -> Iterator[World]:
+def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[World]:
     """Join the job's process group, yield this process's World, leave the group.
-
-    Reads torchrun's and DeepSpeed's variables (RANK, WORLD_SIZE, LOCAL_RANK), else Slurm's (SLURM_PROCID …), else runs alone.
 
     Args:
         rendezvous: where ranks meet: env:// is MASTER_ADDR and MASTER_PORT; file:///path needs no port.
-        timeout_minutes: of a collective.
+        hang_minutes: without a new `doing` on this rank, after which `watch.Watch` ends the process.
 
     Raises:
-        InputError: the launcher's variables are incomplete, or there are more local ranks than GPUs.
+        InputError: the launcher's variables are incomplete or contradict each other, or there are more local ranks than GPUs.
     """
-    rank, size, local_rank, local_size = _places(os.environ)
+    rank, size, local_rank, local_size = places(os.environ)
     device = _device(local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if size > 1 and rendezvous == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise InputError("MASTER_ADDR and MASTER_PORT are not set: the ranks cannot find each other (slurm/train.sbatch sets both)")
-    where: dict[str, Any] = {"store": td.HashStore()} if size == 1 else {"init_method": rendezvous}
-    td.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **where)
+    if size > 1 and rendezvous == "env://":
+        os.environ |= meeting_point(os.environ)
+    # Our own watch comes first: it says more than the timeout of a collective.
+    timeout = timedelta(minutes=hang_minutes + 5)
+    store = td.HashStore() if size == 1 else next(td.rendezvous(rendezvous, rank, size, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    td.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
+    watch = Watch(rank, size, store.clone(), 60 * hang_minutes)
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:
+        watch.close()
         td.destroy_process_group()
 
 
@@ -102,27 +109,33 @@ def from_main(value: Any, world: World) -> Any:
     return box[0]
 
 
+def on_main(act: Callable[[], T], world: World) -> T:
+    """What `act` returns on rank 0, on every rank; an InputError or OSError there is raised on every rank, too."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = act(), None
+        except (InputError, OSError) as error:
+            outcome = None, error
+    value, problem = from_main(outcome, world)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Everybody's `value`, in the order of the ranks, on every rank; small things that can be pickled."""
+    if world.size == 1:
+        return [value]
+    everybody: list[Any] = [None] * world.size
+    td.all_gather_object(everybody, value)
+    return everybody
+
+
 def wait_for_all(world: World) -> None:
     """Return when every rank has come here."""
     if world.size > 1:
         td.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
-
-
-def _places(environment: Any) -> tuple[int, int, int, int]:
-    """(rank, size, local rank, local size) from torchrun's or DeepSpeed's variables, else Slurm's, else a single process."""
-    if "RANK" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        local_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
-    elif "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        local_size = environment.get("SLURM_NTASKS_PER_NODE")
-    else:
-        return 0, 1, 0, 1
-    missing = [name for name in names if name not in environment]
-    if missing:
-        raise InputError(f"the launcher set {names[0]} but not {', '.join(missing)}: start through torchrun, deepspeed or srun")
-    rank, size, local_rank = (int(environment[name]) for name in names)
-    return rank, size, local_rank, int(local_size or 1)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

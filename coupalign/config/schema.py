@@ -49,6 +49,9 @@ class DataConfig(Section):
     max_tokens: int = Field(20, ge=3, description="tokens a sentence is cut to, [CLS] and [SEP] included")
     augment: Augmentation = Augmentation()
     shuffle_window: int = Field(256, ge=1, description="shards that are mixed with each other at a time")
+    canonical_nodes: int = Field(1, ge=1, description="equal parts into which each epoch's samples are divided, for a node to read one or "
+                                                      "several of: a multiple of the numbers of nodes that may ever be used; changing "
+                                                      "it changes the order")
     workers: int = Field(2, ge=0, description="decoding processes per rank; the order of the data does not depend on it")
     cache_dir: Path | None = Field(None, description="where remote shards are kept; none: the user's cache folder")
     cache_gb: float = Field(100.0, gt=0, description="most that the cache may hold, GB (1e9 bytes)")
@@ -187,6 +190,7 @@ class TrainConfig(Section):
     evaluate_every: int | None = Field(None, ge=1, description="steps; none: once an epoch; always at the end")
     save_every: int | None = Field(None, ge=1, description="steps; none: with every evaluation; always at the end")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept, besides the best")
+    hang_minutes: float = Field(30.0, gt=0, description="without progress on a rank, after which it is named and the job ends")
 
 
 class DdpEngine(Section):
@@ -198,6 +202,13 @@ class DeepSpeedEngine(Section):
     kind: Literal["deepspeed"] = "deepspeed"
     stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO: 0 nothing is partitioned, 1 optimizer state, 2 + gradients, 3 + parameters")
     bucket_mb: int = Field(25, ge=1)
+    offload: bool = Field(False, description="keep the optimizer's state in the memory of the host and update there; stages 1 to 3")
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> DeepSpeedEngine:
+        if self.offload and self.stage == 0:
+            raise ValueError("engine.offload needs engine.stage 1, 2 or 3: stage 0 does not partition the optimizer's state")
+        return self
 
 
 class NoTracking(Section):

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from coupalign import dist
 from coupalign.data.batch import Batch
 from coupalign.dist import World
+from coupalign.engine.moments import Moments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,9 +28,10 @@ class TrainState:
     bad_steps: int = 0                # consecutive steps skipped up to here
     best: float | None = None         # best score on the first evaluated split
     best_step: int | None = None
+    evaluated: int | None = None      # after which step the scores were last taken; one that was cut short is taken again
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, "bad_steps": self.bad_steps, "best": self.best, "best_step": self.best_step}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class StepStats:
     applied: bool                     # False: the weights did not change, since the loss or the gradient was not finite
     bad_ranks: tuple[int, ...] = ()   # ranks whose loss was not finite
     loss_scale: float = 1.0
+    forward_s: float = 0.0            # of this rank: seconds in the forward passes, which no other rank delays but under ZeRO 3
 
 
 class Engine(Protocol):
@@ -57,10 +61,17 @@ class Engine(Protocol):
         """Inside, the weights are their moving average, where the run keeps one."""
 
     def save(self, directory: Path) -> None:
-        """Write optimizer state and whatever else the weights files do not hold into an existing directory."""
+        """Write the optimizer state into an existing directory, each rank its share."""
 
-    def load(self, directory: Path) -> None:
-        """Take weights, moving average and optimizer state from a directory that `save` and `export` filled."""
+    def load(self, directory: Path, counters: dict[str, float]) -> None:
+        """Take weights, moving average and optimizer state from a directory that `save` and `export` of the same kind of engine
+        and the same number of ranks filled."""
+
+    def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
+        """The same from the checkpoint of any engine on any number of ranks, with its moments whole."""
+
+    def counters(self) -> dict[str, float]:
+        """The few numbers of the optimizer that are the same on every rank, for `load` and `adopt`."""
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         """All weights, fp32 on the CPU, by the model's own names, on rank 0; None elsewhere, or without a moving average."""
@@ -79,31 +90,66 @@ class MixedPrecision(nn.Module):
             return self.model(*inputs)
 
 
+class Stopwatch:
+    """Adds up the time of what runs inside it: on a GPU that of its stream, read only when the stream has got there anyway."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.marks.append(self._mark())
+
+    def __exit__(self, *error: object) -> None:
+        self.marks.append(self._mark())
+
+    def read(self) -> float:
+        """Seconds since the last reading; to be called after something that waited for the device."""
+        pairs = list(zip(self.marks[::2], self.marks[1::2]))
+        self.marks = []
+        if self.device.type == "cuda":
+            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+        return sum(end - begin for begin, end in pairs)
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 @dataclass
-class LossScale:
-    """Dynamic loss scale of fp16; 1 and constant for the other types. Halves on overflow, doubles after 2,000 good steps."""
+class Updates:
+    """Counts the updates that were applied, and follows fp16's loss scale.
+
+    The scale halves on overflow and doubles after 2,000 good steps; it is 1 and constant for the other types.
+    """
 
     precision: str
-    value: float = field(init=False)
+    applied: int = 0
+    scale: float = field(init=False)
     good_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.value = 65536.0 if self.precision == "fp16" else 1.0
+        self.scale = 65536.0 if self.precision == "fp16" else 1.0
 
-    def update(self, applied: bool) -> None:
+    def count(self, applied: bool) -> None:
+        """Note a step whose update was applied or refused."""
+        self.applied += applied
         if self.precision != "fp16":
             return
         self.good_steps = self.good_steps + 1 if applied else 0
         if not applied:
-            self.value = max(1.0, self.value / 2)
+            self.scale = max(1.0, self.scale / 2)
         elif self.good_steps % 2000 == 0:
-            self.value *= 2
+            self.scale *= 2
 
     def state(self) -> dict[str, float]:
-        return {"value": self.value, "good_steps": self.good_steps}
+        return {"applied": self.applied, "scale": self.scale, "good_steps": self.good_steps}
 
     def restore(self, state: dict[str, float]) -> None:
-        self.value, self.good_steps = state["value"], int(state["good_steps"])
+        self.applied, self.scale, self.good_steps = int(state["applied"]), state["scale"], int(state["good_steps"])
 
 
 def backward_loss(losses: dict[str, Tensor]) -> Tensor:

@@ -8,14 +8,21 @@
         ema.safetensors       their moving average, where the run keeps one
         tokenizer/            what turns sentences into the model's words
         text/                 the shape of a published text encoder
-        ddp.pt | deepspeed/   optimizer state
+        optimizer.pt          optimizer state of DDP and ZeRO 0 …
+        deepspeed/            … and of ZeRO 1 to 3, in shares
+        universal/            those made whole by DeepSpeed's converter, where the run went on with other ranks or another stage
+        manifest.json         sha256 of every file but those in universal/
+      damaged-step-00000400/  one whose files no longer have their sha256
       best -> step-00000200
 """
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +33,21 @@ from coupalign.config.schema import BertText, Config, DeepSpeedEngine
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
 from coupalign.engine.base import Engine, TrainState
+from coupalign.engine.manifest import find_damage, write_manifest
+from coupalign.engine.moments import make_universal, open_moments
 from coupalign.errors import InputError
 from coupalign.files import publish_directory, write_json
 from coupalign.model.text import write_shape
 from coupalign.model.weights import write_weights
+from coupalign.watch import doing
+
+logger = logging.getLogger("coupalign.checkpoints")
 
 # What may differ between the run that wrote a checkpoint and the run that goes on from it: nothing that changes a number.
 FREE = ("name", "run_dir", "tracking.", "evaluate.", "data.evaluate", "data.workers", "data.cache", "data.tokenizer",
         "train.steps", "train.epochs", "train.max_micro_batch", "train.max_bad_steps", "train.log_every", "train.evaluate_every",
-        "train.save_every", "train.keep_last", "engine.bucket_mb", "model.wpa.impl", "model.image.weights", "model.text.weights",
-        "model.image.checkpointing", "model.text.checkpointing")
+        "train.save_every", "train.keep_last", "train.hang_minutes", "engine.", "model.wpa.impl", "model.image.weights",
+        "model.text.weights", "model.image.checkpointing", "model.text.checkpointing")
 
 
 @dataclass(frozen=True)
@@ -58,42 +70,54 @@ class Checkpoints:
         """
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
-        try:
-            if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            dist.wait_for_all(self.world)
+        with self._explained(partial, final):
+            dist.on_main(lambda: _empty(partial), self.world)
             self._fill(partial, engine, state, tokenizer)
             dist.wait_for_all(self.world)
-            if self.world.is_main:
-                publish_directory(partial, final)
-                self._point_to_best(state)
-                self._prune()
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = ", ".join(path.name for path in finished(self.folder)) or "none"
-            raise InputError(f"{final}: the checkpoint could not be written ({error}). Whole checkpoints there: {kept}. "
-                             "Make room or choose another run_dir, then start again: the run goes on from the newest") from error
-        dist.wait_for_all(self.world)
+            write_manifest(partial, self.world)
+            dist.on_main(lambda: self._publish(partial, final, state), self.world)
         return final
 
     def resume(self, engine: Engine) -> TrainState | None:
-        """Load the newest checkpoint; None where there is none; collective.
+        """Load the newest checkpoint that is whole; None where there is none; collective.
+
+        A damaged one is renamed to damaged-step-…, aloud, and the one before it is taken. One that another engine, or another
+        number of ranks, wrote is taken over with everything it holds.
 
         Raises:
-            InputError: it belongs to another configuration, data set, engine or number of ranks, named one by one.
+            InputError: it belongs to another configuration or data set, named field by field, or all of them are damaged.
         """
-        newest = dist.from_main(next(iter(reversed(finished(self.folder))), None), self.world)
-        if newest is None:
-            return None
-        meta = json.loads((newest / "state.json").read_text())
-        self._check(newest, meta)
-        engine.load(newest)
-        return TrainState(**meta["state"])
+        found = dist.on_main(lambda: recovered(self.folder), self.world)
+        for path in reversed(found):
+            doing(f"checking {path.name}")
+            damage = find_damage(path, self.world)
+            if damage:
+                dist.on_main(lambda: self._set_aside(path, damage), self.world)      # noqa: B023, called at once
+                continue
+            meta = json.loads((path / "state.json").read_text("utf-8"))
+            self._check(path, meta)
+            doing(f"loading {path.name}")
+            self._load(path, meta, engine)
+            return TrainState(**meta["state"])
+        if found:
+            raise InputError(f"{self.folder}: every checkpoint is damaged. Start a new run under another name, or remove "
+                             "the folder to begin anew")
+        return None
+
+    def _load(self, path: Path, meta: dict[str, Any], engine: Engine) -> None:
+        was, now = meta["engine"], self._engine()
+        if was == now:
+            engine.load(path, meta["counters"])
+            return
+        if self.world.is_main:
+            logger.warning("%s was written by %s; %s takes it over", path, _named(was), _named(now))
+        dist.on_main(lambda: make_universal(path, logger.warning), self.world)
+        engine.adopt(path, open_moments(path), meta["counters"])
 
     def _fill(self, partial: Path, engine: Engine, state: TrainState, tokenizer: Tokenizer) -> None:
         weights, averages = engine.export(), engine.export(averaged=True)
-        if self.world.is_main:
+
+        def write_all_but_the_optimizer() -> None:
             assert weights is not None
             write_weights(partial / "weights.safetensors", weights)
             if averages is not None:
@@ -102,8 +126,10 @@ class Checkpoints:
             if isinstance(self.config.model.text, BertText):
                 write_shape(self.config.model.text, len(tokenizer), partial / "text")
             (partial / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-            write_json(partial / "state.json", {"format": 1, "tool": f"coupalign {__version__}", "state": state.to_json(),
-                                                "engine": self._engine(), "data": self.data_fingerprint})
+            write_json(partial / "state.json", {"format": 2, "tool": f"coupalign {__version__}", "state": state.to_json(),
+                                                "engine": self._engine(), "counters": engine.counters(), "data": self.data_fingerprint})
+
+        dist.on_main(write_all_but_the_optimizer, self.world)
         engine.save(partial)
 
     def _engine(self) -> dict[str, Any]:
@@ -114,17 +140,37 @@ class Checkpoints:
         old = read_config(path / "config.yaml")
         changed = {key: values for key, values in diff(old, self.config).items() if not key.startswith(FREE)}
         moved = [key for key in changed if key.startswith("data.train") and key.endswith(".index")]        # the fingerprint decides
-        problems = [f"{key} was {before!r}, is {after!r}" for key, (before, after) in changed.items()
-                    if key not in moved and not key.startswith("engine.")]
+        problems = [f"{key} was {before!r}, is {after!r}" for key, (before, after) in changed.items() if key not in moved]
         if meta["data"] != self.data_fingerprint:
             problems.append("the training data have another fingerprint")
-        was, now = meta["engine"], self._engine()
-        free_ranks = {was["kind"], now["kind"]} == {"ddp"}
-        if (was["kind"], was["stage"]) != (now["kind"], now["stage"]) or (was["ranks"] != now["ranks"] and not free_ranks):
-            problems.append(f"it was written by {_named(was)}, this is {_named(now)}")
         if problems:
             raise InputError(f"{path}: cannot go on from this checkpoint: {'; '.join(problems)}. "
                              "Go back to the old setting, or start a new run under another name")
+
+    def _set_aside(self, path: Path, damage: list[str]) -> None:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        logger.warning("%s is damaged: %s. It is now called %s; the checkpoint before it is taken", path, "; ".join(damage), aside.name)
+        try:
+            path.rename(aside)
+        except OSError as error:
+            logger.warning("%s could not be renamed (%s)", path, error)
+
+    @contextmanager
+    def _explained(self, partial: Path, final: Path) -> Iterator[None]:
+        """Say of a file that cannot be written what the run still has and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = ", ".join(path.name for path in finished(self.folder)) or "none"
+            raise InputError(f"{final}: the checkpoint could not be written ({error}). Whole checkpoints there: {kept}. "
+                             "Make room or choose another run_dir, then start again: the run goes on from the newest") from error
+
+    def _publish(self, partial: Path, final: Path, state: TrainState) -> None:
+        publish_directory(partial, final)
+        self._point_to_best(state)
+        self._prune()
 
     def _point_to_best(self, state: TrainState) -> None:
         if state.best_step is not None and state.best_step == state.step:
@@ -141,8 +187,24 @@ class Checkpoints:
 
 
 def finished(folder: Path) -> list[Path]:
-    """Whole checkpoints below a checkpoint folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    """Finished checkpoints below a checkpoint folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def recovered(folder: Path) -> list[Path]:
+    """`finished`, after a checkpoint that was being replaced when its run was killed got its name back."""
+    for old in folder.glob(".step-*.old"):
+        place = folder / old.name.removeprefix(".").removesuffix(".old")
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
+    return finished(folder)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _named(engine: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.batch import Batch
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import LossScale, MixedPrecision, StepStats, backward_loss, mean_losses
+from coupalign.engine.base import MixedPrecision, StepStats, Stopwatch, Updates, backward_loss, mean_losses
+from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
 
@@ -24,7 +25,8 @@ class Ddp:
         assert isinstance(config.engine, DdpEngine)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.clip = config.optim.clip_norm or float("inf")
-        self.scale = LossScale(config.precision)
+        self.updates = Updates(config.precision)
+        self.forward_time = Stopwatch(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
         if world.size > 1:
             ids = [world.device.index] if world.device.type == "cuda" else None
@@ -34,7 +36,6 @@ class Ddp:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = config.train.ema and Average(named, config.train.ema.decay)
-        self.steps = 0
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         self.net.train()
@@ -43,22 +44,22 @@ class Ddp:
         micro_losses = []
         for place, batch in enumerate(micro_batches):
             with self._exchange(last=place == len(micro_batches) - 1):
-                losses = self.net(batch.image, batch.words, batch.word_mask, batch.target)
-                (backward_loss(losses) * (self.scale.value / len(micro_batches))).backward()
+                with self.forward_time:
+                    losses = self.net(batch.image, batch.words, batch.word_mask, batch.target)
+                (backward_loss(losses) * (self.updates.scale / len(micro_batches))).backward()
             micro_losses.append(losses)
         losses, bad_ranks = mean_losses(micro_losses, self.world)
-        if self.scale.value != 1.0:
-            torch._foreach_div_([p.grad for p in self.parameters], self.scale.value)
+        if self.updates.scale != 1.0:
+            torch._foreach_div_([p.grad for p in self.parameters], self.updates.scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
         applied = norm < float("inf")                      # False for nan, too; gradients are equal on every rank
         if applied:
             self.optimizer.step()
-            self.steps += 1
             if self.ema:
-                self.ema.update(self.steps)
+                self.ema.update(self.updates.applied + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.scale.value)
-        self.scale.update(applied)
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.forward_time.read())
+        self.updates.count(applied)
         return stats
 
     @torch.no_grad()
@@ -74,18 +75,21 @@ class Ddp:
 
     def save(self, directory: Path) -> None:
         if self.world.is_main:
-            state = {"optimizer": self.optimizer.state_dict(), "scale": self.scale.state(), "steps": self.steps}
-            torch.save(state, directory / "ddp.pt")
+            write_whole(directory, self.model, self.optimizer)
 
-    def load(self, directory: Path) -> None:
-        state = torch.load(directory / "ddp.pt", map_location=self.device, weights_only=True)
+    def load(self, directory: Path, counters: dict[str, float]) -> None:
+        self.adopt(directory, open_moments(directory), counters)
+
+    def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
+        self.updates.restore(counters)
         load_model_weights(self.model, read_weights(directory / "weights.safetensors"), str(directory))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scale.restore(state["scale"])
-        self.steps = state["steps"]
+        adopt_whole(moments, self.model, self.optimizer, self.updates.applied)
         if self.ema:
             averages = read_weights(directory / "ema.safetensors")
             self.ema.restore({name: averages[name] for name in self.ema.live})
+
+    def counters(self) -> dict[str, float]:
+        return self.updates.state()
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         if not self.world.is_main or (averaged and not self.ema):

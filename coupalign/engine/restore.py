@@ -8,6 +8,7 @@ import torch
 from coupalign.config.load import override, read_config
 from coupalign.config.schema import BertText, Config
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.engine.manifest import damaged_alone
 from coupalign.errors import InputError
 from coupalign.model.coupalign import CoupAlign, build_model
 from coupalign.model.weights import load_model_weights, read_weights
@@ -22,6 +23,9 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     folder = find_checkpoint(Path(path))
     config = _portable(read_config(folder / "config.yaml"), folder)
     tokenizer = Tokenizer.open(str(folder / "tokenizer"))
+    for name in ("weights.safetensors", "ema.safetensors"):
+        if (folder / name).is_file() and (problem := damaged_alone(folder, name)):
+            raise InputError(f"{problem}: the file is damaged. Give another checkpoint of this run, such as {folder.parent}/step-…")
     weights = read_weights(folder / "weights.safetensors")
     averaged = folder / "ema.safetensors"
     source = averaged if averaged.is_file() else folder / "weights.safetensors"

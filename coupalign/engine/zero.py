@@ -22,10 +22,9 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches, rank_slice
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import LossScale, MixedPrecision, StepStats, backward_loss, mean_losses
-from coupalign.model.weights import read_weights
-
-TAG = "deepspeed"
+from coupalign.engine.base import MixedPrecision, StepStats, Stopwatch, Updates, backward_loss, mean_losses
+from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
+from coupalign.model.weights import load_model_weights, read_weights
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
@@ -41,6 +40,8 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
     if config.engine.stage == 3:
         # No parameter is kept whole on every rank, so that a rank's share is the only truth about it.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
+    if config.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": share // accumulation,
@@ -48,6 +49,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm or 0.0 if config.engine.stage else 0.0,       # at stage 0 we clip
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,                # offloaded states are updated by torch's own fused AdamW
         "steps_per_print": 10**9,
     }
 
@@ -60,20 +62,20 @@ class Zero:
         self.deepspeed = _import_deepspeed(world)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
-        self.scale = LossScale(config.precision)
+        self.updates = Updates(config.precision)
+        self.forward_time = Stopwatch(world.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.engine, *_ = self.deepspeed.initialize(model=MixedPrecision(model, config.precision), optimizer=optimizer,
                                                     config=deepspeed_config(config, world.size), dist_init_required=False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = config.train.ema and Average(self._shares(), config.train.ema.decay)
-        self.steps = 0
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         self.engine.train()
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * lr_scale
-        if self.scale.value != 1.0 and self.stage > 0:
-            self.engine.optimizer.override_loss_scale(self.scale.value)
+        if self.updates.scale != 1.0 and self.stage > 0:
+            self.engine.optimizer.override_loss_scale(self.updates.scale)
         micro_losses = []
         for batch in micro_batches[:-1]:
             micro_losses.append(self._backward(batch))
@@ -82,12 +84,10 @@ class Zero:
         losses, bad_ranks = mean_losses(micro_losses, self.world)
         norm = self._update()
         applied = norm < float("inf")
-        if applied:
-            self.steps += 1
-            if self.ema:
-                self.ema.update(self.steps)
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.scale.value)
-        self.scale.update(applied)
+        if applied and self.ema:
+            self.ema.update(self.updates.applied + 1)
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.forward_time.read())
+        self.updates.count(applied)
         return stats
 
     @torch.no_grad()
@@ -106,17 +106,36 @@ class Zero:
             self._forget_gathered()
 
     def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag=TAG, save_latest=False,
-                                    client_state={"scale": self.scale.state(), "steps": self.steps})
+        if self.stage == 0:
+            if self.world.is_main:
+                write_whole(directory, self.model, self.optimizer)
+        else:
+            self.engine.save_checkpoint(str(directory), tag=SHARES, save_latest=False)
 
-    def load(self, directory: Path) -> None:
-        path, client = self.engine.load_checkpoint(str(directory), tag=TAG)
+    def load(self, directory: Path, counters: dict[str, float]) -> None:
+        if self.stage == 0:
+            self.adopt(directory, open_moments(directory), counters)
+            return
+        path, _ = self.engine.load_checkpoint(str(directory), tag=SHARES)
         assert path is not None, f"{directory}: DeepSpeed found no checkpoint of its own"
-        self.scale.restore(client["scale"])
-        self.steps = client["steps"]
-        if self.ema:
-            averages = read_weights(directory / "ema.safetensors")
-            self.ema.restore({name: self._share_of(averages[name], name) for name in self.ema.live})
+        self.updates.restore(counters)
+        self._load_average(directory)
+
+    def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
+        self.updates.restore(counters)
+        weights = read_weights(directory / "weights.safetensors")
+        if self.stage == 0:
+            load_model_weights(self.model, weights, str(directory))
+            adopt_whole(moments, self.model, self.optimizer, self.updates.applied)
+        elif self.stage == 3:
+            self._adopt_shares(weights, moments)
+        else:
+            load_model_weights(self.model, weights, str(directory))
+            self._adopt_fragments(weights, moments)
+        self._load_average(directory)
+
+    def counters(self) -> dict[str, float]:
+        return self.updates.state()
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         if averaged and not self.ema:
@@ -127,16 +146,17 @@ class Zero:
         return {name: weights[name] for name in self.model.state_dict()} if self.world.is_main else None
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        losses = self.engine(batch.image, batch.words, batch.word_mask, batch.target)
+        with self.forward_time:
+            losses = self.engine(batch.image, batch.words, batch.word_mask, batch.target)
         loss = backward_loss(losses)
-        self.engine.backward(loss * self.scale.value if self.stage == 0 else loss)
+        self.engine.backward(loss * self.updates.scale if self.stage == 0 else loss)
         return losses
 
     def _update(self) -> float:
         """Take the step and return the gradient norm before clipping; inf or nan: the step was refused."""
         if self.stage == 0:
-            if self.scale.value != 1.0:
-                torch._foreach_div_([p.grad for p in self.parameters], self.scale.value)
+            if self.updates.scale != 1.0:
+                torch._foreach_div_([p.grad for p in self.parameters], self.updates.scale)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
             if not norm < float("inf"):
                 for parameter in self.parameters:
@@ -155,12 +175,48 @@ class Zero:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: p.ds_tensor if self.stage == 3 else p for name, p in named.items()}
 
-    def _share_of(self, whole: Tensor, name: str) -> Tensor:
+    def _load_average(self, directory: Path) -> None:
+        if self.ema:
+            averages = read_weights(directory / "ema.safetensors")
+            self.ema.restore({name: self._share_of(averages[name], share) for name, share in self.ema.live.items()})
+
+    def _adopt_fragments(self, weights: dict[str, Tensor], moments: Moments) -> None:
+        """ZeRO 1 and 2: each group of parameters is one flat tensor, of which a rank keeps fp32 weights and moments of a part."""
+        zero = self.engine.optimizer
+        for flat in zero.single_partition_of_fp32_groups:
+            zero.optimizer.state[flat] = fresh_state(flat, self.updates.applied)
+        zero._lazy_init_hp_params_optimizer_state()         # what DeepSpeed does after its first step: parameter -> place in the part
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            self.deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+            for key, value in (moments(name) or {}).items():
+                self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _adopt_shares(self, weights: dict[str, Tensor], moments: Moments) -> None:
+        """ZeRO 3: a rank keeps its share of each parameter, of the fp32 copy and of the moments."""
+        zero = self.engine.optimizer
+        self._forget_gathered()
+        for flat in zero.fp32_partitioned_groups_flat:
+            zero.optimizer.state[flat] = fresh_state(flat, self.updates.applied)
+        for name, buffer in self.model.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        for name, parameter in self.model.named_parameters():
+            share = self._share_of(weights[name], parameter.ds_tensor)
+            parameter.ds_tensor.copy_(share)
+            if not parameter.requires_grad:
+                continue
+            self.deepspeed.utils.safe_set_local_fp32_param(parameter, share.to(self.device))
+            for key, value in (moments(name) or {}).items():
+                part = self._share_of(value.flatten()[:parameter.ds_numel], parameter.ds_tensor)
+                self.deepspeed.utils.safe_set_local_optimizer_state(parameter, part.to(self.device), key)
+
+    def _share_of(self, whole: Tensor, share: Tensor) -> Tensor:
         """This rank's part of a whole tensor, in the layout that ZeRO 3 uses: flat, padded to equal parts."""
         if self.stage < 3:
             return whole
-        assert self.ema
-        size = self.ema.live[name].numel()
+        size = share.numel()
         flat = torch.nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
         return flat[self.world.rank * size:(self.world.rank + 1) * size]
 

@@ -23,6 +23,7 @@ from coupalign.evaluation.metrics import Empty, Score, deduplicate, ious, summar
 from coupalign.evaluation.pictures import Picture, prune
 from coupalign.evaluation.protocols import Protocol, logits_at_original_size
 from coupalign.files import whole_file
+from coupalign.watch import doing
 
 if TYPE_CHECKING:
     from coupalign.data.batch import Batch, SampleInfo
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("sample_id", "intersection", "union", "iou")
 _GPU_SLACK = 0.01  # share of the union by which a sample that two ranks scored may differ on a GPU
+
+
+class Stopped(Exception):
+    """The scoring was asked to end early."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Evaluation:
 def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Protocol, *,
              gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows, rank: int = 0,
              device: torch.device | str | None = None, bootstrap: int = 1000, seed: int = 0, pictures: int = 0,
-             conditions: Mapping[str, str] | None = None, title: str = "scoring") -> Evaluation:
+             conditions: Mapping[str, str] | None = None, title: str = "scoring",
+             stopped: Callable[[], bool] = lambda: False) -> Evaluation:
     """Score every sample of `loader`; collective over the ranks whose rows `gather` brings together.
 
     Args:
@@ -56,9 +62,11 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
         pictures: how many samples of each kind (see `pictures.choose_pictures`) this rank keeps.
         conditions: words printed with the score, from `protocols.describe_conditions`.
         title: of the progress bar, which rank 0 shows.
+        stopped: asked before each batch, on every rank; true on all of them ends the scoring.
 
     Raises:
         InputError: the loader is empty.
+        Stopped: `stopped` said so.
         FloatingPointError: the model gave NaN or infinity; names the samples. The same on every rank.
         AssertionError: a sample is missing, or two ranks disagree about one; names it.
     """
@@ -67,7 +75,10 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
     rows: list[tuple[int, ...]] = []
     shelf: list[Picture] = []
     slack = 0.0
-    for batch in tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False):
+    for place, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)):
+        if stopped():
+            raise Stopped
+        doing(f"{title}: batch {place + 1} of {len(loader)}")
         logits = infer(batch if device is None else batch.to(device))
         slack = _GPU_SLACK if logits.is_cuda else slack
         for info, one in zip(batch.info, logits):
@@ -75,6 +86,7 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
             if pictures:
                 shelf.append(_picture(one, info, rows[-1], protocol))
         shelf = prune(shelf, pictures)
+    doing(f"{title}: gathering the rows")
     gathered = gather(np.asarray(rows, dtype=np.int64).reshape(-1, 6))
     kept = deduplicate(gathered, slack)
     _check_complete(kept, loader)

@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,15 +23,18 @@ from coupalign.engine.build import build_engine
 from coupalign.engine.checkpoint import Checkpoints, finished
 from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
+from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
 from coupalign.files import whole_file, write_json
 from coupalign.kernels import explain
 from coupalign.model.coupalign import build_model
 from coupalign.model.weights import load_pretrained
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
+from coupalign.training.meter import Meter, RankTimes
 from coupalign.training.optim import build_optimizer
 from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
 from coupalign.training.scoring import score_splits
+from coupalign.watch import doing
 
 logger = logging.getLogger("coupalign.training")
 
@@ -53,6 +55,11 @@ class Run:
         """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
         return step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0 or step == self.total
 
+    def owes_evaluation(self, state: TrainState) -> bool:
+        """Whether the scores after the step of `state` are due and were not taken."""
+        return (bool(self.config.data.evaluate) and 0 < state.step != state.evaluated
+                and self.due(self.config.train.evaluate_every, state.step))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,7 +77,7 @@ def train(config: Config) -> Outcome:
     Raises:
         InputError: for everything the user can mend, before the first step where that is possible.
     """
-    with dist.session() as world, StopRequest(world) as stop:
+    with dist.session(hang_minutes=config.train.hang_minutes) as world, StopRequest(world) as stop:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
@@ -89,15 +96,18 @@ def train(config: Config) -> Outcome:
 
 def _prepare(config: Config, world: World) -> Run:
     """Everything that is built once; wrong input shows here, before any time is spent."""
+    doing("opening the data")
     torch.manual_seed(config.seed)
     tokenizer = open_tokenizer(config.data)
     loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
                                 world.rank, world.size, tokenizer)
+    doing("building the model")
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     if not finished(config.directory / "checkpoints"):
         for report in load_pretrained(model, config.model):
             if world.is_main:
                 print(report.text(), flush=True)
+    doing("building the engine")
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
     if world.is_main:
@@ -110,49 +120,76 @@ def _prepare(config: Config, world: World) -> Run:
 
 
 def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
-    config = run.config
+    """Train from `state` to the end, or until a stop is agreed on. A checkpoint may owe its evaluation, which then comes first."""
+    config, world = run.config, run.world
     scores: dict[str, Score] | None = None                   # none: not evaluated yet; empty on ranks other than 0
-    bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not run.world.is_main,
+    bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not world.is_main,
                mininterval=1.0, dynamic_ncols=True)
-    meter = Meter()
+    meter, ranks = Meter(), RankTimes(config.directory, world)
     batches = run.loader.steps_from(state.step)
-    while state.step < run.total:
-        with meter.waiting():
-            step, micro_batches = next(batches)
-        assert step == state.step
-        seed_step(config.seed, step, run.world.rank)
-        scale = lr_scale(step, run.total, config.schedule)
-        stats = run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale)
-        meter.add(config.train.global_batch, micro_batches)
+    saved = state
+    while True:
+        stopping = _agreed(stop, state)
+        shown = scores is not None or not config.data.evaluate or state.step < run.total
+        if not stopping and (run.owes_evaluation(state) or not shown):
+            try:
+                scores, state = _evaluate(run, state, tracker, stop)
+            except Stopped:
+                stopping = True
+            meter.restart()
+        if state != saved and (stopping or run.due(config.train.save_every or config.train.evaluate_every, state.step)):
+            saved = _save(run, state, tracker, meter)
+        if stopping and (state.step < run.total or run.owes_evaluation(state)):
+            bar.close()
+            _say(world, f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from "
+                        f"{run.checkpoints.folder}")
+            return Outcome(state, False, world.is_main, scores or {})
+        if state.step >= run.total:
+            break
+        stats, micro_batches = _step(run, state, batches, meter)
+        meter.add(config.train.global_batch, micro_batches, stats.forward_s)
+        lr = lr_scale(state.step, run.total, config.schedule) * config.optim.lr
         state = _advance(state, stats, config)
         bar.update()
         if state.step % config.train.log_every == 0 or state.step == run.total:
-            tracker.log(state.step, {**_row(stats, scale * config.optim.lr), **meter.read(), "data/bad_samples": len(run.loader.bad)})
+            ranks_row = ranks.note(state.step, meter.own_seconds())
+            tracker.log(state.step, {**_row(stats, lr), **ranks_row, **meter.read(), "data/bad_samples": len(run.loader.bad)})
             bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
-        if config.data.evaluate and run.due(config.train.evaluate_every, state.step):
-            scores, state = _evaluate(run, state, tracker)
-            meter.restart()
-        stopping = stop.agreed()
-        if stopping or run.due(config.train.save_every or config.train.evaluate_every, state.step):
-            path = run.checkpoints.save(run.engine, state, run.tokenizer)
-            meter.restart()
-        if stopping and state.step < run.total:
-            bar.close()
-            if run.world.is_main:
-                print(f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from {path}",
-                      flush=True)
-            return Outcome(state, False, run.world.is_main, scores or {})
     bar.close()
-    if config.data.evaluate and scores is None:
-        scores, state = _evaluate(run, state, tracker)
-    return Outcome(state, True, run.world.is_main, scores or {})
+    _say(world, f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, {meter.saving_share:.1%} of this session")
+    return Outcome(state, True, world.is_main, scores or {})
 
 
-def _evaluate(run: Run, state: TrainState, tracker: Tracker) -> tuple[dict[str, Score], TrainState]:
-    """Score every evaluation split; the first decides which checkpoint is the best."""
+def _step(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]], meter: Meter) -> tuple[StepStats, list[Batch]]:
+    doing(f"step {state.step + 1}: reading data")
+    with meter.waiting():
+        step, micro_batches = next(batches)
+    assert step == state.step
+    doing(f"step {state.step + 1}: forward, backward, update")
+    seed_step(run.config.seed, step, run.world.rank)
+    scale = lr_scale(step, run.total, run.config.schedule)
+    return run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale), micro_batches
+
+
+def _agreed(stop: StopRequest, state: TrainState) -> bool:
+    doing(f"step {state.step}: agreeing whether to stop")
+    return stop.agreed()
+
+
+def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainState:
+    """Save; what was saved."""
+    doing(f"step {state.step}: saving a checkpoint")
+    with meter.saving():
+        run.checkpoints.save(run.engine, state, run.tokenizer)
+    tracker.log(state.step, {"save/seconds": meter.last_save_s, "save/share": meter.saving_share})
+    return state
+
+
+def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> tuple[dict[str, Score], TrainState]:
+    """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
     config, world = run.config, run.world
     with run.engine.averaged():
-        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world)
+        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world, stop.agreed)
     for split, score in scores.items():
         tracker.log(state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()})
         tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})
@@ -162,9 +199,15 @@ def _evaluate(run: Run, state: TrainState, tracker: Tracker) -> tuple[dict[str, 
     if scores:
         tracker.artifact(config.directory / "scores", "scores")
     first = dist.from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
+    state = replace(state, evaluated=state.step)
     if state.best is None or (first is not None and first > state.best):
         state = replace(state, best=first, best_step=state.step)
     return scores, state
+
+
+def _say(world: World, words: str) -> None:
+    if world.is_main:
+        print(words, flush=True)
 
 
 def _advance(state: TrainState, stats: StepStats, config: Config) -> TrainState:
@@ -178,42 +221,6 @@ def _advance(state: TrainState, stats: StepStats, config: Config) -> TrainState:
         raise InputError(f"step {state.step}: {where} was not finite {bad} times in a row. Lower optim.lr, set optim.clip_norm, "
                          "or train in precision: fp32; the run can go on from its last checkpoint")
     return replace(state, step=state.step + 1, bad_steps=bad)
-
-
-class Meter:
-    """Samples per second, the share of time spent waiting for data and of sentences that were cut, since the last look."""
-
-    def __init__(self) -> None:
-        self.last_wait = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the time until now: an evaluation or a checkpoint is not training."""
-        self.began, self.waited, self.samples = time.perf_counter(), 0.0, 0
-        self.read_here = self.cut_here = 0
-
-    def add(self, samples: int, micro_batches: Sequence[Batch]) -> None:
-        """Count a step of `samples` over all ranks, whose part on this rank are the micro-batches."""
-        self.samples += samples
-        self.read_here += sum(len(batch) for batch in micro_batches)
-        self.cut_here += sum(info.cut for batch in micro_batches for info in batch.info)
-
-    def waiting(self) -> Meter:
-        return self
-
-    def __enter__(self) -> None:
-        self.wait_began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.waited += time.perf_counter() - self.wait_began
-
-    def read(self) -> dict[str, float]:
-        passed = time.perf_counter() - self.began
-        self.last_wait = self.waited / passed
-        values = {"train/samples_per_second": self.samples / passed, "data/wait_share": self.last_wait,
-                  "data/cut_sentences_share": self.cut_here / max(1, self.read_here)}
-        self.restart()
-        return values
 
 
 def _row(stats: StepStats, lr: float) -> dict[str, float]:

@@ -19,18 +19,23 @@ from coupalign.evaluation.protocols import describe_conditions, find_protocol
 Infer = Callable[[Batch], Tensor]
 
 
-def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokenizer: Tokenizer, world: World) -> dict[str, Score]:
-    """Score each source by itself under the config's protocol; collective. Names -> scores on rank 0, empty elsewhere."""
+def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokenizer: Tokenizer, world: World,
+                 stopped: Callable[[], bool] = lambda: False) -> dict[str, Score]:
+    """Score each source by itself under the config's protocol; collective. Names -> scores on rank 0, empty elsewhere.
+
+    Raises Stopped on every rank once `stopped`, which must agree on all of them, says so.
+    """
     scores = {}
     for name, source in split_names(sources).items():
-        evaluation = score_split(infer, config, name, source, tokenizer, world)
+        evaluation = score_split(infer, config, name, source, tokenizer, world, stopped=stopped)
         if evaluation.score is not None:
             scores[name] = evaluation.score
     return scores
 
 
 def score_split(infer: Infer, config: Config, name: str, source: Source, tokenizer: Tokenizer, world: World, *,
-                protocol: str | None = None, language_blind: bool = False, pictures: int = 0) -> Evaluation:
+                protocol: str | None = None, language_blind: bool = False, pictures: int = 0,
+                stopped: Callable[[], bool] = lambda: False) -> Evaluation:
     """Score one source and write its rows to `<run>/scores/<name>-<protocol>.csv`; collective.
 
     Args:
@@ -38,6 +43,7 @@ def score_split(infer: Infer, config: Config, name: str, source: Source, tokeniz
         protocol: none: the config's.
         language_blind: score a second time with the sentences shuffled among the samples, and keep it beside the score.
         pictures: samples of each kind (best, median, worst, random) that every rank keeps to look at.
+        stopped: ends the scoring early, see `evaluate`.
     """
     rules = find_protocol(protocol or config.evaluate.protocol)
     conditions = describe_conditions(rules, config.data, [source], config.evaluate.limit)
@@ -47,7 +53,7 @@ def score_split(infer: Infer, config: Config, name: str, source: Source, tokeniz
                                    limit=config.evaluate.limit, shuffle_sentences=shuffled, images=shown > 0)
         evaluation = evaluate(infer, loader, rules, gather=partial(dist.gather_rows, world=world), rank=world.rank,
                               device=world.device, bootstrap=config.evaluate.bootstrap, pictures=shown, conditions=conditions,
-                              title=f"{name}{' (sentences shuffled)' if shuffled else ''}")
+                              title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}", stopped=stopped)
         if world.is_main and not shuffled:
             write_rows(config.directory / "scores" / f"{name}-{rules.name}.csv", evaluation.rows, loader.names, rules.empty)
         return evaluation

@@ -13,6 +13,7 @@ from coupalign.data.batch import Batch
 from coupalign.dist import World, wait_for_all
 from coupalign.engine.base import Engine, seed_step
 from coupalign.engine.build import build_engine
+from coupalign.engine.moments import make_universal, open_moments
 from coupalign.model.coupalign import build_model
 from coupalign.model.weights import write_weights
 from coupalign.training.optim import build_optimizer
@@ -31,8 +32,9 @@ def tiny(*changes: str) -> Config:
 
 
 def engines(*kinds: str) -> list[Config]:
-    """"ddp", "zero0" … "zero3" -> their configurations."""
-    return [tiny() if kind == "ddp" else tiny("engine.kind=deepspeed", f"engine.stage={kind[-1]}") for kind in kinds]
+    """"ddp", "zero0" … "zero3", "zero1 offload" … -> their configurations."""
+    return [tiny() if kind == "ddp" else tiny("engine.kind=deepspeed", f"engine.stage={kind[4]}", f"engine.offload={'offload' in kind}")
+            for kind in kinds]
 
 
 def make_engine(config: Config, world: World) -> Engine:
@@ -85,21 +87,46 @@ def interrupted(world: World, configs: Sequence[Config], folder: Path, first: in
     """Loss and norm of each step, for each engine: train `first` steps, save, build everything anew, load, train up to `count`."""
     results = []
     for place, config in enumerate(configs):
-        here = folder / str(place)
-        engine = make_engine(config, world)
-        numbers = steps(engine, config, world, range(first))
-        weights, averages = engine.export(), engine.export(averaged=True)
-        if world.is_main:
-            here.mkdir()
-            write_weights(here / "weights.safetensors", weights)
-            write_weights(here / "ema.safetensors", averages)
-        wait_for_all(world)
-        engine.save(here)
-        wait_for_all(world)
+        numbers, counters = begun(world, config, folder / str(place), first)
         again = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)      # another random start
-        again.load(here)
-        numbers += steps(again, config, world, range(first, count))
-        results.append(numbers)
+        again.load(folder / str(place), counters)
+        results.append(numbers + steps(again, config, world, range(first, count)))
+    return results
+
+
+def begun(world: World, config: Config, folder: Path, first: int) -> tuple[list[tuple[float, float]], dict[str, float]]:
+    """Train `first` steps and save into a new folder: loss and norm of each step, and the engine's counters."""
+    engine = make_engine(config, world)
+    numbers = steps(engine, config, world, range(first))
+    weights, averages = engine.export(), engine.export(averaged=True)
+    if world.is_main:
+        folder.mkdir()
+        write_weights(folder / "weights.safetensors", weights)
+        write_weights(folder / "ema.safetensors", averages)
+    wait_for_all(world)
+    engine.save(folder)
+    wait_for_all(world)
+    return numbers, engine.counters()
+
+
+def begin_all(world: World, configs: Sequence[Config], folder: Path, first: int) -> list[dict[str, float]]:
+    """`begun` for each configuration, in folders 0, 1, …; the counters."""
+    return [begun(world, config, folder / str(place), first)[1] for place, config in enumerate(configs)]
+
+
+def adopted(world: World, moves: Sequence[tuple[int, Config]], folder: Path, counters: Sequence[dict[str, float]],
+            span: range) -> list[dict[str, Any]]:
+    """Each move is a checkpoint of `begin_all` and who takes it over: loss and norm of the steps in `span`, weights after them."""
+    if world.is_main:
+        for place in range(len(counters)):
+            make_universal(folder / str(place), print)
+    wait_for_all(world)
+    results = []
+    for place, config in moves:
+        engine = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)
+        engine.adopt(folder / str(place), open_moments(folder / str(place)), counters[place])
+        numbers = steps(engine, config, world, span)
+        results.append({"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)})
     return results
 
 

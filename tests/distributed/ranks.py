@@ -46,7 +46,7 @@ def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments:
                    "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     torch.set_num_threads(1)              # the variable comes too late for a torch that is imported already
     try:
-        with dist.session(f"file://{folder}/rendezvous", timeout_minutes=3) as world:
+        with dist.session(f"file://{folder}/rendezvous", hang_minutes=3) as world:
             result = fn(world, *arguments)
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
     except BaseException:

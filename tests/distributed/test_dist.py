@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coupalign import dist
-from coupalign.dist import World, _places
+from coupalign.dist import World
 from coupalign.errors import InputError
 from tests.distributed.ranks import run_ranks
 
@@ -44,17 +44,17 @@ def test_the_harness_reports_a_failing_rank() -> None:
         run_ranks(fail_on_one, 2)
 
 
-@pytest.mark.parametrize(("environment", "expected"), [
-    ({}, (0, 1, 0, 1)),
-    ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (3, 8, 1, 2)),
-    ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}, (3, 8, 1, 4)),
-    ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "2"}, (5, 6, 1, 2)),
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),
-])
-def test_places_come_from_whichever_launcher_there_is(environment: dict[str, str], expected: tuple[int, ...]) -> None:
-    assert _places(environment) == expected
+def found_on_main(world: World) -> tuple[int, str]:
+    """What on_main gave, and the mistake it raised."""
+    def refuse() -> None:
+        raise InputError("deliberate")
+    value = dist.on_main(lambda: world.rank + 40, world)
+    try:
+        dist.on_main(refuse, world)
+    except InputError as error:
+        return value, str(error)
+    return value, "nothing"
 
 
-def test_half_an_environment_is_named() -> None:
-    with pytest.raises(InputError, match="WORLD_SIZE"):
-        _places({"RANK": "0", "LOCAL_RANK": "0"})
+def test_what_rank_0_finds_out_all_ranks_know() -> None:
+    assert run_ranks(found_on_main, 2) == [(40, "deliberate")] * 2

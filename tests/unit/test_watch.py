@@ -1,0 +1,24 @@
+"""What is said of a job in which nothing moves."""
+from __future__ import annotations
+
+from coupalign.watch import where_everybody_is
+
+
+def note(phase: str, beats: int, host: str = "n1") -> dict:
+    return {"phase": phase, "seconds": 60, "beats": beats, "host": host}
+
+
+def test_the_rank_that_holds_up_the_others_comes_first() -> None:
+    before = {rank: note("step 7: updating", 5) for rank in range(4)} | {1: note("step 7: reading data", 5, "n2")}
+    after = {rank: {**said, "beats": 7} for rank, said in before.items()}
+    first, second = where_everybody_is(before, after, 4)
+    assert first.startswith("  rank 1 (n2): 'step 7: reading data'") and "wait here" in first
+    assert second.startswith("  ranks 0 (n1), 2 (n1), 3 (n1): 'step 7: updating'") and "wait here" not in second
+
+
+def test_a_rank_that_is_silent_and_one_that_was_never_there() -> None:
+    before = {0: note("step 7: updating", 5), 1: note("saving", 5)}
+    after = {0: note("step 7: updating", 7), 1: note("saving", 5)}
+    lines = "\n".join(where_everybody_is(before, after, 3))
+    assert "rank 1 (n1): silent" in lines and "last heard while 'saving'" in lines
+    assert "rank 2 (host unknown): was never heard of" in lines
