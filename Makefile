@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test gpu lint setup clean
+.PHONY: demo test test-cluster gpu lint setup clean
 setup: $(VENV)/.ready
 
 # torch first and by itself: whatever comes later must find the pinned build and not pull another one.
@@ -17,7 +17,14 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
 test: setup lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile
+
+# On a real Slurm and over a real network, both on this machine: as root, on Debian or Ubuntu, whose packages it installs.
+# KILLS=n: how often the fault injector kills a rank of one run.
+KILLS ?= 30
+test-cluster: setup
+	tests/cluster/slurm.sh install
+	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster
 
 # On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
 gpu: setup

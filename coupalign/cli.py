@@ -12,7 +12,7 @@ from typing import Any
 import coupalign
 from coupalign.errors import InputError
 
-STOPPED = 75      # EX_TEMPFAIL: training stopped early with a checkpoint; slurm/train.sbatch puts the job back into the queue
+STOPPED = 75      # EX_TEMPFAIL: asked to stop, can go on; slurm/job.sh puts the job back into the queue
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,14 +48,17 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data_verbs(verb)
     _add_model_verbs(verb)
-    made = verb("bench", _bench, "measure: the alignment kernels, what they ask of a GPU, or the memory traffic of a step")
-    made.add_argument("what", choices=("kernel", "registers", "traffic"),
+    made = verb("bench", _bench, "measure: the alignment kernels, what they ask of a GPU, the memory traffic of a step, or the data order")
+    made.add_argument("what", choices=("kernel", "registers", "traffic", "order"),
                       help="kernel: time and bytes of word-pixel alignment, beside every other way to write it; registers: each kernel "
-                           "compiled for each GPU, none is needed; traffic CONFIG: bytes and FLOPs of a training step by part")
+                           "compiled for each GPU, none is needed; traffic CONFIG: bytes and FLOPs of a training step by part; "
+                           "order: 1e8 samples in order for 1,024 ranks, simulated; half a minute of one core, 2 GB")
     _file_and_overrides(made, "config", "YAML file, for traffic", optional=True)
     made.add_argument("--batch", type=int, action="append", help="images; kernel: may be given again, default 8 and 32 (2 on a CPU); "
                                                                   "traffic: default 32")
-    verb("doctor", _doctor, "what this machine and this installation can do")
+    made = verb("doctor", _doctor, "what this machine and this installation can do; --distributed: what a job on all its ranks can do")
+    made.add_argument("--distributed", type=Path, nargs="?", const=Path("runs"), metavar="RUN_DIR",
+                      help="started by a launcher on all ranks: do they meet, share RUN_DIR (runs), agree on clock and versions, how fast")
     return parser
 
 
@@ -87,6 +90,13 @@ def _add_data_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _file_and_overrides(verb("describe", _describe, "parameters and FLOPs by part, shapes at each stage"))
+    made = verb("plan", _plan, "what a training will need: memory by engine, bytes on the wire, the micro-batch; no GPU is asked")
+    _file_and_overrides(made)
+    made.add_argument("--gpu", default="h100", choices=("a100-40", "a100-80", "h100", "h200", "rtx4090", "rtx3090", "v100-32"))
+    made.add_argument("--nodes", type=int, default=1)
+    made.add_argument("--ranks-per-node", type=int, default=8, help="GPUs of a node")
+    made.add_argument("--network", type=float, default=50.0, metavar="GB/s",
+                      help="in one direction between nodes, all adapters of a node together; default 50, one of 400 Gb/s")
     made = verb("config", _config, "print the whole configuration, defaults included")
     _file_and_overrides(made)
     made.add_argument("--deepspeed", action="store_true", help="print the dictionary that DeepSpeed is given")
@@ -159,6 +169,15 @@ def _describe(options: argparse.Namespace) -> Any:
     return report.to_json()
 
 
+def _plan(options: argparse.Namespace) -> Any:
+    from coupalign.config.load import read_config
+    from coupalign.plan import plan
+
+    found = plan(read_config(options.config, options.overrides), options.gpu, options.nodes, options.ranks_per_node, options.network)
+    print(found.table())
+    return found.to_json()
+
+
 def _config(options: argparse.Namespace) -> Any:
     from coupalign.config.load import dump, read_config
 
@@ -177,11 +196,14 @@ def _config(options: argparse.Namespace) -> Any:
 
 
 def _train(options: argparse.Namespace) -> Any:
-    from coupalign.config.load import read_config
-    from coupalign.training.loop import train
+    from coupalign.engine.stop import StopRequest
 
-    config = read_config(options.config, options.overrides)
-    outcome = train(config)
+    with StopRequest() as stop:
+        from coupalign.config.load import read_config
+        from coupalign.training.loop import train
+
+        config = read_config(options.config, options.overrides)
+        outcome = train(config, stop)
     status = 0 if outcome.finished else STOPPED
     if not outcome.is_main:
         return status, None
@@ -192,10 +214,18 @@ def _train(options: argparse.Namespace) -> Any:
 
 
 def _eval(options: argparse.Namespace) -> Any:
-    from coupalign.training.rescore import rescore
+    from coupalign.engine.stop import StopRequest
 
-    scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
-                     options.language_blind, options.pictures)
+    with StopRequest() as stop:
+        from coupalign.evaluation.evaluator import Stopped
+        from coupalign.training.rescore import rescore
+
+        try:
+            scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
+                             options.language_blind, options.pictures, stop)
+        except Stopped:
+            print(f"coupalign: stopped by {stop.name or 'another rank'}; the same command scores anew", file=sys.stderr)
+            return STOPPED, None
     for name, score in scores.items():
         print(f"\n{name}\n{score.table()}")
     return {name: score.to_json() for name, score in scores.items()} or None
@@ -244,7 +274,8 @@ def _bench(options: argparse.Namespace) -> Any:
         raise InputError("--batch must be at least 1")
     if (options.what == "traffic") != bool(options.config):
         raise InputError("bench traffic needs a configuration, the other benches take none: coupalign bench traffic configs/demo.yaml")
-    return {"kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic}[options.what](options)
+    return {"kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic,
+            "order": _bench_order}[options.what](options)
 
 
 def _bench_kernel(options: argparse.Namespace) -> Any:
@@ -282,10 +313,36 @@ def _bench_traffic(options: argparse.Namespace) -> Any:
     return {"batch": batch, "parts": {name: asdict(cost) for name, cost in costs.items()}}
 
 
+def _bench_order(_: argparse.Namespace) -> Any:
+    from coupalign.bench.order import bench_order, table
+
+    bench = bench_order()
+    print(table(bench))
+    return (1 if bench.faults else 0), bench.to_json()
+
+
 def _doctor(options: argparse.Namespace) -> Any:
+    if options.distributed is not None:
+        return _doctor_of_a_job(options)
     from coupalign.doctor import examine
 
     report = examine()
     width = max(map(len, report))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in report.items()))
     return report
+
+
+def _doctor_of_a_job(options: argparse.Namespace) -> Any:
+    import time
+
+    from coupalign import dist
+    from coupalign.preflight import examine_job, findings_table, to_json
+
+    began = time.perf_counter()
+    with dist.session(hang_minutes=2) as world:
+        findings = examine_job(options.distributed, world, time.perf_counter() - began)
+    status = 1 if any(finding.verdict == "FAIL" for finding in findings) else 0
+    if not world.is_main:
+        return status, None
+    print(findings_table(findings))
+    return status, to_json(findings)

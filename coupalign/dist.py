@@ -13,8 +13,8 @@ import torch
 import torch.distributed as td
 
 from coupalign.errors import InputError
-from coupalign.launcher import meeting_point, places
-from coupalign.watch import Watch
+from coupalign.launcher import launcher_of, meeting_point, places
+from coupalign.watch import Watch, doing
 
 T = TypeVar("T")
 
@@ -61,11 +61,14 @@ def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[
     store.set_timeout(timeout)
     td.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
     watch = Watch(rank, size, store.clone(), 60 * hang_minutes)
+    world = World(rank, size, local_rank, local_size, device)
     try:
-        yield World(rank, size, local_rank, local_size, device)
+        yield world
+        doing("leaving the job")
+        wait_for_all(world)               # or a rank that is still leaving loses the one that holds the store
     finally:
-        watch.close()
         td.destroy_process_group()
+        watch.close()
 
 
 def any_rank(flag: bool, world: World) -> bool:
@@ -130,6 +133,17 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     everybody: list[Any] = [None] * world.size
     td.all_gather_object(everybody, value)
     return everybody
+
+
+def sum_over_ranks(tensor: torch.Tensor, world: World) -> None:
+    """Add up everybody's `tensor`, in place."""
+    if world.size > 1:
+        td.all_reduce(tensor)
+
+
+def launcher() -> str:
+    """What started this process: torchrun, deepspeed, srun, or nothing."""
+    return launcher_of(os.environ)
 
 
 def wait_for_all(world: World) -> None:

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,6 +58,14 @@ def publish_directory(finished: Path, path: Path) -> None:
     os.replace(finished, path)
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_debris(folder: Path, older_than_s: float = 5.0) -> None:
+    """Remove what killed processes left half-written below `folder`; what is younger may belong to a living one."""
+    for left in list(folder.rglob(".*.partial")):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > older_than_s:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,6 +38,12 @@ def places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     return rank, size, local_rank, local_size
 
 
+def launcher_of(environment: Mapping[str, str]) -> str:
+    """What started this process, for people."""
+    signs = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed", "RANK": "RANK in the environment", "SLURM_STEP_ID": "srun"}
+    return next((name for sign, name in signs.items() if sign in environment), "no launcher")
+
+
 def meeting_point(environment: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT: those that are set, else the first node of the Slurm step and a port from the job's number.
 

@@ -24,20 +24,23 @@ class Phase:
     """What this process is doing, and since when; set by the main thread, read by the watch."""
 
     def __init__(self) -> None:
-        self.name, self.since = "starting", time.monotonic()
+        self.name, self.since, self.alone = "starting", time.monotonic(), True
 
 
 _phase = Phase()
 
 
-def doing(name: str) -> None:
+def doing(name: str, alone: bool = False) -> None:
     """Say what this rank begins now: "step 7: reading data". That is progress, and it costs nothing.
 
     It is also an audit event (PEP 578), for whoever wants to be called at a certain place: a profiler, or a test that breaks things.
+
+    Args:
+        alone: it needs no other rank, so whoever stays in it holds up the others.
     """
-    sys.audit("coupalign.doing", name)
     _phase.since = time.monotonic()
-    _phase.name = name
+    _phase.name, _phase.alone = name, alone
+    sys.audit("coupalign.doing", name)
 
 
 class Watch:
@@ -71,7 +74,7 @@ class Watch:
 
     def _publish(self, passed: float) -> None:
         self._beats += 1
-        note = {"phase": _phase.name, "seconds": round(passed), "beats": self._beats, "host": socket.gethostname()}
+        note = {"phase": _phase.name, "alone": _phase.alone, "seconds": round(passed), "beats": self._beats, "host": socket.gethostname()}
         try:
             self._store.set(f"watch/{self._rank}", json.dumps(note))
         except Exception:             # the rank that holds the store is gone: the launcher is ending this job
@@ -111,16 +114,19 @@ def where_everybody_is(before: dict[int, dict[str, Any]], after: dict[int, dict[
     for rank in range(size):
         note = after.get(rank)
         if note is None:
-            what = "was never heard of"
+            groups["was never heard of"].append(rank)
         elif note["beats"] == before.get(rank, note)["beats"]:
-            what = f"silent: stopped, dead or cut off; last heard while {note['phase']!r}"
+            groups[f"silent: stopped, dead or cut off; last heard while {note['phase']!r}"].append(rank)
         else:
-            what = f"{note['phase']!r}"
-        groups[what].append(rank)
-    hosts = {rank: note["host"] for rank, note in after.items()}
+            groups[repr(note["phase"])].append(rank)
+    working = {what for what, ranks in groups.items() if all(rank in after and after[rank]["alone"] for rank in ranks)}
+    absent = {what for what in groups if not what.startswith("'")}
+    fewest = {min(groups, key=lambda what: len(groups[what]))} if len(groups) > 1 else set()
+    blamed = absent or working or fewest
     lines = []
-    for what, ranks in sorted(groups.items(), key=lambda item: len(item[1])):
-        named = ", ".join(f"{rank} ({hosts.get(rank, 'host unknown')})" for rank in ranks[:8]) + (" …" if len(ranks) > 8 else "")
-        waited_for = "  <- the others seem to wait here" if len(ranks) < size / 2 or "silent" in what or "never" in what else ""
-        lines.append(f"  rank{'s' * (len(ranks) > 1)} {named}: {what}{waited_for}")
+    for what in sorted(groups, key=lambda what: (what not in blamed, len(groups[what]))):
+        ranks = groups[what]
+        named = ", ".join(f"{rank} ({after[rank]['host'] if rank in after else 'host unknown'})" for rank in ranks[:8])
+        lines.append(f"  rank{'s' * (len(ranks) > 1)} {named}{' …' * (len(ranks) > 8)}: {what}"
+                     f"{'  <- the others seem to wait here' * (what in blamed)}")
     return lines

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Starts a coupalign verb on several processes through the deepspeed launcher. See launch/README.md.
 set -euo pipefail
+# shellcheck source=launch/machine.sh
+source "$(dirname "${BASH_SOURCE[0]}")/machine.sh"
 
 usage() {
-    cat <<'EOF'
+    cat <<'END'
 usage: launch/deepspeed.sh [--hostfile FILE] [--dry-run] [VERB] CONFIG.yaml [key=value ...]
 
   VERB             train (default), eval, or any other verb of coupalign
@@ -15,7 +17,7 @@ environment
   MASTER_ADDR      of the first machine (default: asked by ssh), MASTER_PORT (default: a free one)
   DEEPSPEED_ARGS   more options of the launcher, such as "--no_ssh_check --launcher pdsh"
   PYTHON           interpreter (default: the active environment's, else .venv/bin/python beside launch/)
-EOF
+END
 }
 
 dry="" hostfile=""
@@ -28,41 +30,32 @@ while [[ "${1:-}" == -* ]]; do
         *) usage >&2; echo "unknown option: $1" >&2; exit 2 ;;
     esac
 done
-verb=train
-if [[ "${1:-}" =~ ^[a-z]+$ ]]; then
-    verb=$1
-    shift
-fi
+read_verb "$@"
+shift "$words"
 if [[ -n "$hostfile" && ! -r "$hostfile" ]]; then
     echo "hostfile $hostfile is missing: see launch/hostfile.example" >&2
     exit 2
 fi
-
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-}
-if [[ -z "$python" && -z "${VIRTUAL_ENV:-}" && -z "${CONDA_PREFIX:-}" && -x "$root/.venv/bin/python" ]]; then
-    python=$root/.venv/bin/python
-fi
-python=$(command -v "${python:-python3}")
-if ! "$python" -c "import coupalign, importlib.util as u, sys; sys.exit(u.find_spec('deepspeed') is None and 'deepspeed is missing')"; then
-    echo "$python cannot start: activate the environment of coupalign, set PYTHON, or run 'make demo' once" >&2
-    exit 1
-fi
+find_python coupalign deepspeed
 # The environment's own ninja must come first: another version rebuilds DeepSpeed's extensions at every change.
 PATH=$(dirname "$python"):$PATH
 export PATH
-
-gpus=0
-if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
-elif [[ -z "${CUDA_VISIBLE_DEVICES+set}" ]] && command -v nvidia-smi >/dev/null; then
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-fi
-nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+count_processes
 if [[ "$gpus" == 0 && -z "$hostfile" ]]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+
+read -r -a more <<<"${DEEPSPEED_ARGS:-}"
+entry=(--module coupalign)
+if [[ " ${more[*]-} " =~ \ --launcher[\ =]slurm\  ]]; then
+    if [[ -z "$hostfile" ]]; then
+        echo "--launcher slurm needs a hostfile: scontrol show hostnames | sed 's/\$/ slots=8/' > hostfile" >&2
+        exit 2
+    fi
+    # Its srun knows no modules: it starts `python SCRIPT`. It tells the ranks nothing; they ask Slurm, so nobody is asked by ssh.
+    entry=("$(dirname "$python")/coupalign")
+    more+=(--no_ssh_check)
+    MASTER_ADDR=${MASTER_ADDR:-unused}
 fi
 
 where=()
@@ -76,12 +69,5 @@ else
     where=(--num_gpus "$nproc")
 fi
 port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-read -r -a more <<<"${DEEPSPEED_ARGS:-}"
 
-command=(deepspeed --log_level warning "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank --module coupalign "$verb" "$@")
-if [[ -n "$dry" ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit 0
-fi
-exec "${command[@]}"
+start deepspeed --log_level warning "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank "${entry[@]}" "$verb" "$@"

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Everything that differs from site to site, and nothing else. Read by the sbatch files on the first node of a job, and,
-# if you like, by your shell before sbatch (`source slurm/env.sh`), which then finds the SBATCH_* defaults.
+# if you like, by your shell before sbatch (`source slurm/env.sh`), which then finds the SBATCH_* defaults. COUPALIGN_ENV names
+# another file to read in its place.
 
 # Defaults for sbatch.
 # export SBATCH_ACCOUNT=my_project

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Batch
 from coupalign.data.index import ShardIndex
-from coupalign.data.order import EpochOrders, micro_batches, rank_slice
+from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
 from coupalign.data.samples import BadSample, Sample, SampleReader, SampleTable, build_table, other_sentences, spread
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
@@ -54,17 +54,19 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
     """The endless training batches of one rank.
 
     Raises:
-        InputError: the ranks cannot share `global_batch`, a source is empty or cannot be opened.
+        InputError: the ranks or the canonical nodes cannot share `global_batch`, there are fewer samples than canonical nodes,
+            a source is empty or cannot be opened.
     """
     if not config.train:
         raise InputError("data.train is empty: name at least one source to train on")
-    part = rank_slice(global_batch, rank, ranks)
+    taken = rank_slice(global_batch, rank, ranks)
+    part_share(global_batch, config.canonical_nodes, ranks)
     indexes = _open_indexes(config.train)
     table = build_table(config.train, indexes, config.unit)
-    _warn_of_small_cache(config, table)
-    orders = EpochOrders(table.shard, seed, config.shuffle_window)
-    accumulation = micro_batches(part.stop - part.start, max_micro_batch)
-    keys = _MicroBatchKeys(orders, global_batch, part, accumulation)
+    _warn_of_small_cache(config, table, len(part_slices(global_batch, config.canonical_nodes, taken)))
+    orders = EpochOrders(ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes)
+    accumulation = micro_batches(taken.stop - taken.start, max_micro_batch)
+    keys = _MicroBatchKeys(orders, global_batch, taken, accumulation)
     dataset = _TrainSamples(SampleReader(config, table, tokenizer), seed)
     return TrainLoader(dataset, keys, config, _fingerprint(config.train, indexes, config.unit))
 
@@ -106,12 +108,14 @@ def _fingerprint(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit:
     return hashlib.sha256(json.dumps([unit, parts]).encode()).hexdigest()
 
 
-def _warn_of_small_cache(config: DataConfig, table: SampleTable) -> None:
-    remote = [shard.bytes for index in table.indexes if is_remote(index.location) for shard in index.shards]
-    window = sum(sorted(remote)[-config.shuffle_window:])
-    if window > config.cache_gb * 1e9:
-        log.warning("data.cache_gb=%g is less than the %.3g GB of one shuffle window: shards will be fetched again and again; "
-                    "raise it, or lower data.shuffle_window=%d", config.cache_gb, window / 1e9, config.shuffle_window)
+def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts: int) -> None:
+    """`parts`: how many canonical nodes' parts this rank reads at a time, each of them in its own window."""
+    remote = sorted(shard.bytes for index in table.indexes if is_remote(index.location) for shard in index.shards)
+    shards = min(config.shuffle_window, -(-len(remote) // config.canonical_nodes) + 1) * parts
+    if (window := sum(remote[-shards:])) > config.cache_gb * 1e9:
+        log.warning("data.cache_gb=%g is less than the %.3g GB of the shuffle windows that a process reads at a time: shards will be "
+                    "fetched again and again; raise it, or lower data.shuffle_window=%d", config.cache_gb, window / 1e9,
+                    config.shuffle_window)
 
 
 def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[int]]:
@@ -269,16 +273,16 @@ def _start_worker(_: int) -> None:
 class _MicroBatchKeys:
     """The keys of one rank's micro-batches from `first_step` on, without end."""
 
-    def __init__(self, orders: EpochOrders, global_batch: int, part: slice, accumulation: int) -> None:
+    def __init__(self, orders: EpochOrders, global_batch: int, taken: slice, accumulation: int) -> None:
         self.orders = orders
         self.accumulation = accumulation
         self.first_step = 0
         self._global_batch = global_batch
-        self._part = part
+        self._taken = taken
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in count(self.first_step):
-            keys = self.orders.step(step, self._global_batch)[self._part]
+            keys = self.orders.step(step, self._global_batch, self._taken)
             size = len(keys) // self.accumulation
             for first in range(0, len(keys), size):
                 yield keys[first:first + size]

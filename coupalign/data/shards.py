@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 4
 FIRST_DELAY = 0.5            # seconds before the second attempt; doubled before each further one
+SILENCE_S = 60.0             # without a byte, after which an attempt has failed
 _OPEN_LOCAL = 64             # files a process keeps open
 _OPEN_CACHED = 2             # the same for cached shards, which cannot be thrown out while they are open
 _CANNOT_MEND = (FileNotFoundError, PermissionError, ImportError)
@@ -240,7 +241,7 @@ def _file_system(url: str) -> Any:
         return fsspec.filesystem(scheme)
     import aiohttp
 
-    patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)    # the library's own: 5 minutes in all
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)    # the library's own: 5 minutes in all
     return fsspec.filesystem(scheme, client_kwargs={"timeout": patience})
 
 

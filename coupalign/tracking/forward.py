@@ -25,6 +25,8 @@ CLOSE_WAIT_S = 30.0
 """Longest wait at the end of a session for a server that does not answer …"""
 CLOSE_WAIT_WORKING_S = 120.0
 """… and for one that is taking what is sent, or a database that is being set up."""
+CLOSE_WAIT_FAILED_S = 2.0
+"""The wait of a session that failed: its launcher may be about to start the next one, which sends the rest."""
 SYSTEM_EVERY_S = 10.0
 
 
@@ -73,7 +75,7 @@ class MlflowTracker:
             return
         self._journal.close()
         self._keep(status=status, ended=int(time.time() * 1000), status_sent=False)
-        if not self._thread.finish():
+        if not self._thread.finish(hurry=status in ("FAILED", "KILLED")):
             rows, artifacts = self._outbox.waiting()
             logger.warning("MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` or the next start "
                            "of this run sends them", self._outbox.uri, rows, artifacts, self._outbox.path.parent)
@@ -117,14 +119,15 @@ class Forwarder(threading.Thread):
                     return
                 self._closing.wait(POLL_S)
 
-    def finish(self) -> bool:
+    def finish(self, hurry: bool = False) -> bool:
         """Ask the thread to send what is left and wait for it, within bounds; whether everything was sent."""
         start = time.monotonic()
         self._closing.set()
         while self.is_alive():
             self.join(0.1)
             waited = time.monotonic() - start
-            if self.is_alive() and waited > (CLOSE_WAIT_S if self._failing else CLOSE_WAIT_WORKING_S):
+            patience = CLOSE_WAIT_FAILED_S if hurry else CLOSE_WAIT_S if self._failing else CLOSE_WAIT_WORKING_S
+            if self.is_alive() and waited > patience:
                 self._given_up = True
                 return False
         return True

@@ -25,7 +25,7 @@ from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
-from coupalign.files import whole_file, write_json
+from coupalign.files import remove_debris, whole_file, write_json
 from coupalign.kernels import explain
 from coupalign.model.coupalign import build_model
 from coupalign.model.weights import load_pretrained
@@ -71,17 +71,18 @@ class Outcome:
     scores: dict[str, Score] = field(default_factory=dict)
 
 
-def train(config: Config) -> Outcome:
-    """Train, or go on training, the run that `config` describes; call it on every rank.
+def train(config: Config, stop: StopRequest) -> Outcome:
+    """Train, or go on training, the run that `config` describes, until its end or until `stop` on any rank; call it on every rank.
 
     Raises:
         InputError: for everything the user can mend, before the first step where that is possible.
     """
-    with dist.session(hang_minutes=config.train.hang_minutes) as world, StopRequest(world) as stop:
+    with dist.session(hang_minutes=config.train.hang_minutes) as world:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
             if world.is_main:
+                remove_debris(config.directory)
                 with whole_file(config.directory / "config.yaml", "w") as file:
                     file.write(dump(config))
             with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
@@ -96,12 +97,12 @@ def train(config: Config) -> Outcome:
 
 def _prepare(config: Config, world: World) -> Run:
     """Everything that is built once; wrong input shows here, before any time is spent."""
-    doing("opening the data")
+    doing("opening the data", alone=True)
     torch.manual_seed(config.seed)
     tokenizer = open_tokenizer(config.data)
     loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
                                 world.rank, world.size, tokenizer)
-    doing("building the model")
+    doing("building the model", alone=True)
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     if not finished(config.directory / "checkpoints"):
         for report in load_pretrained(model, config.model):
@@ -129,7 +130,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
     batches = run.loader.steps_from(state.step)
     saved = state
     while True:
-        stopping = _agreed(stop, state)
+        stopping = _agreed(stop, state, world)
         shown = scores is not None or not config.data.evaluate or state.step < run.total
         if not stopping and (run.owes_evaluation(state) or not shown):
             try:
@@ -161,7 +162,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
 
 
 def _step(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]], meter: Meter) -> tuple[StepStats, list[Batch]]:
-    doing(f"step {state.step + 1}: reading data")
+    doing(f"step {state.step + 1}: reading data", alone=True)
     with meter.waiting():
         step, micro_batches = next(batches)
     assert step == state.step
@@ -171,9 +172,9 @@ def _step(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]
     return run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale), micro_batches
 
 
-def _agreed(stop: StopRequest, state: TrainState) -> bool:
+def _agreed(stop: StopRequest, state: TrainState, world: World) -> bool:
     doing(f"step {state.step}: agreeing whether to stop")
-    return stop.agreed()
+    return dist.any_rank(stop.name is not None, world)
 
 
 def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainState:
@@ -189,7 +190,8 @@ def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) 
     """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
     config, world = run.config, run.world
     with run.engine.averaged():
-        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world, stop.agreed)
+        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
+                              lambda: dist.any_rank(stop.name is not None, world))
     for split, score in scores.items():
         tracker.log(state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()})
         tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})

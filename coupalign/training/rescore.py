@@ -13,6 +13,7 @@ from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
 from coupalign.engine.base import DTYPES
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
+from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import Evaluation
 from coupalign.evaluation.metrics import Score
@@ -25,7 +26,8 @@ from coupalign.training.scoring import Infer, score_split, split_names
 
 
 def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (), index: str | None = None,
-            protocol: str | None = None, language_blind: bool = False, pictures: int = 0) -> dict[str, Score]:
+            protocol: str | None = None, language_blind: bool = False, pictures: int = 0,
+            stop: StopRequest | None = None) -> dict[str, Score]:
     """Score a checkpoint and keep scores, rows and pictures in its run directory; collective.
 
     Args:
@@ -36,9 +38,13 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
         protocol: ris-v1, lavt, cris, all; none: the configuration's.
         language_blind: also with the sentences shuffled among the samples.
         pictures: best, median, worst and random samples to draw, of each.
+        stop: ends the scoring early, on any rank.
 
     Returns:
         scores by "<split>" or, under several protocols, "<split> <protocol>"; empty on ranks other than 0.
+
+    Raises:
+        Stopped: on every rank, where `stop` was asked for.
     """
     with dist.session() as world:
         checkpoint = find_checkpoint(path)
@@ -51,7 +57,8 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
             for rules in protocols:
                 first = rules == protocols[0]
                 evaluation = score_split(infer, config, split, source, tokenizer, world, protocol=rules,
-                                         language_blind=language_blind and first, pictures=pictures if first else 0)
+                                         language_blind=language_blind and first, pictures=pictures if first else 0,
+                                         stopped=lambda: dist.any_rank(stop is not None and stop.name is not None, world))
                 if evaluation.score is not None:
                     scores[split if len(protocols) == 1 else f"{split} {rules}"] = evaluation.score
                     _keep(config.directory, checkpoint, split, evaluation, pictures if first else 0)

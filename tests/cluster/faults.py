@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -18,7 +20,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "between batches": {"event": "coupalign.doing", "match": "reading data", "most": 8},
     "anywhere in a step": {"event": "coupalign.doing", "match": "forward, backward, update", "most": 8, "later": 0.06},
     "during a save": {"event": "coupalign.doing", "match": "saving a checkpoint", "most": 2, "later": 0.06},
-    "while a checkpoint is described": {"event": "open", "match": r"\.step-\d+\.partial/(state|manifest|\.state|\.manifest)", "most": 2, "rank": 0},
+    "while a checkpoint is described": {"event": "open", "match": r"\.step-\d+\.partial/\.(state|manifest)", "most": 2, "rank": 0},
     "between save and rename": {"event": "os.rename", "match": r"\.step-\d+\.partial$", "most": 2, "rank": 0},
     "between rename and publish": {"event": "open", "match": "/checkpoints$", "most": 2, "rank": 0},
     "while an old checkpoint is removed": {"event": "shutil.rmtree", "match": r"/step-\d+$", "most": 1, "rank": 0},
@@ -43,17 +45,34 @@ def kill(name: str, choose: random.Random, ranks: int) -> dict[str, Any]:
             "count": choose.randint(1, place["most"]), "after_s": choose.uniform(0, place.get("later", 0.0)), "do": "kill"}
 
 
-def broken(folder: Path, faults: list[dict[str, Any] | None], *words: str | Path, ranks: int = 2, restarts: int = 0, status: int | None = 0,
-           seconds: float = 900, **environment: str) -> str:
-    """Run a verb on several ranks through the launcher, with one fault at each start; its output."""
+OUTPUT = "output.txt"
+
+
+def start(folder: Path, faults: list[dict[str, Any]], *words: str | Path, ranks: int = 2,
+          restarts: int = 0) -> subprocess.Popen[bytes]:
+    """Start a verb on several ranks through the launcher, with one fault at each start. It prints to <folder>/output.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "faults.json"
     plan.write_text(json.dumps(faults))
     changes = {"FAULTS": str(plan), "PYTHONPATH": f"{HOOK}:{ROOT}", "NPROC": str(ranks), "OMP_NUM_THREADS": "1",
-               "TORCHRUN_ARGS": f"--max-restarts {restarts} --monitor-interval 0.2", **environment}
-    done = subprocess.run([str(ROOT / "launch" / "torchrun.sh"), *map(str, words)], cwd=ROOT, env=clean_environment(**changes), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
-    assert status is None or done.returncode == status, done.stdout[-6000:]
-    return done.stdout
+               "TORCHRUN_ARGS": f"--max-restarts {restarts} --monitor-interval 0.2"}
+    with open(folder / OUTPUT, "wb") as output:
+        return subprocess.Popen([str(ROOT / "launch" / "torchrun.sh"), *map(str, words)], cwd=ROOT, env=clean_environment(**changes),
+                                stdout=output, stderr=output, start_new_session=True)
+
+
+def broken(folder: Path, faults: list[dict[str, Any]], *words: str | Path, ranks: int = 2, restarts: int = 0, status: int | None = 0,
+           seconds: float = 900) -> str:
+    """`start`, and wait for the end; what was printed."""
+    process = start(folder, faults, *words, ranks=ranks, restarts=restarts)
+    try:
+        process.wait(seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    output = (folder / OUTPUT).read_text(errors="replace")
+    assert status is None or process.returncode == status, output[-6000:]
+    return output
 
 
 def happened(folder: Path) -> list[dict[str, Any]]:

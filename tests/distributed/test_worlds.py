@@ -42,9 +42,10 @@ def test_an_engine_takes_over_from_another_on_other_ranks(ranks: int, begun: tup
     results = run_ranks(adopted, ranks, moves, folder, counters, range(BEFORE, AFTER))[0]
     for (source, target), found in zip(MOVES[ranks], results):
         name = f"{source} on 2 -> {target} on {ranks}"
-        numbers = torch.tensor([found["numbers"], whole["numbers"][BEFORE:AFTER]], dtype=torch.float64)          # [2, steps, loss | norm]
+        numbers = torch.tensor([found["numbers"], whole["numbers"][BEFORE:AFTER]], dtype=torch.float64)      # [2, steps, loss | norm]
         apart = ((numbers[0] - numbers[1]).abs() / numbers[1]).amax(0)
-        furthest = {what: max((found[what][key] - whole[what][key]).abs().max().item() for key in whole[what]) for what in ("weights", "ema")}
+        furthest = {what: max((found[what][key] - value).abs().max().item() for key, value in whole[what].items())
+                    for what in ("weights", "ema")}
         print(f"{name:<40} loss {apart[0]:.1e}  norm {apart[1]:.1e}  weights {furthest['weights']:.1e}  average {furthest['ema']:.1e}")
         assert apart[0] < LOSS_TOLERANCE and apart[1] < 100 * LOSS_TOLERANCE, name
         assert max(furthest.values()) < WEIGHT_TOLERANCE, name

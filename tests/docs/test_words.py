@@ -20,13 +20,14 @@ VERBS = {
     "verify": set(),
     "describe": set(),
     "config": {"--deepspeed", "--ranks"},
+    "plan": {"--gpu", "--nodes", "--ranks-per-node", "--network"},
     "train": set(),
     "eval": {"--split", "--index", "--protocol", "--language-blind", "--pictures"},
     "predict": {"--out", "--batch", "--device"},
     "report": set(),
     "track": set(),
     "bench": {"--batch"},
-    "doctor": set(),
+    "doctor": {"--distributed"},
 }
 
 

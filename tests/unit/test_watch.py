@@ -5,7 +5,7 @@ from coupalign.watch import where_everybody_is
 
 
 def note(phase: str, beats: int, host: str = "n1") -> dict:
-    return {"phase": phase, "seconds": 60, "beats": beats, "host": host}
+    return {"phase": phase, "alone": "reading" in phase, "seconds": 60, "beats": beats, "host": host}
 
 
 def test_the_rank_that_holds_up_the_others_comes_first() -> None:
@@ -22,3 +22,15 @@ def test_a_rank_that_is_silent_and_one_that_was_never_there() -> None:
     lines = "\n".join(where_everybody_is(before, after, 3))
     assert "rank 1 (n1): silent" in lines and "last heard while 'saving'" in lines
     assert "rank 2 (host unknown): was never heard of" in lines
+
+
+def test_of_two_ranks_it_is_the_one_that_works_alone() -> None:
+    notes = {0: note("step 7: updating", 5), 1: note("step 7: reading data", 5)}
+    first, second = where_everybody_is(notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 2)
+    assert "rank 1" in first and "wait here" in first and "wait here" not in second
+
+
+def test_all_in_one_place_blames_nobody() -> None:
+    notes = {rank: note("saving", 5) for rank in range(3)}
+    (only,) = where_everybody_is(notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 3)
+    assert "ranks 0 (n1), 1 (n1), 2 (n1): 'saving'" in only and "wait here" not in only

@@ -1,6 +1,6 @@
 """Breaks a rank at a chosen place: Python imports this file at its start wherever this folder is on PYTHONPATH.
 
-FAULTS names a JSON file: a list with one fault for each start of the job (torchrun counts them), or null for none:
+FAULTS names a JSON file: a list of faults. Each start of the job takes the first that has not happened yet:
 
     {"rank": 1, "event": "os.rename", "match": "checkpoints", "count": 2, "do": "kill", "after_s": 0.0}
 
@@ -55,10 +55,18 @@ def _arm(fault: dict, log: str) -> None:
     sys.addaudithook(hook)
 
 
+def _next_fault() -> dict | None:
+    with open(os.environ["FAULTS"], encoding="utf-8") as file:
+        faults = json.load(file)
+    try:
+        with open(os.environ["FAULTS"] + ".log", encoding="utf-8") as file:
+            happened = len(file.readlines())
+    except FileNotFoundError:
+        happened = 0
+    return faults[happened] if happened < len(faults) else None
+
+
 if "FAULTS" in os.environ and "RANK" in os.environ:
-    _start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    with open(os.environ["FAULTS"], encoding="utf-8") as _file:
-        _faults = json.load(_file)
-    _fault = _faults[_start] if _start < len(_faults) else None
+    _fault = _next_fault()
     if _fault and _fault["rank"] == int(os.environ["RANK"]):
         _arm(_fault, os.environ["FAULTS"] + ".log")

@@ -73,21 +73,22 @@ def test_every_sample_once_an_epoch(packed: Path, unit: str, samples: int):
     assert numbers[:samples] != numbers[samples:2 * samples]
 
 
-def test_a_step_is_the_same_for_every_topology(packed: Path):
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_is_the_same_for_every_topology(packed: Path, parts: int):
     """Random ranks, micro-batches, workers and first steps against one process, byte by byte and in the same order."""
     dice = random.Random(1)
-    expected = steps_of(train(config_of(packed), global_batch=12), 0, 6)
+    expected = steps_of(train(config_of(packed, canonical_nodes=parts), global_batch=12), 0, 6)
     for trial in range(10):
         ranks = dice.choice([1, 2, 3, 4, 6, 12])
         micro, workers, first = dice.choice([None, 1, 2, 5]), 2 if trial in (3, 7) else 0, dice.randrange(4)
-        config = config_of(packed, workers=workers)
-        parts = []
+        config = config_of(packed, workers=workers, canonical_nodes=parts)
+        read = []
         for rank in range(ranks if workers == 0 else min(ranks, 2)):
             loader = train(config, 12, micro, rank, ranks)
-            parts.append(steps_of(loader, first, 2))
+            read.append(steps_of(loader, first, 2))
             loader.close()
         for step in range(2):
-            found = sum((part[step] for part in parts), [])
+            found = sum((steps[step] for steps in read), [])
             assert found == expected[first + step][:len(found)] and (workers or len(found) == 12)
 
 
@@ -214,6 +215,10 @@ def test_a_mixture_holds_every_source(packed: Path, tmp_path: Path):
 def test_other_wrong_settings(packed: Path):
     with pytest.raises(InputError, match="cannot be shared evenly by 4 processes: use 4 or 8"):
         train(config_of(packed), global_batch=6, ranks=4)
+    with pytest.raises(InputError, match="train.global_batch=6 .* data.canonical_nodes=4 parts: use 12,"):
+        train(config_of(packed, canonical_nodes=4), global_batch=6, ranks=6)
+    with pytest.raises(InputError, match="data.canonical_nodes=17 is more than there are training samples, 16"):
+        train(config_of(packed, canonical_nodes=17), global_batch=17)
     tokenizer = open_tokenizer(config_of(packed))
     with pytest.raises(InputError, match="data.train is empty"):
         build_train_loader(config_of(packed, train=()), 0, 2, None, 0, 1, tokenizer)
@@ -223,15 +228,21 @@ def test_other_wrong_settings(packed: Path):
         open_tokenizer(DataConfig())
 
 
-def test_a_small_cache_is_pointed_out(packed: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("parts, shards", [(1, 1), (2, 2)])
+def test_a_small_cache_is_pointed_out(packed: Path, parts: int, shards: int, caplog: pytest.LogCaptureFixture,
+                                      monkeypatch: pytest.MonkeyPatch):
+    """One rank reads all the parts, each in a window of its own."""
     from dataclasses import replace
 
     from coupalign.data import loader
     index = replace(read_index(packed), location="https://example.org/set")
     monkeypatch.setattr(loader, "open_index", lambda location: index)
-    config = config_of(packed, cache_gb=1e-6, cache_dir=packed / "cache")
-    build_train_loader(config, 0, 2, None, 0, 1, Tokenizer.open(packed / "vocab.txt"))
-    assert "data.cache_gb=1e-06 is less than" in caplog.text
+    needed = sum(sorted(shard.bytes for shard in index.shards)[-shards:])
+    for spare, warned in ((-1, True), (1, False)):
+        caplog.clear()
+        config = config_of(packed, cache_gb=(needed + spare) / 1e9, cache_dir=packed / "cache", shuffle_window=1, canonical_nodes=parts)
+        build_train_loader(config, 0, 2, None, 0, 1, Tokenizer.open(packed / "vocab.txt"))
+        assert ("is less than the" in caplog.text) == warned
 
 
 # ------------------------------------------------------------------------------------------------------ bad samples

@@ -155,6 +155,21 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
         open_index(f"http://127.0.0.1:{server.server_address[1]}/x")
 
 
+def test_a_server_that_stalls_is_asked_again(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    index, over = open_index(site.url), threading.Event()
+    monkeypatch.setattr(shards, "SILENCE_S", 0.3)
+
+    def stall(name: str, times: int, body: bytes) -> tuple[int, bytes, int]:
+        if times == 1:
+            over.wait(20)
+        return 200, body, len(body)
+
+    site.answer = stall
+    assert ShardStore(index, tmp_path / "cache").read(*parts_of(index)[0])
+    over.set()
+    assert site.requests["shard-000000.tar"] == 2
+
+
 def test_an_answer_cut_short_is_fetched_again(site: Site, tmp_path: Path):
     index = open_index(site.url)
     site.answer = lambda name, times, body: (200, body[:len(body) // 2] if times == 1 else body, len(body))

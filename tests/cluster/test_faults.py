@@ -1,0 +1,204 @@
+"""Nothing is lost: ranks are killed at random places, disks are full, clocks jump, and the run ends as if nothing had been.
+
+The variable KILLS is how often the ranks of one run are killed (30).
+"""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import wait_until
+from tests.cluster.faults import OUTPUT, broken, happened, random_faults, remains, start, tracked
+from tests.unit.tracking.test_mlflow import Server
+
+KILLS = int(os.environ.get("KILLS", 30))
+STEPS = 40 + 4 * KILLS
+LONG = [f"train.steps={STEPS}", "train.save_every=4", "train.evaluate_every=10", "train.keep_last=2", "train.log_every=1",
+        "tracking.kind=mlflow", "data.evaluate.0.split=val"]
+SEED = 4
+
+
+AWAY_S = 300
+
+
+@dataclass
+class Outage:
+    """A slow training run whose MLflow server goes away for five minutes while the tests of this file run."""
+
+    server: Server
+    folder: Path
+    training: subprocess.Popen[bytes]
+
+    def go_away(self) -> None:
+        journal = self.folder / "run" / "metrics.jsonl"
+        wait_until("the first steps", lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
+        self.server.kill()
+        time.sleep(AWAY_S)
+        self.server.start()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Outage, threading.Thread]]:
+    """At two seconds a step the run outlasts the outage, and takes no processor from the other tests."""
+    server, folder = Server(tmp_path_factory.mktemp("server")), tmp_path_factory.mktemp("away")
+    server.start()
+    slow = {"rank": 0, "event": "coupalign.doing", "match": "reading data", "do": "slow", "after_s": 2.0}
+    training = start(folder, [slow], "train", config, f"run_dir={folder / 'run'}", f"train.steps={40 + AWAY_S // 2}",
+                     "train.evaluate_every=1000", "data.workers=0", "tracking.kind=mlflow", f"tracking.uri={server.uri}", ranks=1)
+    away = Outage(server, folder, training)
+    thread = threading.Thread(target=away.go_away, daemon=True)
+    thread.start()
+    yield away, thread
+    for process in (training, server.process):
+        if process and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_thirty_kills_leave_no_trace(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    faults = random_faults(KILLS, 2, SEED)
+    broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'a' / 'whole'}", "name=whole", *LONG)
+    output = broken(tmp_path, faults, "train", config, f"run_dir={tmp_path / 'b' / 'killed'}", "name=killed", *LONG, restarts=2 * KILLS)
+    took_place = Counter(fault["name"] for fault in happened(tmp_path))
+    assert took_place.total() == KILLS, f"only {took_place}\n{output[-3000:]}"
+    whole, killed = remains(tmp_path / "a" / "whole"), remains(tmp_path / "b" / "killed")
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == []
+    assert {step for step, _ in killed["metrics"]} == set(range(1, STEPS + 1))
+    sent = tracked(tmp_path / "b" / "mlflow.db", "killed")
+    assert all(len(values) == 1 for values in sent.values()), "MLflow has each point once"
+    assert sent == tracked(tmp_path / "a" / "mlflow.db", "whole")
+    assert not list((tmp_path / "b" / "killed").rglob("*.partial")), "no debris"
+    for name, times in took_place.items():
+        for _ in range(times):
+            survived(f"SIGKILL {name}")
+
+
+ZERO = ["engine.kind=deepspeed", "engine.stage=2"]
+WORLDS = (                                     # each start: ranks, what is changed, where rank 0 is killed
+    (2, ZERO, None),
+    (1, ZERO, {"event": "os.mkdir", "match": r"universal\.partial", "count": 1}),
+    (1, ZERO, {"event": "os.mkdir", "match": r"universal\.partial/zero/", "count": 40}),
+    (1, ZERO, {"event": "os.rename", "match": r"universal\.partial$", "count": 1}),
+    (1, ZERO, {"event": "open", "match": r"/step-\d+$", "count": 1}),
+    (1, ZERO, None),
+    (2, ["engine.kind=ddp"], {"event": "coupalign.doing", "match": "loading", "count": 1}),
+    (2, ["engine.kind=ddp"], None),
+)
+
+
+def test_kills_while_the_number_of_ranks_changes(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    """2 ranks of ZeRO 2, then 1, then 2 of DDP, 4 steps each: killed at every stage of the conversion, and equal to nobody killed."""
+    few = ["train.save_every=4", "train.evaluate_every=100", "train.keep_last=9"]
+    steps, planned = 0, []
+    for ranks, engine, place in WORLDS:
+        run = [config, f"run_dir={tmp_path / 'killed'}", *few, *engine, f"train.steps={steps + 4}"]
+        planned += [{"rank": 0, "do": "kill", "name": "during the universal conversion", **place}] if place else []
+        output = broken(tmp_path, planned, "train", *run, ranks=ranks, status=1 if place else 0)
+        if place:
+            assert len(happened(tmp_path)) == len(planned), output[-3000:]
+            continue
+        assert remains(tmp_path / "killed")["newest"] == f"step-{steps + 4:08d}", output[-3000:]
+        broken(tmp_path / "undisturbed", [], "train", config, f"run_dir={tmp_path / 'whole'}", *few, *engine, f"train.steps={steps + 4}",
+               ranks=ranks)
+        assert remains(tmp_path / "killed") == remains(tmp_path / "whole"), steps
+        steps += 4
+    for fault in happened(tmp_path):
+        survived(f"SIGKILL {fault['name']}")
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_job(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    run = tmp_path / "run"
+    hang = {"rank": 1, "event": "coupalign.doing", "match": "step 9: reading data", "do": "hang"}
+    few = ["train.steps=12", "train.save_every=4", "train.evaluate_every=100"]
+    output = broken(tmp_path, [hang], "train", config, f"run_dir={run}", *few, "train.hang_minutes=0.2", status=1)
+    assert "no progress for" in output and "status 70" in output
+    assert "rank 1 (" in output and "'step 9: reading data'  <- the others seem to wait here" in output, output[-5000:]
+    broken(tmp_path, [], "train", config, f"run_dir={run}", *few)
+    assert remains(run)["newest"] == "step-00000012"
+    survived("hang")
+
+
+def test_a_stop_in_the_middle_of_an_evaluation(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    """The checkpoint owes its scores; the next start takes them first, and all is as if nobody had interrupted it."""
+    few = ["train.steps=12", "train.save_every=6", "train.evaluate_every=6"]
+    stop = {"rank": 1, "event": "coupalign.doing", "match": "scoring val: batch 2", "do": "usr1"}
+    broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'whole'}", *few)
+    output = broken(tmp_path, [stop], "train", config, f"run_dir={tmp_path / 'stopped'}", *few, status=1)
+    assert "after step 6; the same command goes on" in output and "exitcode  : 75" in output
+    assert not (tmp_path / "stopped" / "scores").exists()
+    broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'stopped'}", *few)
+    assert remains(tmp_path / "stopped") == remains(tmp_path / "whole")
+    survived("stop during an evaluation")
+
+
+@contextmanager
+def mounted(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own, as small as this, at `folder`."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_disk_that_fills_up_and_one_that_cannot_be_written(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    """Bigger moments than the disk has room for; then the same disk read-only; then room enough."""
+    few = ["train.steps=8", "train.save_every=4", "train.evaluate_every=100", "model.text.width=128"]
+    run = tmp_path / "small" / "run"
+    broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'whole'}", *few)
+    size = sum(file.stat().st_size for file in (tmp_path / "whole/checkpoints/step-00000004").rglob("*"))
+    with mounted(tmp_path / "small", 1 + int(1.5 * size / 2**20)):
+        output = broken(tmp_path, [], "train", config, f"run_dir={run}", *few, status=1)
+        assert "step-00000008: the checkpoint could not be written" in output and "No space left" in output, output[-4000:]
+        assert "Whole checkpoints there: step-00000004" in output and "exitcode  : 2" in output
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "small")], check=True)
+        output = broken(tmp_path, [], "train", config, f"run_dir={run}", *few, status=1)
+        assert "Read-only file system" in output and "Traceback" not in output, output[-4000:]
+        subprocess.run(["mount", "-o", "remount,rw,size=500m", str(tmp_path / "small")], check=True)
+        broken(tmp_path, [], "train", config, f"run_dir={run}", *few)
+        assert remains(run) == remains(tmp_path / "whole")
+    survived("full disk")
+    survived("read-only disk")
+
+
+def test_a_clock_that_jumps(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
+    """A day back on rank 0, in the middle of a session, and again after a resume: nothing is measured or sent twice."""
+    few = ["train.steps=20", "train.save_every=5", "train.evaluate_every=10", "tracking.kind=mlflow"]
+    jump = {"rank": 0, "event": "coupalign.doing", "match": "step 7: reading data", "do": "clock"}
+    kill = {"rank": 1, "event": "coupalign.doing", "match": "step 14: reading data", "do": "kill"}
+    broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'a' / 'whole'}", "name=whole", *few)
+    run = [config, f"run_dir={tmp_path / 'b' / 'jumped'}", "name=jumped", *few]
+    broken(tmp_path, [jump], "train", *run, "train.steps=12")
+    broken(tmp_path, [jump, kill, {**jump, "match": "step 15: reading data"}], "train", *run, restarts=1)
+    assert len(happened(tmp_path)) == 3
+    assert remains(tmp_path / "a" / "whole") == remains(tmp_path / "b" / "jumped")
+    sent = tracked(tmp_path / "b" / "mlflow.db", "jumped")
+    assert sent == tracked(tmp_path / "a" / "mlflow.db", "whole") and all(len(values) == 1 for values in sent.values())
+    survived("clock a day back")
+
+
+def test_a_tracking_server_that_is_away_for_five_minutes(outage: tuple[Outage, threading.Thread], survived: Callable[[str], None]) -> None:
+    """It is away while the other tests of this file run; this one only waits for the end."""
+    away, thread = outage
+    away.training.wait(AWAY_S + 200)
+    thread.join(60)
+    output = (away.folder / OUTPUT).read_text(errors="replace")
+    assert not thread.is_alive()
+    assert "cannot be reached" in output and "is back and has everything" in output, output[-4000:]
+    sent = tracked(away.server.folder / "server.db", "coupalign")
+    mine = remains(away.folder / "run")["metrics"]
+    assert {key for key in sent if key[1] == "train/loss"} == {key for key in mine if key[1] == "train/loss"}
+    assert all(values == [mine[key]] for key, values in sent.items() if key in mine)
+    survived(f"tracking server away for {AWAY_S} s")
