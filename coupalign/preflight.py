@@ -16,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 
+import coupalign
 from coupalign import dist
 from coupalign.dist import World
 from coupalign.doctor import examine
 from coupalign.files import whole_file
+from coupalign.tracking import git_revision
 
 PATIENCE_S = 10.0             # for a file that another machine wrote
 CLOCK_S = 1.0                 # tolerated difference of two clocks
@@ -102,7 +104,8 @@ def versions_here() -> dict[str, str]:
     found = examine()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     names = ("coupalign", "python", "torch", "triton", "timm", "transformers", "deepspeed")
-    return {name: found[name] for name in names} | {"cuda": torch.version.cuda or "none", "nccl": nccl}
+    revision = git_revision(Path(coupalign.__file__).parent)
+    return {name: found[name] for name in names} | {"revision": revision, "cuda": torch.version.cuda or "none", "nccl": nccl}
 
 
 def _rendezvous(ranks: list[Rank], joined_s: float) -> Finding:
@@ -169,9 +172,11 @@ def _clock(ranks: list[Rank], world: World) -> Finding:
     for _ in range(5):
         dist.wait_for_all(world)
         rounds.append(dist.gather_vector(torch.tensor([time.time()], dtype=torch.float64, device=world.device), world)[:, 0])
-    ahead = (torch.stack(rounds) - torch.stack(rounds)[:, :1]).median(0).values           # [ranks], seconds ahead of rank 0
+    ahead_by_round = torch.stack(rounds) - torch.stack(rounds)[:, :1]                       # [rounds, ranks], seconds ahead of rank 0
+    ahead = ahead_by_round.median(0).values
     worst = int(ahead.abs().argmax())
-    found = f"rank {worst} on {ranks[worst].host} is {float(ahead[worst]):+.3f} s from rank 0, the furthest"
+    error = float((ahead_by_round[:, worst].max() - ahead_by_round[:, worst].min()) / 2)    # how unequally the ranks leave a barrier
+    found = f"rank {worst} on {ranks[worst].host} is {float(ahead[worst]):+.3f} s from rank 0 (within {error:.3f} s), the furthest"
     if abs(float(ahead[worst])) > CLOCK_S:
         return Finding("clock", "warn", found, "synchronize the nodes' clocks (chrony, ntpd), or times in logs and MLflow mislead")
     return Finding("clock", "ok", found)
@@ -187,8 +192,8 @@ def _shared_directory(run_dir: Path, ranks: list[Rank], world: World) -> Finding
     except OSError as error:
         problem = str(error)
     problems = dist.gather_objects(problem, world)
-    unseen = [rank for rank in range(world.size) if not problems[rank] and not _appears(run_dir / f".preflight-{token}-{rank}", token)]
-    seen_by = dist.gather_objects(unseen, world)
+    expected = {rank: run_dir / f".preflight-{token}-{rank}" for rank in range(world.size) if not problems[rank]}
+    seen_by = dist.gather_objects(_never_appear(expected, token), world)
     mine.unlink(missing_ok=True)
     for rank, words in enumerate(problems):
         if words:
@@ -201,16 +206,21 @@ def _shared_directory(run_dir: Path, ranks: list[Rank], world: World) -> Finding
     return Finding("run directory", "ok", f"{run_dir.resolve()}: every rank sees what every other one writes; rename and fsync work")
 
 
-def _appears(path: Path, content: str) -> bool:
+def _never_appear(expected: dict[int, Path], content: str) -> list[int]:
+    """The ranks whose file does not come to be seen here within PATIENCE_S."""
     until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        try:
-            if path.read_text() == content:
-                return True
-        except OSError:
-            pass
+    while True:
+        expected = {rank: path for rank, path in expected.items() if not _holds(path, content)}
+        if not expected or time.monotonic() > until:
+            return list(expected)
         time.sleep(0.1)
-    return False
+
+
+def _holds(path: Path, content: str) -> bool:
+    try:
+        return path.read_text("utf-8") == content
+    except OSError:
+        return False
 
 
 def _room(run_dir: Path, world: World) -> Finding:

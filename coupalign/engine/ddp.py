@@ -1,6 +1,7 @@
 """The plain engine: DistributedDataParallel, torch's own optimizer, everything in sight."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,7 @@ class Ddp:
         self.forward_time = Stopwatch(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
         if world.size > 1:
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)     # its successor is not in torch 2.11
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids, bucket_cap_mb=config.engine.bucket_mb,
                                                gradient_as_bucket_view=True, broadcast_buffers=False)

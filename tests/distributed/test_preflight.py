@@ -11,35 +11,44 @@ from coupalign.dist import World
 from coupalign.preflight import Finding, Rank, examine_job, findings_table
 from tests.distributed.ranks import run_ranks
 
-
-def examined(world: World, folder: Path, trouble: str) -> dict[str, Finding]:
-    """The findings by check, with something wrong on rank 1."""
-    if world.rank == 1 and trouble == "version":
-        real = preflight.versions_here
-        preflight.versions_here = lambda: real() | {"torch": "1.0"}
-    if world.rank == 1 and trouble == "clock":
-        clock = time.time
-        time.time = lambda: clock() + 40
-    if trouble == "directory":
-        preflight.PATIENCE_S = 0.5
-        folder = folder / str(world.rank)
-    return {finding.check: finding for finding in examine_job(folder, world, 0.1)}
+TROUBLES = ("none", "version", "clock", "directory")
 
 
-def test_a_healthy_job(tmp_path: Path) -> None:
-    first, second = run_ranks(examined, 2, tmp_path, "none")
+def examined(world: World, folder: Path) -> dict[str, dict[str, Finding]]:
+    """The findings by trouble and check, with something wrong on rank 1."""
+    real, clock = preflight.versions_here, time.time
+    found = {}
+    for trouble in TROUBLES:
+        if world.rank == 1:
+            preflight.versions_here = (lambda: real() | {"torch": "1.0"}) if trouble == "version" else real
+            time.time = (lambda: clock() + 40) if trouble == "clock" else clock
+        if trouble == "directory":
+            preflight.PATIENCE_S = 0.5
+        where = folder / str(world.rank) if trouble == "directory" else folder
+        found[trouble] = {finding.check: finding for finding in examine_job(where, world, 0.1)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Finding]]:
+    first, second = run_ranks(examined, 2, tmp_path_factory.mktemp("run"))
     assert first == second
-    assert not [finding for finding in first.values() if finding.verdict == "FAIL"], findings_table(list(first.values()))
-    assert {"rendezvous", "interface", "clock", "run directory", "all-reduce", "versions"} <= first.keys()
-    assert "2 ranks met" in first["rendezvous"].found and "GB/s at 16 MB" in first["all-reduce"].found
-    assert not list(tmp_path.iterdir()), "nothing is left"
+    return first
+
+
+def test_a_healthy_job(findings: dict[str, dict[str, Finding]]) -> None:
+    healthy = findings["none"]
+    assert not [finding for finding in healthy.values() if finding.verdict == "FAIL"], findings_table(list(healthy.values()))
+    assert {"rendezvous", "interface", "clock", "run directory", "all-reduce", "versions"} <= healthy.keys()
+    assert "2 ranks met" in healthy["rendezvous"].found and "GB/s at 16 MB" in healthy["all-reduce"].found
 
 
 @pytest.mark.parametrize(("trouble", "check", "verdict", "words"), [
     ("version", "versions", "FAIL", "1.0 on rank 1"), ("clock", "clock", "warn", "rank 1 on"),
     ("directory", "run directory", "FAIL", "does not see what rank")])
-def test_what_is_wrong_on_a_rank_is_named(tmp_path: Path, trouble: str, check: str, verdict: str, words: str) -> None:
-    found = run_ranks(examined, 2, tmp_path, trouble)[0][check]
+def test_what_is_wrong_on_a_rank_is_named(findings: dict[str, dict[str, Finding]], trouble: str, check: str, verdict: str,
+                                          words: str) -> None:
+    found = findings[trouble][check]
     assert (found.verdict, bool(found.remedy)) == (verdict, True) and words in found.found
 
 
