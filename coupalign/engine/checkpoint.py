@@ -161,11 +161,14 @@ class Checkpoints:
         """Say of a file that cannot be written what the run still has and how to go on."""
         try:
             yield
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if not _about_writing(error):
+                raise
+            free = shutil.disk_usage(self.config.directory).free / 1e9
             shutil.rmtree(partial, ignore_errors=True)
             kept = ", ".join(path.name for path in finished(self.folder)) or "none"
-            raise InputError(f"{final}: the checkpoint could not be written ({error}). Whole checkpoints there: {kept}. "
-                             "Make room or choose another run_dir, then start again: the run goes on from the newest") from error
+            raise InputError(f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints "
+                             f"there: {kept}. Make room or choose another run_dir, then start again: the run goes on from the newest") from error
 
     def _publish(self, partial: Path, final: Path, state: TrainState) -> None:
         publish_directory(partial, final)
@@ -200,6 +203,15 @@ def recovered(folder: Path) -> list[Path]:
         else:
             old.rename(place)
     return finished(folder)
+
+
+def _about_writing(error: BaseException | None) -> bool:
+    """Whether a file could not be written: torch's own writer reports a full disk as a RuntimeError, as a lost rank is, too."""
+    while error is not None:
+        if isinstance(error, OSError) or any(sign in str(error) for sign in ("inline_container.cc", "iostream error")):
+            return True
+        error = error.__context__
+    return False
 
 
 def _empty(folder: Path) -> None:

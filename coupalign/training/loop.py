@@ -81,10 +81,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
-            if world.is_main:
-                remove_debris(config.directory)
-                with whole_file(config.directory / "config.yaml", "w") as file:
-                    file.write(dump(config))
+            dist.on_main(lambda: _claim(config), world)
             with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
                 tracker.artifact(config.directory / "config.yaml")
                 outcome = _steps(run, state, tracker, stop)
@@ -118,6 +115,17 @@ def _prepare(config: Config, world: World) -> Run:
               f"-> {config.directory}\n"
               f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
     return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total)
+
+
+def _claim(config: Config) -> None:
+    """Make the run directory this session's: nothing half-written of a killed one, and the configuration as it is now."""
+    try:
+        remove_debris(config.directory)
+        with whole_file(config.directory / "config.yaml", "w") as file:
+            file.write(dump(config))
+    except OSError as error:
+        raise InputError(f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
+                         "another run_dir") from error
 
 
 def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
