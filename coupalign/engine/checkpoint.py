@@ -167,8 +167,8 @@ class Checkpoints:
             free = shutil.disk_usage(self.config.directory).free / 1e9
             shutil.rmtree(partial, ignore_errors=True)
             kept = ", ".join(path.name for path in finished(self.folder)) or "none"
-            raise InputError(f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints "
-                             f"there: {kept}. Make room or choose another run_dir, then start again: the run goes on from the newest") from error
+            raise InputError(f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints there: "
+                             f"{kept}. Make room or choose another run_dir, then start again: the run goes on from the newest") from error
 
     def _publish(self, partial: Path, final: Path, state: TrainState) -> None:
         publish_directory(partial, final)
