@@ -1,6 +1,6 @@
 """What a training would need, before a GPU is rented: memory by engine, bytes on the wire, the micro-batch, the accumulation.
 
-The formulas are those of docs/operations.md, "Plan"; tests/distributed/test_memory.py holds them against what ranks really
+The formulas are those of docs/operations.md, "Plan"; tests/cluster/test_memory.py holds them against what ranks really
 hold and send. Bytes are 4 a number: weights, gradients and their exchange are fp32 in every engine (engine/base.py).
 
 Legend: P trainable parameters, F frozen ones, N ranks, a micro-batches a step, r = (N - 1) / N.

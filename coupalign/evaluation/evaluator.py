@@ -78,7 +78,7 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
     for place, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)):
         if stopped():
             raise Stopped
-        doing(f"{title}: batch {place + 1} of {len(loader)}")
+        doing(f"{title}: batch {place + 1}")
         logits = infer(batch if device is None else batch.to(device))
         slack = _GPU_SLACK if logits.is_cuda else slack
         for info, one in zip(batch.info, logits):

@@ -1,4 +1,4 @@
-"""The planner: properties of its formulas, and its answers at the bounds; tests/distributed/test_memory.py measures."""
+"""The planner: properties of its formulas, and its answers at the bounds; tests/cluster/test_memory.py measures."""
 from __future__ import annotations
 
 import itertools
