@@ -150,11 +150,12 @@ class Checkpoints:
     def _set_aside(self, path: Path, damage: list[str]) -> None:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        logger.warning("%s is damaged: %s. It is now called %s; the checkpoint before it is taken", path, "; ".join(damage), aside.name)
         try:
             path.rename(aside)
+            now = f"is now called {aside.name}"
         except OSError as error:
-            logger.warning("%s could not be renamed (%s)", path, error)
+            now = f"could not be renamed ({error})"
+        logger.warning("%s is damaged: %s. It %s; the checkpoint before it is taken", path, "; ".join(damage), now)
 
     @contextmanager
     def _explained(self, partial: Path, final: Path) -> Iterator[None]:
