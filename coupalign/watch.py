@@ -18,6 +18,7 @@ from typing import Any
 
 HUNG = 70                     # EX_SOFTWARE: the exit status of a rank that saw no progress
 _SLOWEST_BEAT_S = 10.0
+_BEATS_TO_JUDGE = 3           # a rank that gave no sign of life for so long is silent
 
 
 class Phase:
@@ -85,19 +86,22 @@ class Watch:
         lines = [f"rank {self._rank} on {socket.gethostname()}: no progress for {passed:.0f} s while {_phase.name!r}; ending the job "
                  f"(status {HUNG}). The same command goes on from the newest checkpoint"]
         # Where the store itself lives on a rank that stands still, asking it would never return.
-        asking = threading.Thread(target=self._ask_everybody, args=(lines,), daemon=True)
+        asking = threading.Thread(target=self._ask_everybody, args=(lines, passed), daemon=True)
         asking.start()
-        asking.join(3 * self._beat + 5)
+        asking.join((_BEATS_TO_JUDGE + 2) * self._beat + 5)
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr)
         os._exit(HUNG)
 
-    def _ask_everybody(self, lines: list[str]) -> None:
-        if self._store.compare_set("watch/reporter", "", str(self._rank)).decode() != str(self._rank):
-            return
+    def _ask_everybody(self, lines: list[str], passed: float) -> None:
+        """Look at everybody's beats for a while, without missing one of its own: who has given up waiting is not silent."""
+        first = self._store.compare_set("watch/reporter", "", str(self._rank)).decode() == str(self._rank)
         before = self._notes()
-        time.sleep(2 * self._beat)
-        lines += where_everybody_is(before, self._notes(), self._size)
+        for _ in range(_BEATS_TO_JUDGE if first else _BEATS_TO_JUDGE + 1):    # the others live until the first has looked at them
+            self._publish(passed)
+            time.sleep(self._beat)
+        if first:
+            lines += where_everybody_is(before, self._notes(), self._size)
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         keys = {rank: f"watch/{rank}" for rank in range(self._size)}

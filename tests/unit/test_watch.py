@@ -1,7 +1,12 @@
 """What is said of a job in which nothing moves."""
 from __future__ import annotations
 
-from coupalign.watch import where_everybody_is
+import subprocess
+import sys
+
+import torch
+
+from coupalign.watch import HUNG, where_everybody_is
 
 
 def note(phase: str, beats: int, host: str = "n1") -> dict:
@@ -34,3 +39,28 @@ def test_all_in_one_place_blames_nobody() -> None:
     notes = {rank: note("saving", 5) for rank in range(3)}
     (only,) = where_everybody_is(notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 3)
     assert "ranks 0 (n1), 1 (n1), 2 (n1): 'saving'" in only and "wait here" not in only
+
+
+WATCHED = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from coupalign.watch import Watch, doing
+rank = int(sys.argv[1])
+store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, is_master=False, timeout=timedelta(seconds=60))
+watch = Watch(rank, 2, store, 2.0)
+doing("step 9: reading data" if rank else "step 9: updating", alone=bool(rank))
+import time
+time.sleep(60)
+"""
+
+
+def test_ranks_that_give_up_together_are_not_called_silent() -> None:
+    """Both pass the limit at the same time: the one that reports sees its own beats and those of the other, which also waits."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+    ranks = [subprocess.Popen([sys.executable, "-c", WATCHED, str(rank), str(store.port)], stderr=subprocess.PIPE, text=True)
+             for rank in (0, 1)]
+    said = "".join(process.communicate(timeout=100)[1] for process in ranks)
+    assert [process.returncode for process in ranks] == [HUNG, HUNG]
+    assert "'step 9: reading data'  <- the others seem to wait here" in said, said
+    assert "'step 9: updating'" in said and "silent" not in said, said
