@@ -18,12 +18,13 @@ TIMEOUT_S = 240
 
 
 def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any, gpu: bool = False) -> list[Any]:
-    """Call `fn(world, *arguments)` in `ranks` fresh processes joined over gloo (nccl); a file is the rendezvous, no port is used.
+    """Call `fn(world, *arguments)` in `ranks` new processes joined over gloo (nccl); a file is the rendezvous, no port is used.
 
     Raises:
         AssertionError: a rank failed (with its traceback) or did not end in time.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if gpu else "forkserver")      # CUDA does not survive a fork
+    context.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments, gpu)) for rank in range(ranks)]
         for process in processes:

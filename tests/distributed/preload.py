@@ -1,0 +1,8 @@
+"""Imported once, by the process from which all ranks without a GPU are forked: the imports take longer than most tests."""
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+import deepspeed  # noqa: E402, F401
+
+import coupalign.training.loop  # noqa: E402, F401
