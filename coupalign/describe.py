@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coupalign.config.schema import BertText, Config
-from coupalign.model.coupalign import CoupAlign, build_model
+from coupalign.model.coupalign import CoupAlign
+from coupalign.model.methods import build_model
+from coupalign.model.referring import ReferringModel
 from coupalign.model.text import bert_vocabulary
 
-PARTS = ("image", "text", "wpa", "decoder", "proposals", "sma")
 SMALL_VOCABULARY = 30522    # assumed for a text encoder of our own, whose tokenizer is made from the data
 
 
@@ -33,7 +34,7 @@ class Description:
     image_size: int
     words: int
     vocabulary: int
-    parts: dict[str, Part]                          # PARTS in order; the mask head counts as sma
+    parts: dict[str, Part]                          # the model's children, in its order
     shapes: tuple[tuple[str, tuple[int, ...]], ...]    # (name, shape) in the order of the forward pass
 
     @property
@@ -84,44 +85,39 @@ def describe(config: Config, vocabulary: int | None = None) -> Description:
         logits = model(*inputs)
     shapes.append(("logits", tuple(logits.shape)))
     flops = {name: sum(count.values()) for name, count in counter.get_flop_counts().items()}
-    parts = {name: _measure(model, flops, name) for name in PARTS}
+    parts = {name: _measure(model, flops, name) for name, _ in model.named_children()}
     return Description(size, words, vocabulary, parts, tuple(shapes))
 
 
-def _measure(model: CoupAlign, flops: dict[str, int], name: str) -> Part:
-    """One part; `wpa` holds one called module per stage, the others are called themselves."""
-    modules = {f"wpa.{key}": module for key, module in model.wpa.items()} if name == "wpa" else {name: getattr(model, name, None)}
-    if name == "sma":
-        modules["head"] = model.head
-    present = {key: module for key, module in modules.items() if module is not None}
-    parameters = [parameter for module in present.values() for parameter in module.parameters()]
+def _measure(model: ReferringModel, flops: dict[str, int], name: str) -> Part:
+    parameters = list(getattr(model, name).parameters())
     return Part(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad),
-                sum(flops.get(f"{type(model).__name__}.{key}", 0) for key in present))
+                sum(flops.get(f"{type(model).__name__}.{called}", 0) for called in called_modules(model, name)))
 
 
-def _note_shapes(model: CoupAlign, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+def called_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A child by its name or, of a list or dictionary of modules, its entries, which are what is called: {"wpa.0": …}."""
+    module = getattr(model, name)
+    if isinstance(module, nn.ModuleDict | nn.ModuleList):
+        return {f"{name}.{key}": inner for key, inner in module.named_children()}
+    return {name: module}
+
+
+_NAMES = {"decoder": "pixel embedding Y", "proposals": "mask embeddings Q_o", "sma": "sentence-mask aligned Y'",
+          "head": "logits at stride 4"}
+
+
+def _note_shapes(model: ReferringModel, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
     """Append the shape of every intermediate value as it appears."""
-    def staged(name: str):
-        def note(_: nn.Module, args: tuple, out: Tensor) -> None:
-            shapes.append((f"{name} stage {args[0] + 1}", tuple(out.shape)))
+    def noting(name: str):
+        def note(_: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+            stage = f" stage {args[0] + 1}" if name in ("image", "text") else ""
+            results = {"": out} if isinstance(out, Tensor) else dict(zip((", pixels", ", words"), out))
+            for what, value in results.items():
+                shapes.append((f"{name}{stage}{what}", tuple(value.shape)))
         return note
 
-    def aligned(stage: str):
-        def note(_: nn.Module, args: tuple, out: tuple[Tensor, Tensor]) -> None:
-            shapes.append((f"aligned pixels {int(stage) + 1}", tuple(out[0].shape)))
-            shapes.append((f"aligned words {int(stage) + 1}", tuple(out[1].shape)))
-        return note
-
-    def named(name: str):
-        def note(_: nn.Module, args: tuple, out: Tensor) -> None:
-            shapes.append((name, tuple(out.shape)))
-        return note
-
-    model.image.register_forward_hook(staged("image"))
-    model.text.register_forward_hook(staged("text"))
-    for stage, module in model.wpa.items():
-        module.register_forward_hook(aligned(stage))
-    for part, name in (("decoder", "pixel embedding Y"), ("proposals", "mask embeddings Q_o"),
-                       ("sma", "sentence-mask aligned Y'"), ("head", "logits at stride 4")):
-        if hasattr(model, part):
-            getattr(model, part).register_forward_hook(named(name))
+    for child, _ in model.named_children():
+        for called, module in called_modules(model, child).items():
+            own = _NAMES.get(called, called) if isinstance(model, CoupAlign) else called
+            module.register_forward_hook(noting(own))

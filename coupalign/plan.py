@@ -19,7 +19,7 @@ from coupalign.config.schema import BertText, Config, DdpEngine
 from coupalign.data.order import micro_batches, rank_slice
 from coupalign.describe import SMALL_VOCABULARY
 from coupalign.errors import InputError
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.model.text import bert_vocabulary
 from coupalign.training.optim import parameter_groups
 

@@ -32,7 +32,7 @@ from coupalign.engine.restore import open_checkpoint
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import logits_at_original_size
 from coupalign.files import whole_file
-from coupalign.model.coupalign import CoupAlign
+from coupalign.model.referring import ReferringModel
 from coupalign.viz import overlay, save_png
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -78,7 +78,7 @@ class Pair(NamedTuple):
 class Predictor:
     """A model in evaluation mode with its tokenizer, fp32."""
 
-    def __init__(self, config: Config, model: CoupAlign, tokenizer: Tokenizer, device: torch.device) -> None:
+    def __init__(self, config: Config, model: ReferringModel, tokenizer: Tokenizer, device: torch.device) -> None:
         self.config, self.model, self.tokenizer, self.device = config, model.eval().to(device), tokenizer, device
 
     @classmethod

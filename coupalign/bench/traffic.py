@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,8 +22,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
 from coupalign.config.schema import BertText, Config
-from coupalign.describe import PARTS, SMALL_VOCABULARY
-from coupalign.model.coupalign import build_model
+from coupalign.describe import SMALL_VOCABULARY
+from coupalign.model.methods import build_model
 from coupalign.model.text import bert_vocabulary
 
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12        # an H200: copy bandwidth and dense bfloat16 products, both measured ones
@@ -153,11 +153,11 @@ def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
         model.to_empty(device="cpu")
         inputs = (torch.zeros(batch, 3, size, size, dtype=torch.uint8), torch.zeros(batch, words, dtype=torch.int64),
                   torch.ones(batch, words, dtype=torch.bool), torch.ones(batch, size, size, dtype=torch.bool))
-        with ModuleTracker() as tracker, Traffic(lambda: _part(tracker.parents, type(model).__name__)) as traffic:
+        with ModuleTracker() as tracker, Traffic(lambda: _part(tracker.parents, model)) as traffic:
             with torch.autocast("cpu", torch.bfloat16), one_operator_attention():
                 loss = model(*inputs)["loss"]
             loss.backward()
-    return {name: traffic.costs[name] for name in (*PARTS, "head", "rest")}
+    return {name: traffic.costs[name] for name in (*dict(model.named_children()), "rest")}
 
 
 def traffic_table(costs: dict[str, Cost], batch: int) -> str:
@@ -174,7 +174,8 @@ def traffic_table(costs: dict[str, Cost], batch: int) -> str:
                       f"{BYTES_PER_S / 1e12} TB/s or {FLOP_PER_S / 1e12:.0f} TFLOP/s (an H200)"])
 
 
-def _part(parents: Iterable[str], model: str) -> str:
+def _part(parents: Iterable[str], model: nn.Module) -> str:
     """The part of the model that runs; losses, and sums of gradients between parts, belong to none."""
-    inside = {name.removeprefix(f"{model}.").split(".")[0] for name in parents if name.startswith(f"{model}.")}
-    return next((name for name in (*PARTS, "head") if name in inside), "rest")
+    above = f"{type(model).__name__}."
+    inside = {name.removeprefix(above).split(".")[0] for name in parents if name.startswith(above)}
+    return next((name for name, _ in model.named_children() if name in inside), "rest")

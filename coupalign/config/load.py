@@ -107,11 +107,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _overridden(kind: type[AnySection], tree: dict[str, Any], file: Path | str, overrides: Sequence[str]) -> AnySection:
     for change in overrides:
-        _apply(tree, change)
+        _apply(kind, tree, change)
     return parse_section(kind, tree, file, {change.partition("=")[0].strip(): change for change in overrides})
 
 
-def _apply(tree: dict[str, Any], change: str) -> None:
+def _apply(kind: type[Section], tree: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {change!r}: expected dotted.key=value")
@@ -127,8 +127,20 @@ def _apply(tree: dict[str, Any], change: str) -> None:
         place[_position(place, last, change)] = value
         return
     if last == "kind" and place.get("kind") != value:
-        place.clear()                                        # another variant has other fields: it starts from its defaults
+        kept = _shared(_walk(kind, path), place.get("kind"), value)
+        for name in set(place) - kept:
+            del place[name]
     place[last] = value
+
+
+def _shared(variants: Sequence[type[Section]], old: str | None, new: Any) -> set[str]:
+    """Sections that two variants have alike, which stay where `kind` is changed; all else starts from the new one's defaults."""
+    by_tag = {_tag(section): section for section in variants}
+    if new not in by_tag:
+        return set()
+    before, after = by_tag.get(old, variants[0]).model_fields, by_tag[new].model_fields
+    return {name for name, field in before.items()
+            if name in after and after[name].annotation == field.annotation and _sections(field.annotation)}
 
 
 def _enter(place: Any, part: str, change: str) -> Any:

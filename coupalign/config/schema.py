@@ -5,8 +5,9 @@ frozen; unknown keys are refused by `config.load`, which names the file, the key
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -131,25 +132,110 @@ class SmaConfig(Section):
     sentence: Literal["cls", "mean"] = Field("cls", description="L_g: the final [CLS] state, or the mean of the words")
 
 
-class LossConfig(Section):
+class MaskLossConfig(Section):
+    """What a predicted mask is held to; the same words for every method."""
+
     mask: float = Field(1.0, ge=0, description="weight of the cross-entropy")
     foreground: float = Field(1.1, gt=0, description="weight of foreground pixels in the cross-entropy")
     background: float = Field(0.9, gt=0, description="weight of background pixels in the cross-entropy")
+    dice: float = Field(0.0, ge=0, description="weight of the Dice loss")
+    boundary: float = Field(0.0, ge=0, description="weight of the boundary loss: 1 - F1 of the two boundaries")
+
+
+class LossConfig(MaskLossConfig):
+    """CoupAlign's: with the auxiliary contrast of foreground and background pixels."""
+
     dice: float = Field(1.0, ge=0, description="weight of the Dice loss")
     contrast: float = Field(0.1, ge=0, description="weight of the auxiliary foreground/background contrast")
     temperature: float = Field(0.1, gt=0, description="of the contrast")
     contrast_samples: int = Field(256, ge=1, description="pixels of each kind drawn per image for the contrast")
 
 
-class ModelConfig(Section):
-    kind: Literal["coupalign"] = "coupalign"
+class RefineConfig(Section):
+    """Point-wise refinement: the least certain pixels of the full-size mask are decided again, each by itself."""
+
+    points: int = Field(0, ge=0, description="pixels of an image that are decided again; 0: no refinement")
+    width: int = Field(64, ge=8, description="of the two hidden layers that decide a point")
+
+
+class EncodersConfig(Section):
+    """What every method has, so that methods are one line of a configuration apart."""
+
     image: Annotated[Union[TimmBackbone, SmallBackbone], Field(discriminator="kind")] = TimmBackbone()
     text: Annotated[Union[BertText, SmallText], Field(discriminator="kind")] = BertText()
+
+
+class CoupAlignConfig(EncodersConfig):
+    kind: Literal["coupalign"] = "coupalign"
     wpa: WpaConfig = WpaConfig()
     decoder: DecoderConfig = DecoderConfig()
     proposals: ProposalsConfig = ProposalsConfig()
     sma: SmaConfig = SmaConfig()
+    refine: RefineConfig = RefineConfig()
     losses: LossConfig = LossConfig()
+
+
+class WideDecoderConfig(Section):
+    """LAVT's decoder."""
+
+    width: int = Field(512, ge=8, description="channels of the decoder")
+
+
+class LavtConfig(EncodersConfig):
+    """LAVT (CVPR 2022), our re-implementation; the Dice of its authors' later recipe is losses.dice=1."""
+
+    kind: Literal["lavt"] = "lavt"
+    decoder: WideDecoderConfig = WideDecoderConfig()
+    losses: MaskLossConfig = MaskLossConfig()
+
+
+class EvenMaskLossConfig(MaskLossConfig):
+    """As published for VLT and LTS: every pixel counts alike."""
+
+    foreground: float = Field(1.0, gt=0, description="weight of foreground pixels in the cross-entropy")
+    background: float = Field(1.0, gt=0, description="weight of background pixels in the cross-entropy")
+
+
+class VltTransformerConfig(Section):
+    """VLT's queries and the transformer that answers them."""
+
+    count: int = Field(16, ge=1, description="queries made of a sentence")
+    width: int = Field(256, ge=8, description="channels of queries, pixels and mask decoder")
+    encoder_layers: int = Field(2, ge=1)
+    decoder_layers: int = Field(2, ge=1)
+    heads: int = Field(8, ge=1)
+    ffn: int = Field(1024, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class VltConfig(EncodersConfig):
+    """VLT (ICCV 2021), our re-implementation; a rival of Table 2, with Darknet-53."""
+
+    kind: Literal["vlt"] = "vlt"
+    transformer: VltTransformerConfig = VltTransformerConfig()
+    losses: EvenMaskLossConfig = EvenMaskLossConfig()
+
+
+class LtsSegmentConfig(Section):
+    """LTS's fused map and its segmentation network."""
+
+    width: int = Field(256, ge=8, description="channels of the fused map and of the segmentation network")
+    dilations: tuple[int, ...] = Field((1, 3, 5), min_length=1, description="of the 3x3 convolutions side by side")
+
+
+class LtsLossConfig(EvenMaskLossConfig):
+    locate: float = Field(1.0, ge=0, description="weight of the heat map's loss, which says where the object is")
+
+
+class LtsConfig(EncodersConfig):
+    """LTS (CVPR 2021), our re-implementation; a rival of Table 2, with Darknet-53."""
+
+    kind: Literal["lts"] = "lts"
+    segment: LtsSegmentConfig = LtsSegmentConfig()
+    losses: LtsLossConfig = LtsLossConfig()
+
+
+ModelConfig = Annotated[Union[CoupAlignConfig, LavtConfig, VltConfig, LtsConfig], Field(discriminator="kind")]
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -165,6 +251,8 @@ class OptimConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of an encoder's block over that of the block behind it; 1: "
+                                                            "the same for all")
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the whole gradient; none: no clipping")
 
 
@@ -236,7 +324,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; the weights stay fp32")
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = CoupAlignConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
@@ -248,6 +336,12 @@ class Config(Section):
     def directory(self) -> Path:
         """The run directory."""
         return self.run_dir or Path("runs") / self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _coupalign_by_default(cls, tree: Any) -> Any:
+        model = tree.get("model") if isinstance(tree, Mapping) else None
+        return {**tree, "model": {"kind": "coupalign", **model}} if isinstance(model, Mapping) else tree
 
     @model_validator(mode="after")
     def _some_length(self) -> Config:

@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 
 from coupalign.config.load import override, read_config
-from coupalign.config.schema import BertText, Config
+from coupalign.config.schema import BertText, Config, CoupAlignConfig
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.engine.manifest import damaged_alone
 from coupalign.errors import InputError
-from coupalign.model.coupalign import CoupAlign, build_model
+from coupalign.model.methods import build_model
+from coupalign.model.referring import ReferringModel
 from coupalign.model.weights import load_model_weights, read_weights
 
 
-def open_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Config, CoupAlign, Tokenizer]:
+def open_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[Config, ReferringModel, Tokenizer]:
     """Read a run or checkpoint directory: configuration, model (with averaged weights where there are any), tokenizer.
 
     Raises:
@@ -56,7 +57,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def _portable(config: Config, folder: Path) -> Config:
     """The same model where neither the pretrained files of its training nor its GPU kernels are at hand."""
-    changes = ["model.wpa.impl=auto"] if config.model.wpa.impl == "fused" else []
+    changes = ["model.wpa.impl=auto"] if isinstance(config.model, CoupAlignConfig) and config.model.wpa.impl == "fused" else []
     if isinstance(config.model.text, BertText) and (folder / "text").is_dir():
         text = config.model.text.model_copy(update={"weights": f"random:{folder / 'text'}"})
         config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})

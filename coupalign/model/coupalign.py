@@ -5,26 +5,21 @@ d mask width, N mask embeddings.
 """
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coupalign.config.schema import ModelConfig
+from coupalign.config.schema import CoupAlignConfig
 from coupalign.errors import InputError
-from coupalign.model.backbone import StagedBackbone
 from coupalign.model.decoder import MaskHead, PixelDecoder
 from coupalign.model.losses import referring_losses
 from coupalign.model.proposals import MaskProposals
+from coupalign.model.referring import STAGES, ReferringModel
+from coupalign.model.refine import PointRefinement, point_loss
 from coupalign.model.sma import SentenceMaskAlignment, sentence_state
-from coupalign.model.text import StagedText
 from coupalign.model.wpa import WordPixelAlignment
 
-STAGES = 4
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-class CoupAlign(nn.Module):
+class CoupAlign(ReferringModel):
     """Image and text encoders that exchange words and pixels at every stage, a mask generator, a sentence that weights its masks.
 
     Args:
@@ -36,12 +31,10 @@ class CoupAlign(nn.Module):
         InputError: a field does not fit another; the message names both.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: int, image_size: int):
-        super().__init__()
-        self.config, self.image_size = config, image_size
-        self.word_stages = _word_stages(config)
-        self.image = StagedBackbone(config.image, image_size)
-        self.text = StagedText(config.text, vocabulary, groups=self.word_stages)
+    def __init__(self, config: CoupAlignConfig, vocabulary: int, image_size: int):
+        word_stages = _word_stages(config)
+        super().__init__(config, vocabulary, image_size, word_groups=word_stages)
+        self.word_stages = word_stages
         channels, width = self.image.channels, config.decoder.width
         self.wpa = nn.ModuleDict({
             str(stage): WordPixelAlignment(channels[stage], self.text.width, config.wpa.heads, config.wpa.impl,
@@ -52,8 +45,8 @@ class CoupAlign(nn.Module):
             self.proposals = MaskProposals([channels[s - 1] for s in config.proposals.stages], width, config.proposals)
             self.sma = SentenceMaskAlignment(width, self.text.width)
         self.head = MaskHead(width)
-        self.register_buffer("mean", 255 * torch.tensor(_IMAGENET_MEAN), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(_IMAGENET_STD), persistent=False)
+        if config.refine.points:
+            self.refine = PointRefinement(width, config.refine)
 
     def forward(self, image: Tensor, words: Tensor, word_mask: Tensor,
                 target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
@@ -75,12 +68,20 @@ class CoupAlign(nn.Module):
             sentence = sentence_state(words, word_mask, self.config.sma.sentence)            # L_g [B, D]
             pixels = self.sma(masks, sentence, embedding)                                    # Y' [B, d, S/4, S/4]
         logits = F.interpolate(self.head(pixels).float(), scale_factor=4.0, mode="bilinear", align_corners=False)[:, 0]
-        return logits if target is None else referring_losses(logits, embedding, target, self.config.losses)
+        points = None
+        if self.config.refine.points:
+            logits, points = self.refine(logits, pixels, self.normalized(image))
+        if target is None:
+            return logits
+        losses = referring_losses(logits, embedding, target, self.config.losses)
+        if points is not None:
+            again = point_loss(logits, points, target)
+            losses |= {"loss": losses["loss"] + again, "points": again.detach()}
+        return losses
 
     def align(self, image: Tensor, words: Tensor, word_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """The two encoders, interleaved: aligned pixels of the four stages [B, H, W, C] and the final words [B, T, D]."""
-        assert image.shape[1:] == (3, self.image_size, self.image_size), f"image {tuple(image.shape)}, model {self.image_size}"
-        pixels = (image.permute(0, 2, 3, 1) - self.mean) / self.std            # [B, S, S, 3]
+        pixels = self.normalized(image)                                        # [B, S, S, 3]
         words = self.text.embed(words, word_mask) if self.word_stages else words
         stages = []
         for stage in range(STAGES):
@@ -94,16 +95,7 @@ class CoupAlign(nn.Module):
         return stages, words
 
 
-def build_model(config: ModelConfig, vocabulary: int, image_size: int) -> CoupAlign:
-    """A model with a random start; `model.weights` loads pretrained encoders into it.
-
-    Raises:
-        InputError: a field does not fit another; the message names both.
-    """
-    return CoupAlign(config, vocabulary, image_size)
-
-
-def _word_stages(config: ModelConfig) -> int:
+def _word_stages(config: CoupAlignConfig) -> int:
     """How many stages the words take part in: all where the sentence weights the masks, else up to the last alignment.
 
     Text layers behind that would be trained by nothing, which data parallelism refuses.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import coupalign
 from coupalign import dist
 from coupalign.config.load import dump, flatten
-from coupalign.config.schema import Config
+from coupalign.config.schema import Config, CoupAlignConfig
 from coupalign.data.batch import Batch
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
 from coupalign.files import remove_debris, whole_file, write_json
 from coupalign.kernels import explain
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.model.weights import load_pretrained
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
 from coupalign.training.meter import Meter, RankTimes
@@ -109,11 +109,12 @@ def _prepare(config: Config, world: World) -> Run:
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
     if world.is_main:
-        print(f"{config.name}: {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
+        print(f"{config.name}: {config.model.kind}, {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
               f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
               f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
-              f"-> {config.directory}\n"
-              f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
+              f"-> {config.directory}", flush=True)
+        if isinstance(config.model, CoupAlignConfig):
+            print(f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
     return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total)
 
 

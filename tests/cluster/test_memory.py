@@ -19,7 +19,7 @@ from coupalign.config.schema import Config
 from coupalign.dist import World
 from coupalign.engine import ddp, zero
 from coupalign.engine.base import seed_step
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.plan import WAYS, Memory, Sizes, Way, measure_sizes, memory_of, way_of, wire_of
 from coupalign.watch import doing
 from tests.distributed.jobs import SIZE, VOCABULARY, make_engine, micro_batches, tiny

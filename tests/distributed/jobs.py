@@ -14,7 +14,7 @@ from coupalign.dist import World, wait_for_all
 from coupalign.engine.base import Engine, seed_step
 from coupalign.engine.build import build_engine
 from coupalign.engine.moments import make_universal, open_moments
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.model.weights import write_weights
 from coupalign.training.optim import build_optimizer
 

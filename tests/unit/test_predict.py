@@ -16,7 +16,7 @@ from coupalign.config.schema import Config
 from coupalign.data.tokenizer import Tokenizer, train_vocabulary
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.model.weights import write_weights
 from coupalign.predict import Predictor, open_image, read_pairs
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from coupalign.bench.footprint import Alive, count_step, footprint, on_gpu_rules
 from coupalign.config.schema import Config
 from coupalign.engine.base import DTYPES
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from tests.distributed.jobs import SIZE, VOCABULARY, tiny
 
 

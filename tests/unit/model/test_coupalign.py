@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from coupalign.config.schema import (
+    CoupAlignConfig,
     DecoderConfig,
     LossConfig,
-    ModelConfig,
     ProposalsConfig,
     SmaConfig,
     SmallBackbone,
@@ -18,13 +18,14 @@ from coupalign.config.schema import (
     WpaConfig,
 )
 from coupalign.errors import InputError
-from coupalign.model.coupalign import CoupAlign, build_model
+from coupalign.model.coupalign import CoupAlign
+from coupalign.model.methods import build_model
 
 VOCABULARY, SIDE = 40, 32
 
 
-def config(count: int = 3, image=None, proposal_stages=(4,), **parts) -> ModelConfig:
-    return ModelConfig(image=image or SmallBackbone(widths=(8, 8, 16, 16)), text=SmallText(width=16, heads=2),
+def config(count: int = 3, image=None, proposal_stages=(4,), **parts) -> CoupAlignConfig:
+    return CoupAlignConfig(image=image or SmallBackbone(widths=(8, 8, 16, 16)), text=SmallText(width=16, heads=2),
                        decoder=DecoderConfig(width=16),
                        proposals=ProposalsConfig(count=count, layers=1, heads=2, ffn=16, stages=proposal_stages), **parts)
 
@@ -77,7 +78,7 @@ def test_published_encoders_train(name):
     assert model(image, words, mask).shape == (2, 64, 64)
 
 
-def opened(variant: ModelConfig | None = None) -> CoupAlign:
+def opened(variant: CoupAlignConfig | None = None) -> CoupAlign:
     """A model whose gates are open, as after some training."""
     torch.manual_seed(0)
     model = build_model(variant or config(), VOCABULARY, SIDE).eval()

@@ -9,7 +9,7 @@ import torch
 
 from coupalign.config.schema import OptimConfig
 from coupalign.errors import InputError
-from coupalign.model.coupalign import build_model
+from coupalign.model.methods import build_model
 from coupalign.training.optim import build_optimizer, parameter_groups, which_apex
 from tests.distributed.jobs import SIZE, VOCABULARY, tiny
 
