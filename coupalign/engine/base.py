@@ -50,6 +50,7 @@ class Engine(Protocol):
     """Every method is collective: all ranks call it, in the same order."""
 
     device: torch.device
+    model: nn.Module                  # the bare one, whatever wraps it
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         """One optimizer step over this rank's micro-batches; learning rates are their peaks times `lr_scale`."""
@@ -165,6 +166,18 @@ def mean_losses(micro_losses: Sequence[dict[str, Tensor]], world: World) -> tupl
     everybody = dist.gather_vector(mine, world)
     bad = (~torch.isfinite(everybody[:, names.index("loss")])).nonzero().flatten().tolist()
     return dict(zip(names, everybody.mean(0).tolist())), tuple(bad)
+
+
+def agree_on_statistics(model: nn.Module, world: World) -> None:
+    """Running statistics of BatchNorms that learn become their mean over the ranks, each of which has seen other samples; collective.
+
+    Without it the ranks would score, and rank 0 save, models that differ.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.weight.requires_grad:
+            for statistic in (module.running_mean, module.running_var):
+                dist.sum_over_ranks(statistic, world)
+                statistic /= world.size
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

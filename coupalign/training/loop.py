@@ -18,7 +18,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
-from coupalign.engine.base import Engine, StepStats, TrainState, seed_step
+from coupalign.engine.base import Engine, StepStats, TrainState, agree_on_statistics, seed_step
 from coupalign.engine.build import build_engine
 from coupalign.engine.checkpoint import Checkpoints, finished
 from coupalign.engine.stop import StopRequest
@@ -190,6 +190,7 @@ def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainS
     """Save; what was saved."""
     doing(f"step {state.step}: saving a checkpoint")
     with meter.saving():
+        agree_on_statistics(run.engine.model, run.world)
         run.checkpoints.save(run.engine, state, run.tokenizer)
     tracker.log(state.step, {"save/seconds": meter.last_save_s, "save/share": meter.saving_share})
     return state
@@ -198,6 +199,7 @@ def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainS
 def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> tuple[dict[str, Score], TrainState]:
     """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
     config, world = run.config, run.world
+    agree_on_statistics(run.engine.model, world)
     with run.engine.averaged():
         scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
                               lambda: dist.any_rank(stop.name is not None, world))

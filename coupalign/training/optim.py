@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from coupalign.errors import InputError
 
 # Parts of a parameter's name that exempt it from weight decay besides being a vector: METHOD section 3, "Parameters".
 UNDECAYED = ("position", "pos_embed", "queries", "gate")
+# A block of Swin, ResNet, Darknet, the small encoder or BERT in a parameter's name; what joins two stages is a block, too.
+_BLOCK = re.compile(r"(layers\.\d+\.(blocks\.\d+|downsample)|layer\d\.\d+|stages\.\d+(\.blocks\.\d+)?|encoder\.layer\.\d+)\.")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -30,16 +33,34 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """Groups with `name`, `params`, `lr` (the peak) and `weight_decay`; every trainable parameter in exactly one."""
+    """Groups with `name`, `params`, `lr` (the peak) and `weight_decay`; every trainable parameter in exactly one.
+
+    With `layer_decay` each block of an encoder has a group of its own: its peak is `layer_decay` times that of the block behind it.
+    """
     peaks = {"image": config.lr_image, "text": config.lr_text, "rest": config.lr}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    below_top = _blocks_below_top(model) if config.layer_decay < 1 else {}
+    groups: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = name.partition(".")[0]
-            groups.setdefault((part if part in peaks else "rest", _decays(name, parameter)), []).append(parameter)
-    return [{"name": f"{part}{'' if decays else ' (no decay)'}", "params": parameters, "lr": peaks[part],
-             "weight_decay": config.weight_decay if decays else 0.0}
-            for (part, decays), parameters in sorted(groups.items())]
+            key = (part if part in peaks else "rest", below_top.get(name, 0), _decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
+    return [{"name": f"{part}{f' -{below}' if below else ''}{'' if decays else ' (no decay)'}", "params": parameters,
+             "lr": peaks[part] * config.layer_decay ** below, "weight_decay": config.weight_decay if decays else 0.0}
+            for (part, below, decays), parameters in sorted(groups.items())]
+
+
+def _blocks_below_top(model: nn.Module) -> dict[str, int]:
+    """How many blocks of its encoder come after the one that a parameter belongs to; the stem comes before the first block."""
+    places: dict[str, int] = {}
+    for part in ("image", "text"):
+        blocks: dict[str, int] = {}
+        of_part = {name: _BLOCK.search(name) for name, _ in model.named_parameters() if name.startswith(f"{part}.")}
+        for found in of_part.values():
+            if found:
+                blocks.setdefault(found[0], len(blocks))
+        places |= {name: len(blocks) - (blocks[found[0]] if found else -1) - 1 for name, found in of_part.items()}
+    return places
 
 
 def which_apex() -> str:

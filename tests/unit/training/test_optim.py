@@ -38,6 +38,24 @@ def test_every_layer_of_the_text_encoder_is_updated() -> None:
     assert all(id(parameter) in held for parameter in model.text.parameters())
 
 
+def test_each_block_learns_slower_than_the_one_behind_it() -> None:
+    model = build_model(tiny().model, VOCABULARY, SIZE)
+    groups = parameter_groups(model, OptimConfig(lr=1.0, lr_image=1.0, lr_text=1.0, layer_decay=0.5))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    trainable = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trainable)
+    for name, rate in trainable.items():
+        match name.split("."):
+            case ["image", "net", "stages", stage, *_]:
+                assert rate == 0.5 ** (3 - int(stage)), name
+            case ["text", "bert", "encoder", "layer", layer, *_]:
+                assert rate == 0.5 ** (3 - int(layer)), name
+            case ["text", *_]:
+                assert rate == 0.5 ** 4, "the embeddings come before the first layer"
+            case _:
+                assert rate == 1.0, name
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
