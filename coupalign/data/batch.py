@@ -29,9 +29,10 @@ class Frame:
 class SampleInfo:
     """One sample, beside its tensors.
 
-    `number` is its place in the loader's table of samples, `name` is "<dataset>/<split_by>/<ref_id>/<sent_id>". `truth`
-    (bool [H, W], original resolution) is given in evaluation only, `image` (uint8 [H, W, 3]) only where pictures were asked
-    for. `cut` says that the sentence was longer than the token limit.
+    `number` is its place in the loader's table of samples, `name` is "<dataset>/<split_by>/<ref_id>/<sent_id>", with "all" for
+    the last part where all sentences of the ref are read as one. `same_class` is how many other objects of the category are on
+    the image, -1 where the shard does not know. `truth` (bool [H, W], original resolution) is given in evaluation only, `image`
+    (uint8 [H, W, 3]) only where pictures were asked for. `cut` says that the sentence was longer than the token limit.
     """
 
     number: int
@@ -40,6 +41,7 @@ class SampleInfo:
     frame: Frame
     image_id: int
     category: str
+    same_class: int = -1
     truth: np.ndarray | None = None
     image: np.ndarray | None = None
     cut: bool = False

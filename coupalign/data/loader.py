@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Batch
 from coupalign.data.index import ShardIndex
+from coupalign.data.leak import Photo, TrainedOn, guard, scored_photos, trained_on
 from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
-from coupalign.data.samples import BadSample, Sample, SampleReader, SampleTable, build_table, other_sentences, spread
+from coupalign.data.samples import BadSample, Rule, Sample, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
@@ -55,7 +56,7 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
 
     Raises:
         InputError: the ranks or the canonical nodes cannot share `global_batch`, there are fewer samples than canonical nodes,
-            a source is empty or cannot be opened.
+            a source is empty or cannot be opened, photographs to be scored are among those to train on.
     """
     if not config.train:
         raise InputError("data.train is empty: name at least one source to train on")
@@ -63,25 +64,29 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
     part_share(global_batch, config.canonical_nodes, ranks)
     indexes = _open_indexes(config.train)
     table = build_table(config.train, indexes, config.unit)
+    table, leaks = guard(config, table, indexes, _open_indexes(config.evaluate))
     _warn_of_small_cache(config, table, len(part_slices(global_batch, config.canonical_nodes, taken)))
     orders = EpochOrders(ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes)
     accumulation = micro_batches(taken.stop - taken.start, max_micro_batch)
     keys = _MicroBatchKeys(orders, global_batch, taken, accumulation)
     dataset = _TrainSamples(SampleReader(config, table, tokenizer), seed)
-    return TrainLoader(dataset, keys, config, _fingerprint(config.train, indexes, config.unit))
+    fingerprint = _fingerprint(config.train, indexes, f"{config.unit}, {len(table)}" if config.mix == "clean" else config.unit)
+    return TrainLoader(dataset, keys, config, fingerprint, trained_on(table, config.mix), leaks)
 
 
 def build_eval_loader(config: DataConfig, sources: Sequence[Source], batch: int, rank: int, ranks: int, tokenizer: Tokenizer,
-                      limit: int | None = None, shuffle_sentences: bool = False, images: bool = False) -> EvalLoader:
-    """Every sentence of `sources` once, in batches of `batch`; rank r of R takes the samples r, r + R, …
+                      limit: int | None = None, shuffle_sentences: bool = False, images: bool = False,
+                      rules: Sequence[Rule] = ("each",)) -> EvalLoader:
+    """Every text of `sources` that the sentence rules ask for once, in batches of `batch`; rank r of R takes the samples r, r + R, …
 
     Each rank gives the same number of batches (a sharded forward pass is collective): one that has run out repeats its
     last sample, which scoring recognizes by its number. An unreadable sample always ends the evaluation.
 
     Args:
-        limit: evenly spaced samples only, numbered anew.
+        limit: evenly spaced samples of each rule only, numbered anew.
         shuffle_sentences: the language-blind control: each sample gets the sentence of another one.
         images: hand out the pictures at their original size, too.
+        rules: which sentences of a ref are read, see `evaluation_table`.
 
     Raises:
         InputError: a source is empty or cannot be opened.
@@ -90,11 +95,10 @@ def build_eval_loader(config: DataConfig, sources: Sequence[Source], batch: int,
     if not sources:
         raise InputError("there is nothing to evaluate: name at least one source in data.evaluate")
     indexes = _open_indexes(sources)
-    table = build_table(sources, indexes, "sentence")
-    table = table.take(spread(len(table), limit))
+    table, members = evaluation_table(sources, indexes, rules, limit)
     others = other_sentences(table) if shuffle_sentences else None
     dataset = _EvalSamples(SampleReader(config, table, tokenizer), others, images)
-    return EvalLoader(dataset, _eval_batches(len(table), batch, rank, ranks), config, _fingerprint(sources, indexes, "sentence"))
+    return EvalLoader(dataset, _eval_batches(len(table), batch, rank, ranks), config, _fingerprint(sources, indexes, "sentence"), members)
 
 
 def _open_indexes(sources: Sequence[Source]) -> list[ShardIndex]:
@@ -132,11 +136,13 @@ def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[
 class TrainLoader:
     """Endless training batches; `(step)` is the whole state.
 
-    Attributes: `samples`, `fingerprint` (of the data and what is read of it), `micro_batches` (accumulation), and `bad`:
-    name -> reason of the unreadable samples that this rank met.
+    Attributes: `samples`, `fingerprint` (of the data and what is read of it), `micro_batches` (accumulation), `trained_on` (the
+    photographs), `leaks` (what the leak guard has to say), and `bad`: name -> reason of the unreadable samples that this rank met.
     """
 
-    def __init__(self, dataset: _TrainSamples, keys: _MicroBatchKeys, config: DataConfig, fingerprint: str) -> None:
+    def __init__(self, dataset: _TrainSamples, keys: _MicroBatchKeys, config: DataConfig, fingerprint: str, trained_on: TrainedOn,
+                 leaks: Sequence[str] = ()) -> None:
+        self.trained_on, self.leaks = trained_on, leaks
         self.samples = keys.orders.samples
         self.fingerprint = fingerprint
         self.micro_batches = keys.accumulation
@@ -193,12 +199,14 @@ class TrainLoader:
 class EvalLoader:
     """The evaluation batches of one rank, each iteration from the start.
 
-    Attributes: `samples` (of all ranks), `fingerprint` (of the data and what is read of it).
+    Attributes: `samples` (of all ranks), `fingerprint` (of the data), `members` (by sentence rule the numbers of its samples).
     """
 
-    def __init__(self, dataset: _EvalSamples, batches: list[list[int]], config: DataConfig, fingerprint: str) -> None:
+    def __init__(self, dataset: _EvalSamples, batches: list[list[int]], config: DataConfig, fingerprint: str,
+                 members: dict[Rule, np.ndarray]) -> None:
         self.samples = len(dataset.reader.table)
         self.fingerprint = fingerprint
+        self.members = members
         self._dataset = dataset
         self._batches = batches
         self._workers = min(config.workers, len(batches))
@@ -215,11 +223,16 @@ class EvalLoader:
         finally:
             _end(items)
 
+    @property
+    def photos(self) -> set[Photo]:
+        """The photographs of all ranks' samples."""
+        return scored_photos(self._dataset.reader.table)
+
     @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The name of each sample of all ranks, by its number; reads the records of the shards, not the pictures."""
+    def words(self) -> tuple[tuple[str, str], ...]:
+        """(name, its own sentence) of each sample of all ranks, by number; reads the records of the shards, not the pictures."""
         try:
-            return tuple(self._dataset.reader.name(number) for number in range(self.samples))
+            return tuple(self._dataset.reader.words(number) for number in range(self.samples))
         except BadSample as error:
             raise InputError(str(error)) from error
 

@@ -241,7 +241,8 @@ def _sample_json(sample: Sample) -> bytes:
 def _ref_record(referral: refer.Referral) -> dict[str, Any]:
     rle = rle_from_segmentation(referral.segmentation, referral.height, referral.width)
     return {"dataset": referral.dataset, "split_by": referral.split_by, "split": referral.split, "ref_id": referral.ref_id,
-            "ann_id": referral.ann_id, "category": referral.category, "crowd": referral.crowd, "area": area(rle), "rle": rle,
+            "ann_id": referral.ann_id, "category": referral.category, "crowd": referral.crowd, "same_class": referral.same_class,
+            "area": area(rle), "rle": rle,
             "sentences": [{"sent_id": s.sent_id, "raw": s.raw, "sent": s.cleaned} for s in referral.sentences]}
 
 
@@ -284,8 +285,8 @@ def _is_finished(out: Path, plan: Plan) -> bool:
         return False
     index = read_index(out)
     if index.source_fingerprint != plan.fingerprint:
-        raise InputError(f"{out}: holds the finished set {index.name!r}, packed from other sources or with another recipe; "
-                         "choose another directory, or overwrite it (--overwrite)")
+        raise InputError(f"{out}: holds the finished set {index.name!r}, packed from other sources, with another recipe or by another "
+                         f"version ({index.tool}); choose another directory, or overwrite it (--overwrite)")
     for shard in index.shards:
         file = out / shard.url
         if not file.is_file() or file.stat().st_size != shard.bytes:

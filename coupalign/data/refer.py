@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class Referral:
     height: int           # of the image, pixels
     width: int
     crowd: bool
+    same_class: int       # other objects of its category on the image, from all of instances.json, crowds not counted
     segmentation: list | dict
     sentences: tuple[Sentence, ...]
 
@@ -88,14 +90,14 @@ def read_set(root: Path, dataset: str, split_by: str, folder: str | None = None,
     file = find_refs(place, split_by)
     refs = read_refs(file)
     instances = place / "instances.json"
-    images, annotations, categories = _read_instances(instances, {ref.get("ann_id") for ref in refs if isinstance(ref, dict)})
+    known = _read_instances(instances, {ref.get("ann_id") for ref in refs if isinstance(ref, dict)})
     referrals: dict[int, Referral] = {}
     missing: list[str] = []
     for ref in refs:
         try:
-            gap = _gap(ref, images, annotations)
+            gap = _gap(ref, known)
             if gap is None:
-                referral = _referral(ref, dataset, split_by, images, annotations, categories)
+                referral = _referral(ref, dataset, split_by, known)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{file}: ref {_name(ref)}: {reason}") from None
@@ -225,42 +227,52 @@ class _NoGlobals(pickle.Unpickler):
         raise InputError(f"the pickle asks for the outside object {pid!r}; it was not loaded")
 
 
-def _read_instances(file: Path, wanted: set[Any]) -> tuple[dict[int, dict], dict[int, dict], dict[int, str]]:
+@dataclass(frozen=True)
+class _Instances:
+    images: dict[int, dict]
+    annotations: dict[int, dict]                    # those that refs speak of
+    categories: dict[int, str]
+    objects: Counter[tuple[int, int]]               # by image and category, crowds not counted
+
+
+def _read_instances(file: Path, wanted: set[Any]) -> _Instances:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        images = {image["id"]: image for image in tree["images"]}
-        annotations = {found["id"]: found for found in tree["annotations"] if found["id"] in wanted}
-        categories = {category["id"]: category["name"] for category in tree["categories"]}
+        return _Instances(
+            images={image["id"]: image for image in tree["images"]},
+            annotations={found["id"]: found for found in tree["annotations"] if found["id"] in wanted},
+            categories={category["id"]: category["name"] for category in tree["categories"]},
+            objects=Counter((found["image_id"], found["category_id"]) for found in tree["annotations"] if not found.get("iscrowd", 0)))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; it comes with the refs files of the same download") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a COCO instances file ({type(error).__name__}: {error})") from None
-    return images, annotations, categories
 
 
-def _gap(ref: Mapping[str, Any], images: Mapping[int, Any], annotations: Mapping[int, Any]) -> str | None:
-    if ref["ann_id"] not in annotations:
+def _gap(ref: Mapping[str, Any], known: _Instances) -> str | None:
+    if ref["ann_id"] not in known.annotations:
         return f"annotation ann_id {ref['ann_id']}"
-    if ref["image_id"] not in images:
+    if ref["image_id"] not in known.images:
         return f"image_id {ref['image_id']}"
     return None
 
 
-def _referral(ref: Mapping[str, Any], dataset: str, split_by: str, images: Mapping[int, dict], annotations: Mapping[int, dict],
-              categories: Mapping[int, str]) -> Referral:
-    image, found = images[ref["image_id"]], annotations[ref["ann_id"]]
+def _referral(ref: Mapping[str, Any], dataset: str, split_by: str, known: _Instances) -> Referral:
+    image, found = known.images[ref["image_id"]], known.annotations[ref["ann_id"]]
     if found["image_id"] != ref["image_id"]:
         raise ValueError(f"its annotation is on image {found['image_id']}, the ref on {ref['image_id']}")
-    if found["category_id"] not in categories:
+    if found["category_id"] not in known.categories:
         raise ValueError(f"category_id {found['category_id']} is not in instances.json")
     check_segmentation(found["segmentation"], image["height"], image["width"])
     sentences = tuple(Sentence(int(s["sent_id"]), _repair(s.get("raw", s["sent"])), _repair(s["sent"])) for s in ref["sentences"])
     if not sentences:
         raise ValueError("it has no sentences")
+    crowd = bool(found.get("iscrowd", 0))
     return Referral(
         dataset=dataset, split_by=split_by, split=str(ref["split"]), ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]),
-        image_id=int(ref["image_id"]), category=categories[found["category_id"]], file_name=Path(image["file_name"]).name,
-        height=int(image["height"]), width=int(image["width"]), crowd=bool(found.get("iscrowd", 0)),
+        image_id=int(ref["image_id"]), category=known.categories[found["category_id"]], file_name=Path(image["file_name"]).name,
+        height=int(image["height"]), width=int(image["width"]), crowd=crowd,
+        same_class=known.objects[ref["image_id"], found["category_id"]] - (not crowd),
         segmentation=found["segmentation"], sentences=sentences)
 
 

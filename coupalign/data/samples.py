@@ -23,6 +23,9 @@ Sample = tuple[np.ndarray, np.ndarray | None, SampleInfo]      # image [S, S, 3]
 Record = dict[str, Any]                                        # a ref as packed, with image_id, height, width of its image
 
 _TEXT = {"cleaned": "sent", "raw": "raw"}      # what the configuration calls it -> its field in the record
+ALL = -2           # in place of a sentence's number: all of the ref, joined with a space
+Rule = Literal["each", "first", "concatenated"]
+RULES: tuple[Rule, ...] = ("each", "first", "concatenated")
 _CONTROL = 77      # seeds the permutation of the language-blind control, the same in every run
 
 
@@ -34,7 +37,7 @@ class BadSample(Exception):
 class SampleTable:
     """int64 [n] each: the sample's index, its image in that index, its ref in that image, its sentence in that ref.
 
-    A sentence of −1 stands for a random one. `shard` numbers the shards over all indexes.
+    A sentence of −1 stands for a random one, `ALL` for all of them joined. `shard` numbers the shards over all indexes.
     """
 
     indexes: tuple[ShardIndex, ...]
@@ -62,11 +65,12 @@ class SampleTable:
         return f"{entry.set}/{entry.ref_id}"
 
 
-def build_table(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit: Literal["ref", "sentence"]) -> SampleTable:
+def build_table(sources: Sequence[Source], indexes: Sequence[ShardIndex],
+                unit: Literal["ref", "sentence", "sentence and all"]) -> SampleTable:
     """All samples of `sources`, one after another; `indexes` are the opened `Source.index`, one a source.
 
     Args:
-        unit: a sample is a ref with a random sentence, or each sentence.
+        unit: a sample is a ref with a random sentence, or each sentence, or each sentence and then all of them joined.
 
     Raises:
         InputError: a source has no sample; the message lists what its index holds.
@@ -81,16 +85,25 @@ def build_table(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit: 
         before = len(rows)
         for image_no, image in enumerate(index.images):
             for ref_no, ref in enumerate(image.refs):
-                if _wanted(source, ref.set, ref.split):
-                    for sentence in (range(ref.sentences) if unit == "sentence" else (-1,) if ref.sentences else ()):
-                        rows.append((place, image_no, ref_no, sentence, first_shard + image.shard))
+                if wanted(source, ref.set, ref.split):
+                    rows += ((place, image_no, ref_no, read, first_shard + image.shard) for read in _readings(ref.sentences, unit))
         if len(rows) == before:
             raise InputError(_nothing_found(source, index))
     columns = np.array(rows, np.int64).reshape(-1, 5).T
     return SampleTable(tuple(kept), *np.ascontiguousarray(columns))
 
 
-def _wanted(source: Source, set_name: str, split: str) -> bool:
+def _readings(sentences: int, unit: str) -> list[int]:
+    """What is read of a ref with so many sentences, a number for each of its samples; see `SampleTable`."""
+    if not sentences:
+        return []
+    if unit == "ref":
+        return [-1]
+    return [*range(sentences)] + ([ALL] if unit == "sentence and all" else [])
+
+
+def wanted(source: Source, set_name: str, split: str) -> bool:
+    """Whether `source` asks for a split of a set, such as "refcoco/unc"."""
     dataset, _, split_by = set_name.partition("/")
     return split == source.split and source.dataset in (None, dataset) and source.split_by in (None, split_by)
 
@@ -100,6 +113,27 @@ def _nothing_found(source: Source, index: ShardIndex) -> str:
     held = [f"{name} {split} ({counts['refs']} refs, {counts['sentences']} sentences)"
             for name, splits in sorted(index.counts.items()) for split, counts in splits.items()]
     return f"{index.location} has no sample of {wanted}, split {source.split!r}; it holds: {'; '.join(held) or 'nothing'}"
+
+
+def evaluation_table(sources: Sequence[Source], indexes: Sequence[ShardIndex], rules: Sequence[Rule],
+                     limit: int | None = None) -> tuple[SampleTable, dict[Rule, np.ndarray]]:
+    """The samples that the sentence rules ask for, each once, and by rule the numbers of its own samples among them.
+
+    each: every sentence of every ref. first: the first sentence of every ref. concatenated: all sentences of a ref, joined with
+    a space, as one text. What "first" asks for is among the samples of "each", unless a limit thins both out.
+
+    Args:
+        limit: evenly spaced samples of each rule only.
+
+    Raises:
+        InputError: a source has no sample.
+    """
+    table = build_table(sources, indexes, "sentence and all")
+    followed = {"each": table.sentence >= 0, "first": table.sentence == 0, "concatenated": table.sentence == ALL}
+    chosen = {rule: np.flatnonzero(followed[rule]) for rule in rules}
+    chosen = {rule: numbers[spread(len(numbers), limit)] for rule, numbers in chosen.items()}
+    used = np.unique(np.concatenate(list(chosen.values())))
+    return table.take(used), {rule: np.searchsorted(used, numbers) for rule, numbers in chosen.items()}
 
 
 def spread(samples: int, limit: int | None) -> np.ndarray:
@@ -112,13 +146,24 @@ def other_sentences(table: SampleTable) -> np.ndarray:
     """For each sample the number of another one, whose sentence it is given in the language-blind control.
 
     A permutation without fixed points, always the same; the other sample belongs to another image wherever that is
-    possible (to as few of the same image as there must be, where one image has more than half of all samples).
+    possible (to as few of the same image as there must be, where one image has more than half of all samples). Single
+    sentences are exchanged among themselves, and joined ones among themselves.
     """
-    count = len(table)
+    other = np.empty(len(table), np.int64)
+    for joined in (False, True):
+        numbers = np.flatnonzero((table.sentence == ALL) == joined)
+        if len(numbers):
+            other[numbers] = numbers[_exchange(table.take(numbers).image_ids)]
+    return other
+
+
+def _exchange(images: np.ndarray) -> np.ndarray:
+    """A permutation of samples on these images [n] that has no fixed points and leads to another image where it can."""
+    count = len(images)
     if count < 2:
         raise InputError("the language-blind control exchanges sentences between samples: it needs two or more")
     generator = np.random.default_rng(np.random.SeedSequence([_CONTROL, count]))
-    _, group, sizes = np.unique(table.image_ids, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
     order = np.lexsort((generator.permutation(count), generator.permutation(len(sizes))[group]))
     # samples of an image stand side by side: a shift by the largest such group leads out of every group
     shift = int(sizes.max()) if sizes.max() < count else 1
@@ -155,7 +200,7 @@ class SampleReader:
         frame = self._frame(ref)
         pixels = transforms.image_to_square(self._picture(number, ref), frame, mirrored, jitter)
         target = transforms.mask_to_square(self._mask(number, ref), frame, mirrored)
-        return pixels, target, SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"])
+        return pixels, target, SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"])
 
     def eval_sample(self, number: int, other: int | None, picture: bool) -> Sample:
         """A sample as it is, with its truth; with the sentence of the sample `other` where that is given."""
@@ -164,13 +209,13 @@ class SampleReader:
         if other is not None:
             _, sentence = self._words(other, self._record(other), int(self.table.sentence[other]))
         image, frame = self._picture(number, ref), self._frame(ref)
-        info = SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"],
+        info = SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"],
                           truth=self._mask(number, ref), image=np.asarray(image) if picture else None)
         return transforms.image_to_square(image, frame), None, info
 
-    def name(self, number: int) -> str:
-        """The full name of an evaluation sample."""
-        return self._words(number, self._record(number), int(self.table.sentence[number]))[0]
+    def words(self, number: int) -> tuple[str, str]:
+        """The full name of an evaluation sample and its own sentence."""
+        return self._words(number, self._record(number), int(self.table.sentence[number]))
 
     def collate(self, samples: Sequence[Sample], bad: Sequence[str] = ()) -> Batch:
         """Stack samples and number their words."""
@@ -192,13 +237,16 @@ class SampleReader:
             if found != (image.image_id, expected.ref_id, expected.sentences):
                 raise ValueError("the record is not the one that its index describes")
             place = {"image_id": image.image_id, "height": int(record["height"]), "width": int(record["width"])}
-            return {**ref, **place, "category": str(ref["category"])}
+            return {**ref, **place, "category": str(ref["category"]), "same_class": int(ref.get("same_class", -1))}
 
     def _words(self, number: int, ref: Record, chosen: int) -> tuple[str, str]:
         """The full name of a sample and its sentence."""
         with self._reading(number, "json"):
+            text = _TEXT[self.config.sentence]
+            if chosen == ALL:
+                return f"{self.table.label(number)}/all", " ".join(sentence[text] for sentence in ref["sentences"])
             sentence = ref["sentences"][chosen]
-            return f"{self.table.label(number)}/{sentence['sent_id']}", sentence[_TEXT[self.config.sentence]]
+            return f"{self.table.label(number)}/{sentence['sent_id']}", sentence[text]
 
     def _picture(self, number: int, ref: Record) -> Image.Image:
         store, image = self._place(number)

@@ -30,6 +30,7 @@ from typing import Any
 from coupalign import __version__, dist
 from coupalign.config.load import diff, dump, read_config
 from coupalign.config.schema import BertText, Config, DeepSpeedEngine
+from coupalign.data.leak import TRAINED_ON
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
 from coupalign.engine.base import Engine, TrainState
@@ -126,6 +127,8 @@ class Checkpoints:
             if isinstance(self.config.model.text, BertText):
                 write_shape(self.config.model.text, len(tokenizer), partial / "text")
             (partial / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+            if (seen := self.config.directory / TRAINED_ON).is_file():
+                shutil.copyfile(seen, partial / TRAINED_ON)
             write_json(partial / "state.json", {"format": 2, "tool": f"coupalign {__version__}", "state": state.to_json(),
                                                 "engine": self._engine(), "counters": engine.counters(), "data": self.data_fingerprint})
 

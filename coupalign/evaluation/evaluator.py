@@ -1,16 +1,11 @@
-"""Scores a model on a data set over any number of ranks: integers are gathered, repeats removed, one rank does the sums.
+"""Scores a model on a data set over any number of ranks, in one pass for all protocols and sentence rules.
 
-The file of rows that a scoring leaves behind:
-
-    sample_id,intersection,union,iou
-    refcoco/unc/1/5,1200,1500,0.800000
+Each rank counts pixels, the integers are gathered, repeats removed, and one rank does the sums.
 """
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,17 +14,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coupalign.errors import InputError
-from coupalign.evaluation.metrics import Empty, Score, deduplicate, ious, summarize
+from coupalign.evaluation.facts import WIDTH
+from coupalign.evaluation.metrics import Score, boundary_ious, deduplicate, ious, summarize
 from coupalign.evaluation.pictures import Picture, prune
-from coupalign.evaluation.protocols import Protocol, logits_at_original_size
-from coupalign.files import whole_file
+from coupalign.evaluation.protocols import Protocol, count, logits_at_original_size
 from coupalign.watch import doing
 
 if TYPE_CHECKING:
     from coupalign.data.batch import Batch, SampleInfo
     from coupalign.data.loader import EvalLoader
+    from coupalign.data.samples import Rule
 
-_COLUMNS = ("sample_id", "intersection", "union", "iou")
+_COUNTED = 4       # integers of a sample under one protocol: I, U, bI, bU
+_KNOWN = 6         # integers of a sample under all of them: image id, area, pixels, same class, cut, broken
 _GPU_SLACK = 0.01  # share of the union by which a sample that two ranks scored may differ on a GPU
 
 
@@ -39,30 +36,40 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a scoring gives: `score` on rank 0 (none elsewhere), `rows` int64 [n, 3] of all ranks, `pictures` of this rank."""
+    """What a scoring gives under one protocol and sentence rule.
+
+    Attributes:
+        score: on rank 0; none elsewhere.
+        rows: int64 [n, 9] of all ranks, sorted: number, I, U, bI, bU, image id, area, pixels, same class; see `facts`.
+        pictures: of this rank, with the first protocol and rule only.
+    """
 
     score: Score | None
     rows: np.ndarray
     pictures: tuple[Picture, ...] = ()
 
 
-def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Protocol, *,
+def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocols: Sequence[Protocol], *,
              gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows, rank: int = 0,
              device: torch.device | str | None = None, bootstrap: int = 1000, seed: int = 0, pictures: int = 0,
-             conditions: Mapping[str, str] | None = None, title: str = "scoring",
-             stopped: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Score every sample of `loader`; collective over the ranks whose rows `gather` brings together.
+             conditions: Callable[[Protocol, Rule], Mapping[str, str]] = lambda protocol, rule: {}, title: str = "scoring",
+             stopped: Callable[[], bool] = lambda: False) -> dict[tuple[str, Rule], Evaluation]:
+    """Score every sample of `loader` once under all protocols; collective over the ranks whose rows `gather` brings together.
 
     Args:
         infer: batch -> logits float [B, S, S], in the model's evaluation mode, without gradients.
         loader: this rank's share; built with images=True where pictures are wanted.
+        protocols: each counts on the same logits; at least one.
         gather: int64 [n, k] of this rank -> the rows of all ranks, on every rank.
         device: where batches are sent first; none: `infer` does it.
         bootstrap: resamples of whole images for the intervals; 0: none.
         pictures: how many samples of each kind (see `pictures.choose_pictures`) this rank keeps.
-        conditions: words printed with the score, from `protocols.describe_conditions`.
+        conditions: words printed with each score, as `protocols.describe_conditions` makes them.
         title: of the progress bar, which rank 0 shows.
         stopped: asked before each batch, on every rank; true on all of them ends the scoring.
+
+    Returns:
+        by (name of the protocol, sentence rule), protocols in the order asked for, rules in that of `loader.members`.
 
     Raises:
         InputError: the loader is empty.
@@ -72,6 +79,7 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
     """
     if not loader.samples:
         raise InputError("nothing to score: the split holds no samples")
+    shown = set(next(iter(loader.members.values())).tolist()) if pictures else set()
     rows: list[tuple[int, ...]] = []
     shelf: list[Picture] = []
     slack = 0.0
@@ -82,91 +90,72 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocol: Pro
         logits = infer(batch if device is None else batch.to(device))
         slack = _GPU_SLACK if logits.is_cuda else slack
         for info, one in zip(batch.info, logits):
-            rows.append(_score_sample(one, info, protocol))
-            if pictures:
-                shelf.append(_picture(one, info, rows[-1], protocol))
+            rows.append(_score_sample(one, info, protocols))
+            if info.number in shown:
+                shelf.append(_picture(one, info, rows[-1], protocols[0]))
         shelf = prune(shelf, pictures)
     doing(f"{title}: gathering the rows")
-    gathered = gather(np.asarray(rows, dtype=np.int64).reshape(-1, 6))
-    kept = deduplicate(gathered, slack)
-    _check_complete(kept, loader)
-    score = _score(kept, loader, protocol, bootstrap, seed, conditions or {}) if rank == 0 else None
-    return Evaluation(score, kept[:, :3], tuple(shelf))
+    gathered = gather(np.asarray(rows, dtype=np.int64).reshape(-1, 1 + _KNOWN + _COUNTED * len(protocols)))
+    results: dict[tuple[str, Rule], Evaluation] = {}
+    for place, protocol in enumerate(protocols):
+        kept = deduplicate(_under(gathered, place), slack)
+        _check_complete(kept, loader)
+        for rule, numbers in loader.members.items():
+            words = conditions(protocol, rule)
+            score = _score(kept[numbers], loader, protocol, rule, bootstrap, seed, words) if rank == 0 else None
+            results[protocol.name, rule] = Evaluation(score, kept[numbers, :WIDTH], () if results else tuple(shelf))
+    return results
 
 
 def with_language_blind(score: Score, blind: Score) -> Score:
     """`score` with the score of the same model on the same samples with shuffled sentences beside it."""
-    same = (score.protocol, score.samples, score.fingerprint) == (blind.protocol, blind.samples, blind.fingerprint)
+    same = all(getattr(score, name) == getattr(blind, name) for name in ("protocol", "sentences", "samples", "fingerprint"))
     assert same, "the language-blind score was taken on other samples or under another protocol"
     return replace(score, language_blind=blind)
 
 
-def write_rows(path: Path, rows: np.ndarray, names: Sequence[str], empty: Empty = "one") -> None:
-    """Write rows [n, 3], sorted by sample number, as CSV: whole or not at all. `names[number]` is the sample's id."""
-    with whole_file(Path(path), "w") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(_COLUMNS)
-        for (number, inside, union), iou in zip(rows.tolist(), ious(rows, empty)):
-            table.writerow((names[number], inside, union, f"{iou:.6f}"))
-
-
-def read_rows(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Read what `write_rows` wrote: (rows int64 [n, 3] numbered from 0 in the order of the file, names).
-
-    Raises:
-        InputError: no such file, or not such a file; names file and line.
-    """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not lines or tuple(lines[0]) != _COLUMNS:
-        raise InputError(f"{path}: line 1: expected the columns {','.join(_COLUMNS)}")
-    rows, names = [], []
-    for number, line in enumerate(lines[1:]):
-        try:
-            name, inside, union, _ = line
-            rows.append((number, int(inside), int(union)))
-        except ValueError:
-            raise InputError(f"{path}: line {number + 2}: expected {','.join(_COLUMNS)}, found {','.join(line)!r}") from None
-        names.append(name)
-    return np.asarray(rows, dtype=np.int64).reshape(-1, 3), names
-
-
-def _score_sample(logits: Tensor, info: SampleInfo, protocol: Protocol) -> tuple[int, ...]:
-    """(number, intersection, union, image id, whether the sentence was cut, whether the logits are broken)."""
+def _score_sample(logits: Tensor, info: SampleInfo, protocols: Sequence[Protocol]) -> tuple[int, ...]:
+    """(number, image id, area, pixels, same class, whether the sentence was cut, whether the logits are broken), then I, U, bI, bU
+    under each protocol."""
     assert info.truth is not None, f"{info.name}: the loader gave no truth"
-    inside, union = protocol.count(logits, info.frame, info.truth)
-    return info.number, inside, union, info.image_id, int(info.cut), int(not torch.isfinite(logits).all())
+    counted = [pixels for protocol in protocols for pixels in count(*protocol.masks(logits, info.frame, info.truth))]
+    return (info.number, info.image_id, int(info.truth.sum()), info.truth.size, info.same_class, int(info.cut),
+            int(not torch.isfinite(logits).all()), *counted)
+
+
+def _under(rows: np.ndarray, place: int) -> np.ndarray:
+    """The rows of the protocol at that place, [n, 11]: number, I, U, bI, bU, then what is known of the sample."""
+    first = 1 + _KNOWN + _COUNTED * place
+    return np.hstack([rows[:, :1], rows[:, first:first + _COUNTED], rows[:, 1:1 + _KNOWN]])
 
 
 def _picture(logits: Tensor, info: SampleInfo, row: tuple[int, ...], protocol: Protocol) -> Picture:
     assert info.image is not None, f"{info.name}: pictures need a loader with images=True"
     prediction = (logits_at_original_size(logits, info.frame) > 0).cpu().numpy()
-    iou = float(ious(np.asarray([row[:3]], dtype=np.int64), protocol.empty)[0])
-    return Picture(info.number, info.name, info.sentence, iou, info.image, info.truth, prediction)
+    counts = _under(np.asarray([row], dtype=np.int64), 0)[:, :5]
+    iou, boundary = float(ious(counts, protocol.empty)[0]), float(boundary_ious(counts, protocol.empty)[0])
+    return Picture(info.number, info.name, info.sentence, iou, info.image, info.truth, prediction, info.same_class, boundary)
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:
     missing = np.setdiff1d(np.arange(loader.samples), rows[:, 0])
     assert not len(missing), f"{len(missing)} of {loader.samples} samples were not scored: {_first_names(missing, loader)}"
     assert len(rows) == loader.samples, f"scored samples that the loader does not list: number {rows[-1, 0]} of {loader.samples}"
-    broken = rows[rows[:, 5] > 0, 0]
+    broken = rows[rows[:, -1] > 0, 0]
     if len(broken):
         first = _first_names(broken, loader)
         raise FloatingPointError(f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: {first}")
 
 
 def _first_names(numbers: np.ndarray, loader: EvalLoader) -> str:
-    return ", ".join(loader.names[number] for number in numbers[:5]) + (" …" if len(numbers) > 5 else "")
+    return ", ".join(loader.words[number][0] for number in numbers[:5]) + (" …" if len(numbers) > 5 else "")
 
 
-def _score(rows: np.ndarray, loader: EvalLoader, protocol: Protocol, bootstrap: int, seed: int,
+def _score(rows: np.ndarray, loader: EvalLoader, protocol: Protocol, rule: Rule, bootstrap: int, seed: int,
            conditions: Mapping[str, str]) -> Score:
-    values = summarize(rows[:, :3], bootstrap, seed, clusters=rows[:, 3], empty=protocol.empty)
+    values = summarize(rows[:, :5], bootstrap, seed, clusters=rows[:, 5], empty=protocol.empty)
     samples, images, intervals = values.pop("samples"), values.pop("images"), values.pop("intervals")
     words = dict(conditions)
-    if cut := int(rows[:, 4].sum()):
+    if cut := int(rows[:, -2].sum()):
         words["cut"] = f"{cut:,} sentences were longer than the token limit and were cut"
-    return Score(protocol.name, values, samples, images, intervals, words, loader.fingerprint)
+    return Score(protocol.name, values, samples, images, intervals, words, loader.fingerprint, sentences=rule)

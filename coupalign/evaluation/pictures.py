@@ -1,23 +1,27 @@
 """Scored samples to look at: which are kept, which are shown, and the folder they lie in.
 
     pictures/val/
-      pictures.json           [{"group": "best", "file": "best-1.png", "name": …, "sentence": …, "iou": 0.93}, …]
-      best-1.png …            sentence, photograph, truth, prediction, difference
+      pictures.json           [{"group": "best", "file": "best-1.png", "name": …, "sentence": …, "iou": 0.93, …}, …], see `Kept`
+      best-1.png …            sentence, photograph, truth, prediction, difference, boundaries
+      best-1-why.png …        for a few: what the model looked at
 """
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from PIL import Image
 
 from coupalign.errors import InputError
 from coupalign.evaluation.metrics import ious
+from coupalign.evaluation.protocols import boundary
 from coupalign.files import whole_directory, write_json
-from coupalign.viz import sample_picture
+from coupalign.viz import intersection_over_union, sample_panels, with_heading
 
 if TYPE_CHECKING:
     from coupalign.evaluation.evaluator import Evaluation
@@ -28,7 +32,14 @@ _DRAWN = 4  # random pictures kept for one shown: the ones near the median come 
 
 @dataclass(frozen=True)
 class Picture:
-    """One scored sample to look at. `image` is uint8 [H, W, 3]; `truth` and `prediction` are bool [H, W]."""
+    """One scored sample to look at.
+
+    Attributes:
+        image: uint8 [H, W, 3].
+        truth, prediction: bool [H, W].
+        same_class: other objects of the truth's class in the image; -1 where that is not known.
+        boundary: boundary IoU as it was scored; none: that of the two masks.
+    """
 
     number: int
     name: str
@@ -37,6 +48,32 @@ class Picture:
     image: np.ndarray
     truth: np.ndarray
     prediction: np.ndarray
+    same_class: int = -1
+    boundary: float | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One line of pictures.json.
+
+    Attributes:
+        group: "best", "median", "worst" or "random".
+        file: the strip; its uppermost `heading` pixels are the sentence and the name, as words.
+        area, pixels: of the truth and of the image; 0 pixels: not known, the list is of an older version.
+        why: the file with what the model looked at, or "".
+    """
+
+    group: str
+    file: str
+    name: str
+    sentence: str
+    iou: float
+    boundary: float | None = None
+    area: int = 0
+    pixels: int = 0
+    same_class: int = -1
+    heading: int = 0
+    why: str = ""
 
 
 def choose_pictures(pictures: Sequence[Picture], rows: np.ndarray, many: int) -> dict[str, list[Picture]]:
@@ -68,24 +105,45 @@ def prune(shelf: list[Picture], many: int) -> list[Picture]:
     return [picture for picture in shelf if picture.number in ends | drawn]
 
 
+def keep_pictures(folder: Path, evaluation: Evaluation, many: int, explain: Callable[[Picture], Image.Image | None] | None = None,
+                  explained: int = 4) -> list[Path]:
+    """Draw the chosen pictures of an evaluation into `folder`, which is replaced as a whole; returns the files.
 
-def keep_pictures(folder: Path, evaluation: Evaluation, many: int) -> list[Path]:
-    """Draw the chosen pictures of an evaluation into `folder`, which is replaced as a whole; returns the files."""
-    groups = choose_pictures(evaluation.pictures, evaluation.rows, many)
-    listed = []
+    Args:
+        explain: draws what the model looked at, see `explanations.explainer`, for the first `explained` of each group; a
+            model that has nothing to show gives none.
+    """
+    listed: list[Kept] = []
     with whole_directory(folder) as partial:
-        for group, pictures in groups.items():
+        for group, pictures in choose_pictures(evaluation.pictures, evaluation.rows, many).items():
             for place, picture in enumerate(pictures, 1):
-                file = f"{group}-{place}.png"
-                drawn = sample_picture(picture.image, picture.sentence, picture.truth, picture.prediction, picture.name)
-                drawn.save(partial / file)
-                listed.append({"group": group, "file": file, "name": picture.name, "sentence": picture.sentence,
-                               "iou": round(picture.iou, 6)})
-        write_json(partial / LIST, listed)
-    return [folder / entry["file"] for entry in listed]
+                why = explain(picture) if explain is not None and place <= explained else None
+                listed.append(_keep(partial, group, f"{group}-{place}", picture, why))
+        write_json(partial / LIST, [asdict(kept) for kept in listed])
+    return [folder / file for kept in listed for file in (kept.file, kept.why) if file]
 
 
-def read_pictures(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def _keep(folder: Path, group: str, stem: str, picture: Picture, why: Image.Image | None) -> Kept:
+    truth, prediction = picture.truth, picture.prediction
+    bands = _band(truth), _band(prediction)
+    edges = intersection_over_union(*bands) if picture.boundary is None else picture.boundary
+    area, pixels = int(truth.sum()), truth.size
+    facts = [f"IoU {picture.iou:.3f}", f"boundary IoU {edges:.3f}", f"size {100 * area / pixels:.1f} % of the image"]
+    facts += [f"others of its class: {picture.same_class}"] if picture.same_class >= 0 else []
+    panels = sample_panels(picture.image, truth, prediction, bands, facts)
+    whole = with_heading(panels, picture.sentence, picture.name)
+    whole.save(folder / f"{stem}.png")
+    if why is not None:
+        why.save(folder / f"{stem}-why.png")
+    return Kept(group, f"{stem}.png", picture.name, picture.sentence, round(picture.iou, 6), round(edges, 6), area, pixels,
+                picture.same_class, whole.height - panels.height, f"{stem}-why.png" if why is not None else "")
+
+
+def _band(mask: np.ndarray) -> np.ndarray:
+    return boundary(torch.from_numpy(np.ascontiguousarray(mask))).numpy()
+
+
+def read_pictures(folder: Path) -> dict[str, list[Kept]]:
     """The list of a folder of `keep_pictures` by group, in its order; empty where there is no such folder.
 
     Raises:
@@ -94,15 +152,22 @@ def read_pictures(folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / LIST
     if not path.is_file():
         return {}
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Kept]] = {}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8")):
-            known = {"file": str(entry["file"]), "name": str(entry["name"]), "sentence": str(entry["sentence"]),
-                     "iou": float(entry["iou"])}
-            groups.setdefault(str(entry["group"]), []).append(known)
-    except (ValueError, TypeError, KeyError) as error:
+            kept = _kept(entry)
+            groups.setdefault(kept.group, []).append(kept)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); score with --pictures again") from None
-    missing = [entry["file"] for group in groups.values() for entry in group if not (folder / entry["file"]).is_file()]
-    if missing:
+    files = [file for group in groups.values() for kept in group for file in (kept.file, kept.why) if file]
+    if missing := [file for file in files if not (folder / file).is_file()]:
         raise InputError(f"{folder / missing[0]}: listed in {LIST} but not there; score with --pictures again")
     return groups
+
+
+def _kept(entry: dict[str, Any]) -> Kept:
+    """A line of the list; lists of older versions lack the later fields."""
+    boundary = entry.get("boundary")
+    return Kept(str(entry["group"]), str(entry["file"]), str(entry["name"]), str(entry["sentence"]), float(entry["iou"]),
+                None if boundary is None else float(boundary), int(entry.get("area", 0)), int(entry.get("pixels", 0)),
+                int(entry.get("same_class", -1)), int(entry.get("heading", 0)), str(entry.get("why", "")))

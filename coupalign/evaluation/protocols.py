@@ -1,4 +1,4 @@
-"""The three ways the field turns logits into an intersection and a union, each a small function of one sample.
+"""The three ways the field turns logits into a mask that meets the truth, each a small function of one sample.
 
     ris-v1   the default: everything at the photograph's own resolution
     lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others score
@@ -10,6 +10,7 @@ Pixel centers lie at half integers throughout: column x of a photograph W wide i
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,23 +27,59 @@ from coupalign.evaluation.metrics import Empty
 if TYPE_CHECKING:
     from coupalign.config.schema import DataConfig, Source
     from coupalign.data.batch import Frame
+    from coupalign.data.samples import Rule
 
 _CRIS_THRESHOLD = 0.35
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named way to score; `count(logits float [S, S], frame, truth bool [H, W]) -> (intersection, union)`.
+    """A named way to score.
 
-    `truth`, `prediction` and `threshold` are the words printed with every score.
+    `masks(logits float [S, S], frame, truth bool [H, W]) -> (prediction, truth)`, bool [h, w] at the resolution that the
+    protocol counts at, both on the device of the logits. `truth`, `prediction` and `threshold` are the words printed with
+    every score.
     """
 
     name: str
-    count: Callable[[Tensor, Frame, np.ndarray], tuple[int, int]]
+    masks: Callable[[Tensor, Frame, np.ndarray], tuple[Tensor, Tensor]]
     empty: Empty
     truth: str
     prediction: str
     threshold: str
+
+
+def count(prediction: Tensor, truth: Tensor) -> tuple[int, int, int, int]:
+    """Pixels in the intersection and in the union of two masks bool [h, w], and in those of their boundary bands."""
+    pairs = ((prediction, truth), (boundary(prediction), boundary(truth)))
+    sums = [part.sum(dtype=torch.int32) for a, b in pairs for part in (a & b, a | b)]
+    inside, union, band_inside, band_union = torch.stack(sums).tolist()
+    return inside, union, band_inside, band_union
+
+
+def boundary(mask: Tensor) -> Tensor:
+    """The band of a mask bool [h, w] along its contour: the mask without what is left of it after an erosion.
+
+    The erosion is by a 3x3 square, d = max(1, round(0.02 * diagonal)) times, the diagonal in pixels of the mask; beyond the edge
+    of the image lies background, so an object that the image cuts off has a band there, too. That is `mask_to_boundary` of
+    Cheng et al., Boundary IoU, CVPR 2021 (github.com/bowenc0221/boundary-iou-api). d times the 3x3 square is once a square of
+    2d + 1, and a square is its rows and then its columns. Measured: 0.8 ms a mask of 640x480 on one core.
+    """
+    height, width = mask.shape
+    d = max(1, round(0.02 * math.hypot(height, width)))
+    padded = functional.pad(mask, (d, d, d, d))
+    return mask & ~_all_of(_all_of(padded, 2 * d + 1, 0), 2 * d + 1, 1)
+
+
+def _all_of(mask: Tensor, width: int, dim: int) -> Tensor:
+    """Whether `width` neighbors along a dimension are all set, [… n …] -> [… n - width + 1 …], in log2(width) steps."""
+    reach = 1
+    while reach < width:
+        step = min(reach, width - reach)
+        rest = mask.shape[dim] - step
+        mask = mask.narrow(dim, 0, rest) & mask.narrow(dim, step, rest)
+        reach += step
+    return mask
 
 
 def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
@@ -52,39 +89,39 @@ def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
     return functional.interpolate(inner[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
-def count_ris_v1(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+def masks_ris_v1(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
     """At the photograph's size; p > 0.5 is logit > 0, without the rounding of a sigmoid."""
-    return _count(logits_at_original_size(logits, frame) > 0, truth)
+    return _same_place(logits_at_original_size(logits, frame) > 0, truth)
 
 
-def count_lavt(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+def masks_lavt(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
     """At the input size, inside the frame; one logit is the difference of two channels, so argmax is logit > 0.
 
     Pillow resizes the truth, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to
     480) its rounding decides.
     """
     small = Image.fromarray(truth.astype(np.uint8)).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
-    return _count(_inside_frame(logits, frame) > 0, np.asarray(small) > 0)
+    return _same_place(_inside_frame(logits, frame) > 0, np.asarray(small) > 0)
 
 
-def count_cris(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+def masks_cris(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
     """At the photograph's size: probabilities, bicubic through the inverse of the frame's map, p > 0.35."""
-    return _count(_warp_back(torch.sigmoid(logits.float()), frame) > _CRIS_THRESHOLD, truth)
+    return _same_place(_warp_back(torch.sigmoid(logits.float()), frame) > _CRIS_THRESHOLD, truth)
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("ris-v1", count_ris_v1, "one",
+        Protocol("ris-v1", masks_ris_v1, "one",
                  truth="original resolution, union of polygons",
                  prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
                  threshold="p > 0.5"),
-        Protocol("lavt", count_lavt, "zero",
+        Protocol("lavt", masks_lavt, "zero",
                  truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
                        "overlap; shards hold the union only)",
                  prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
                  threshold="logit > 0, which is the argmax of two channels"),
-        Protocol("cris", count_cris, "zero",
+        Protocol("cris", masks_cris, "zero",
                  truth="original resolution, union of polygons",
                  prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
                             "input's affine map to the original resolution",
@@ -93,6 +130,8 @@ PROTOCOLS = {
 }
 
 _EXPECTED_RESIZE = {"lavt": "squash", "cris": "letterbox"}
+_READ = {"each": "every sentence of every ref", "first": "the first sentence of every ref",
+         "concatenated": "all sentences of a ref, joined with a space, as one"}
 
 
 def find_protocol(name: str) -> Protocol:
@@ -107,7 +146,7 @@ def find_protocol(name: str) -> Protocol:
 
 
 def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[Source],
-                        limit: int | None = None) -> dict[str, str]:
+                        limit: int | None = None, rule: Rule = "each") -> dict[str, str]:
     """Everything a reader must know to compare a score, by heading, in words.
 
     A model may be scored under a protocol whose authors feed the image in another way; the words under "input" say so,
@@ -123,7 +162,7 @@ def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[
         "truth": protocol.truth,
         "prediction": protocol.prediction,
         "threshold": protocol.threshold,
-        "sentences": f"every sentence of every ref, {data.sentence}, cut to {data.max_tokens} tokens",
+        "sentences": f"{_READ[rule]}, {data.sentence}, cut to {data.max_tokens} tokens",
         "empty": f"an empty union counts as IoU {'1' if protocol.empty == 'one' else '0'}; P@X counts IoU >= X",
     }
     if limit is not None:
@@ -151,8 +190,6 @@ def _warp_back(square: Tensor, frame: Frame) -> Tensor:
     return functional.grid_sample(square[None, None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False)[0, 0]
 
 
-def _count(prediction: Tensor, truth: np.ndarray) -> tuple[int, int]:
+def _same_place(prediction: Tensor, truth: np.ndarray) -> tuple[Tensor, Tensor]:
     assert prediction.shape == truth.shape, f"prediction {tuple(prediction.shape)}, truth {truth.shape}"
-    expected = torch.from_numpy(np.ascontiguousarray(truth, dtype=bool)).to(prediction.device)
-    inside, union = torch.stack([(prediction & expected).sum(), (prediction | expected).sum()]).tolist()
-    return inside, union
+    return prediction, torch.from_numpy(np.ascontiguousarray(truth, dtype=bool)).to(prediction.device)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from coupalign.errors import InputError
 from coupalign.tracking.base import JOURNAL, logger, read_rows
 from coupalign.tracking.outbox import Outbox
 
@@ -186,6 +187,43 @@ class Delivery:
             self._client.set_terminated(self.outbox.run_id, status, ended)
         with self.outbox.lock:
             self.outbox.change(status_sent=status == self.outbox.status)
+
+
+def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
+    """Download an artifact of the run with that id or name into `folder`; its place there.
+
+    Raises:
+        InputError: the server does not answer, there is no such run or more than one of that name, or it has no such artifact.
+    """
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise InputError(f"{run}: neither a run directory nor a run of a tracking server ({uri} does not exist); name the server with "
+                         "--tracking-uri or MLFLOW_TRACKING_URI")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = _client(uri)
+        run_id = _run_id(client, uri, run)
+        parent = path.rpartition("/")[0]
+        there = [found.path for found in client.list_artifacts(run_id, parent or None)]
+        if path not in there:
+            raise InputError(f"run {run} on {uri} has no artifact {path}; it has {', '.join(there) or 'none'} there")
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"run {run}: {path} cannot be fetched from {uri}: {brief(error)}") from error
+
+
+def _run_id(client: Any, uri: str, run: str) -> str:
+    if re.fullmatch(r"[0-9a-f]{32}", run):
+        return run
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    quote = '"' if "'" in run else "'"
+    found = client.search_runs(experiments, filter_string=f"attributes.run_name = {quote}{run}{quote}", max_results=10)
+    if not found:
+        raise InputError(f"{run}: neither a run directory nor the name of a run on {uri}")
+    if len(found) > 1:
+        raise InputError(f"{run}: {len(found)} runs on {uri} are called that; name one by its id: "
+                         f"{', '.join(one.info.run_id for one in found)}")
+    return found[0].info.run_id
 
 
 def _client(uri: str) -> Any:

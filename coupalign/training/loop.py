@@ -15,6 +15,7 @@ from coupalign import dist
 from coupalign.config.load import dump, flatten
 from coupalign.config.schema import Config, CoupAlignConfig
 from coupalign.data.batch import Batch
+from coupalign.data.leak import TRAINED_ON, TrainedOn
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
@@ -50,6 +51,7 @@ class Run:
     engine: Engine
     checkpoints: Checkpoints
     total: int                       # optimizer steps of the whole run
+    trained_on: TrainedOn
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
@@ -81,7 +83,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
-            dist.on_main(lambda: _claim(config), world)
+            dist.on_main(lambda: _claim(run), world)
             with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
                 tracker.artifact(config.directory / "config.yaml")
                 outcome = _steps(run, state, tracker, stop)
@@ -100,11 +102,13 @@ def _prepare(config: Config, world: World) -> Run:
     loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
                                 world.rank, world.size, tokenizer)
     doing("building the model", alone=True)
+    seen: tuple[str, ...] = ()
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     if not finished(config.directory / "checkpoints"):
-        for report in load_pretrained(model, config.model):
-            if world.is_main:
-                print(report.text(), flush=True)
+        reports = load_pretrained(model, config.model)
+        if world.is_main:
+            print("\n".join([report.text() for report in reports] + list(loader.leaks)), flush=True)
+        seen = tuple(report.leak for report in reports if report.leak)
     doing("building the engine")
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
@@ -115,15 +119,19 @@ def _prepare(config: Config, world: World) -> Run:
               f"-> {config.directory}", flush=True)
         if isinstance(config.model, CoupAlignConfig):
             print(f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
-    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total)
+    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total,
+               replace(loader.trained_on, weights=seen))
 
 
-def _claim(config: Config) -> None:
+def _claim(run: Run) -> None:
     """Make the run directory this session's: nothing half-written of a killed one, and the configuration as it is now."""
+    config = run.config
     try:
         remove_debris(config.directory)
         with whole_file(config.directory / "config.yaml", "w") as file:
             file.write(dump(config))
+        if not (config.directory / TRAINED_ON).is_file():
+            run.trained_on.write(config.directory)
     except OSError as error:
         raise InputError(f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
                          "another run_dir") from error
@@ -253,7 +261,8 @@ def _peak_memory_gb() -> float:
 
 
 def _tags(run: Run) -> dict[str, str]:
-    return {"data_fingerprint": run.loader.fingerprint, "git": git_revision(Path(coupalign.__file__).parent),
+    return {"data_fingerprint": run.loader.fingerprint, "mix": run.config.data.mix or "leaks refused", "method": run.config.model.kind,
+            "git": git_revision(Path(coupalign.__file__).parent),
             "coupalign": coupalign.__version__, "torch": torch.__version__, "engine": _engine_name(run.config),
             "world_size": str(run.world.size), "precision": run.config.precision}
 

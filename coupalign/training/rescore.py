@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,24 +12,28 @@ from coupalign import dist
 from coupalign.config.load import override
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
+from coupalign.data.samples import RULES
 from coupalign.engine.base import DTYPES
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
 from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
-from coupalign.evaluation.evaluator import Evaluation
+from coupalign.evaluation.explanations import explainer
+from coupalign.evaluation.facts import rows_path
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.pictures import keep_pictures
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.files import write_json
-from coupalign.model.coupalign import CoupAlign
+from coupalign.model.referring import ReferringModel
 from coupalign.tracking import open_tracker
 from coupalign.training.scoring import Infer, score_split, split_names
 
 
 def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (), index: str | None = None,
-            protocol: str | None = None, language_blind: bool = False, pictures: int = 0,
-            stop: StopRequest | None = None) -> dict[str, Score]:
+            protocol: str | None = None, sentences: str = "each", language_blind: bool = False, pictures: int = 0,
+            stop: StopRequest | None = None) -> dict[str, dict[tuple[str, str], Score]]:
     """Score a checkpoint and keep scores, rows and pictures in its run directory; collective.
+
+    Every (image, text) goes through the model once, whatever the number of protocols and sentence rules.
 
     Args:
         path: run directory (its best checkpoint) or a checkpoint.
@@ -36,12 +41,13 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
         splits: names of splits; none: those of the configuration.
         index: another shard directory to take the splits from.
         protocol: ris-v1, lavt, cris, all; none: the configuration's.
+        sentences: each, first, concatenated, all.
         language_blind: also with the sentences shuffled among the samples.
-        pictures: best, median, worst and random samples to draw, of each.
+        pictures: best, median, worst and random samples to draw, of each; under the first protocol and rule.
         stop: ends the scoring early, on any rank.
 
     Returns:
-        scores by "<split>" or, under several protocols, "<split> <protocol>"; empty on ranks other than 0.
+        by split the scores by (protocol, sentence rule); empty on ranks other than 0.
 
     Raises:
         Stopped: on every rank, where `stop` was asked for.
@@ -50,21 +56,24 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
         checkpoint = find_checkpoint(path)
         config, model, tokenizer = open_checkpoint(checkpoint, world.device)
         config = override(config, overrides).model_copy(update={"run_dir": _run_directory(checkpoint)})
-        infer = _inference(model.eval(), config.precision)
-        scores: dict[str, Score] = {}
-        protocols = list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol]
+        score = partial(score_split, _inference(model.eval(), config.precision), config, tokenizer=tokenizer, world=world,
+                        protocols=list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol],
+                        rules=RULES if sentences == "all" else [sentences], language_blind=language_blind, pictures=pictures,
+                        stopped=lambda: dist.any_rank(stop is not None and stop.name is not None, world))
+        scores: dict[str, dict[tuple[str, str], Score]] = {}
         for split, source in split_names(_sources(config, splits, index)).items():
-            for rules in protocols:
-                first = rules == protocols[0]
-                evaluation = score_split(infer, config, split, source, tokenizer, world, protocol=rules,
-                                         language_blind=language_blind and first, pictures=pictures if first else 0,
-                                         stopped=lambda: dist.any_rank(stop is not None and stop.name is not None, world))
-                if evaluation.score is not None:
-                    scores[split if len(protocols) == 1 else f"{split} {rules}"] = evaluation.score
-                    _keep(config.directory, checkpoint, split, evaluation, pictures if first else 0)
+            evaluations = score(name=split, source=source)
+            if not world.is_main:
+                continue
+            scores[split] = {key: evaluation.score for key, evaluation in evaluations.items() if evaluation.score is not None}
+            for one in scores[split].values():
+                _keep(config.directory, checkpoint, split, one)
+            if pictures:
+                explain = explainer(model, tokenizer, config.data, world.device)
+                keep_pictures(config.directory / "pictures" / split, next(iter(evaluations.values())), pictures, explain)
         if scores:
-            name, score = next(iter(scores.items()))
-            write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": name, **score.to_json()})
+            split, first = next((split, score) for split, found in scores.items() for score in found.values())
+            write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": split, **first.to_json()})
             publish_scores(config)
         return scores
 
@@ -82,7 +91,7 @@ def publish_scores(config: Config) -> None:
                 tracker.artifact(config.directory / name, name)
 
 
-def _inference(model: CoupAlign, precision: str) -> Infer:
+def _inference(model: ReferringModel, precision: str) -> Infer:
     @torch.no_grad()
     def infer(batch: Batch) -> Tensor:
         with torch.autocast(batch.image.device.type, DTYPES[precision], enabled=precision != "fp32"):
@@ -90,12 +99,9 @@ def _inference(model: CoupAlign, precision: str) -> Infer:
     return infer
 
 
-def _keep(run: Path, checkpoint: Path, split: str, evaluation: Evaluation, pictures: int) -> None:
-    assert evaluation.score is not None
-    write_json(run / "scores" / f"{split}-{evaluation.score.protocol}.json",
-               {"checkpoint": checkpoint.resolve().name, **evaluation.score.to_json()})
-    if pictures:
-        keep_pictures(run / "pictures" / split, evaluation, pictures)
+def _keep(run: Path, checkpoint: Path, split: str, score: Score) -> None:
+    path = rows_path(run, split, score.protocol, score.sentences).with_suffix(".json")
+    write_json(path, {"checkpoint": checkpoint.resolve().name, **score.to_json()})
 
 
 def _sources(config: Config, splits: Sequence[str], index: str | None) -> list[Source]:

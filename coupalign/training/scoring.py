@@ -2,17 +2,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from coupalign import dist
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
-from coupalign.data.loader import build_eval_loader
+from coupalign.data.leak import read_trained_on
+from coupalign.data.loader import EvalLoader, build_eval_loader
+from coupalign.data.samples import Rule
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
-from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind, write_rows
+from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
+from coupalign.evaluation.facts import Rows, rows_path, write_rows
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import describe_conditions, find_protocol
 
@@ -21,50 +26,67 @@ Infer = Callable[[Batch], Tensor]
 
 def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokenizer: Tokenizer, world: World,
                  stopped: Callable[[], bool] = lambda: False) -> dict[str, Score]:
-    """Score each source by itself under the config's protocol; collective. Names -> scores on rank 0, empty elsewhere.
+    """Score each source by itself under the config's protocol, every sentence a sample; collective.
 
-    Raises Stopped on every rank once `stopped`, which must agree on all of them, says so.
+    Names -> scores on rank 0, empty elsewhere. Raises Stopped on every rank once `stopped`, which must agree on all of them,
+    says so.
     """
     scores = {}
     for name, source in split_names(sources).items():
-        evaluation = score_split(infer, config, name, source, tokenizer, world, stopped=stopped)
+        [evaluation] = score_split(infer, config, name, source, tokenizer, world, stopped=stopped).values()
         if evaluation.score is not None:
             scores[name] = evaluation.score
     return scores
 
 
 def score_split(infer: Infer, config: Config, name: str, source: Source, tokenizer: Tokenizer, world: World, *,
-                protocol: str | None = None, language_blind: bool = False, pictures: int = 0,
-                stopped: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Score one source and write its rows to `<run>/scores/<name>-<protocol>.csv`; collective.
+                protocols: Sequence[str] = (), rules: Sequence[Rule] = ("each",), language_blind: bool = False, pictures: int = 0,
+                stopped: Callable[[], bool] = lambda: False) -> dict[tuple[str, Rule], Evaluation]:
+    """Score one source in one pass over the model and write its rows (see `evaluation.facts`) to `<run>/scores/`; collective.
 
     Args:
         infer: batch on `world.device` -> logits float [B, S, S].
-        protocol: none: the config's.
-        language_blind: score a second time with the sentences shuffled among the samples, and keep it beside the score.
+        protocols: none: the config's.
+        rules: which sentences of a ref are samples.
+        language_blind: score a second time with the sentences shuffled among the samples, and keep it beside each score.
         pictures: samples of each kind (best, median, worst, random) that every rank keeps to look at.
         stopped: ends the scoring early, see `evaluate`.
+
+    Returns:
+        by (protocol, sentence rule), as `evaluate` does.
     """
-    rules = find_protocol(protocol or config.evaluate.protocol)
-    conditions = describe_conditions(rules, config.data, [source], config.evaluate.limit)
+    wanted = [find_protocol(protocol) for protocol in protocols or [config.evaluate.protocol]]
+    limit = config.evaluate.limit
 
-    def one_pass(shuffled: bool, shown: int) -> Evaluation:
+    def one_pass(shuffled: bool, shown: int) -> dict[tuple[str, Rule], Evaluation]:
         loader = build_eval_loader(config.data, [source], config.evaluate.batch, world.rank, world.size, tokenizer,
-                                   limit=config.evaluate.limit, shuffle_sentences=shuffled, images=shown > 0)
-        evaluation = evaluate(infer, loader, rules, gather=partial(dist.gather_rows, world=world), rank=world.rank,
-                              device=world.device, bootstrap=config.evaluate.bootstrap, pictures=shown, conditions=conditions,
-                              title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}", stopped=stopped)
+                                   limit=limit, shuffle_sentences=shuffled, images=shown > 0, rules=rules)
+        results = evaluate(infer, loader, wanted, gather=partial(dist.gather_rows, world=world), rank=world.rank,
+                           device=world.device, bootstrap=config.evaluate.bootstrap, pictures=shown,
+                           conditions=lambda protocol, rule: describe_conditions(protocol, config.data, [source], limit, rule),
+                           title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}", stopped=stopped)
         if world.is_main and not shuffled:
-            write_rows(config.directory / "scores" / f"{name}-{rules.name}.csv", evaluation.rows, loader.names, rules.empty)
-        return evaluation
+            for (protocol, rule), evaluation in results.items():
+                path = rows_path(config.directory, name, protocol, rule)
+                write_rows(path, Rows.of(evaluation.rows, loader.words), find_protocol(protocol).empty)
+        return _with_leak(results, config.directory, loader)
 
-    evaluation = one_pass(False, pictures)
-    if not language_blind:
-        return evaluation
-    blind = one_pass(True, 0)
-    if evaluation.score is None or blind.score is None:
-        return evaluation
-    return Evaluation(with_language_blind(evaluation.score, blind.score), evaluation.rows, evaluation.pictures)
+    results = one_pass(False, pictures)
+    if language_blind:
+        blind = one_pass(True, 0)
+        for key, evaluation in results.items():
+            if evaluation.score is not None and (other := blind[key].score) is not None:
+                results[key] = replace(evaluation, score=with_language_blind(evaluation.score, other))
+    return results
+
+
+def _with_leak(results: dict[tuple[str, Rule], Evaluation], run: Path, loader: EvalLoader) -> dict[tuple[str, Rule], Evaluation]:
+    """The scores with what is known of photographs that were trained on; on rank 0, the only one that has scores."""
+    seen = read_trained_on(run) if any(evaluation.score for evaluation in results.values()) else None
+    if seen is None:
+        return results
+    words = seen.words(loader.photos)
+    return {key: replace(evaluation, score=replace(evaluation.score, leak=words)) for key, evaluation in results.items()}
 
 
 def split_names(sources: Sequence[Source]) -> dict[str, Source]:

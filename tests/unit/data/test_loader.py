@@ -22,6 +22,7 @@ from coupalign.data import masks, transforms
 from coupalign.data.batch import Batch
 from coupalign.data.index import read_index
 from coupalign.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.samples import RULES
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 
@@ -205,7 +206,7 @@ def test_the_text_may_be_the_raw_one(packed: Path):
 def test_a_mixture_holds_every_source(packed: Path, tmp_path: Path):
     sources = (Source(index=str(packed), dataset="refcoco", split_by="unc", split="train"),
                Source(index=f"{packed}/index.json", dataset="refcocog", split="val"))
-    loader = train(config_of(packed, train=sources), global_batch=9)
+    loader = train(config_of(packed, train=sources, mix="leaky"), global_batch=9)
     names = Counter(row[1].rsplit("/", 2)[0] for step in steps_of(loader, 0, 2) for row in step)
     assert loader.samples == 18 and names == {"refcoco/unc": 16, "refcocog/umd": 2}
     assert loader.fingerprint != train(config_of(packed)).fingerprint
@@ -333,7 +334,7 @@ def test_an_evaluation_never_leaves_a_sample_out(packed: Path):
         list(evaluate(config))
     damage(packed, 40961, "json", DAMAGES[2][1])
     with pytest.raises(InputError, match=r"40961.json"):
-        evaluate(config).names      # noqa: B018
+        evaluate(config).words      # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -347,13 +348,13 @@ def test_every_sentence_is_scored_and_every_rank_gives_the_same_number_of_batche
     assert {len(part) for part in batches} == {len(loaders[0])} == {math.ceil(math.ceil(17 / ranks) / batch)}
     assert {info.number for part in batches for one in part for info in one.info} == set(range(17))
     assert {loader.samples for loader in loaders} == {17} and len({loader.fingerprint for loader in loaders}) == 1
-    names = loaders[0].names
+    names = [name for name, _ in loaders[0].words]
     assert len(set(names)) == 17
     for part in batches:
         for one in part:
             assert len(one) <= batch and one.target is None
             for info in one.info:
-                assert names[info.number] == info.name and info.image is None
+                assert loaders[0].words[info.number] == (info.name, info.sentence) and info.image is None
                 assert info.truth.dtype == bool and info.truth.shape == (info.frame.height, info.frame.width) and info.truth.any()
 
 
@@ -373,7 +374,7 @@ def test_pictures_come_where_asked_for(packed: Path):
 
 def test_a_limit_takes_evenly_spaced_samples(packed: Path):
     whole, few = evaluate(config_of(packed)), evaluate(config_of(packed), limit=5)
-    assert few.samples == 5 and few.names == tuple(whole.names[n] for n in (0, 3, 6, 10, 13))
+    assert few.samples == 5 and few.words == tuple(whole.words[n] for n in (0, 3, 6, 10, 13))
     assert [info.number for batch in few for info in batch.info] == list(range(5))
     assert evaluate(config_of(packed), limit=99).samples == 17
 
@@ -390,6 +391,33 @@ def test_the_language_blind_control_exchanges_sentences(packed: Path):
     assert again[:8] == [blind[n].sentence for n in range(1, 17, 2)]
     with pytest.raises(InputError, match="needs two or more"):
         evaluate(config_of(packed), limit=1, shuffle_sentences=True)
+
+
+def test_all_sentences_of_a_ref_joined_are_one_more_sample(packed: Path):
+    loader = evaluate(config_of(packed, max_tokens=30), rules=RULES)
+    infos = {info.number: info for batch in loader for info in batch.info}
+    assert [(infos[number].name, infos[number].sentence) for number in range(loader.samples)] == list(loader.words)
+    for number in loader.members["concatenated"]:
+        ref, _, last = infos[number].name.rpartition("/")
+        own = [infos[n] for n in loader.members["each"] if infos[n].name.rpartition("/")[0] == ref]
+        assert last == "all" and infos[number].sentence == " ".join(info.sentence for info in own)
+        assert np.array_equal(infos[number].truth, own[0].truth)
+    firsts = [infos[number].name for number in loader.members["first"]]
+    assert all(name.rpartition("/")[2].endswith("0") for name in firsts), "sentence ids of a ref begin at a multiple of ten"
+
+
+def test_objects_of_the_same_class_are_known_or_said_to_be_unknown(packed: Path):
+    known = {info.name: info.same_class for batch in evaluate(config_of(packed)) for info in batch.info}
+    assert set(known.values()) == {0}, "one person and one bird an image"
+    index = read_index(packed)
+    old = index.images[8]
+    with open(packed / index.shards[old.shard].url, "r+b") as file:
+        file.seek(old.json[0])
+        text = file.read(old.json[1])
+        file.seek(old.json[0])
+        file.write(text.replace(b'"same_class":0,', b"               "))
+    again = {info.image_id: info.same_class for batch in evaluate(config_of(packed)) for info in batch.info}
+    assert again[old.image_id] == -1 and set(again.values()) == {0, -1}, "a shard of before the key was added is still read"
 
 
 def test_a_long_sentence_is_marked_as_cut(packed: Path):

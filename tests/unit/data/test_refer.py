@@ -40,6 +40,22 @@ def test_every_record_is_read_and_sorted(refer_root: Path) -> None:
     assert list(count(referrals)["refcoco/unc"]) == ["train", "val", "testA", "testB"]
 
 
+def test_objects_of_the_same_class_are_counted_over_all_annotations(refer_root: Path) -> None:
+    """Image 9: its person, its bird and a bottle that no ref speaks of; image 138: its person is a crowd."""
+    assert {r.same_class for r in read_set(refer_root, "refcoco", "unc")[0]} == {0}
+
+    def add(tree: dict) -> None:
+        first, crowd = tree["annotations"][0], next(found for found in tree["annotations"] if found["iscrowd"])
+        more = [{**first, "id": 1}, {**first, "id": 2}, {**first, "id": 3, "iscrowd": 1}, {**first, "id": 4, "image_id": 25},
+                {**crowd, "id": 5, "iscrowd": 0}, {**crowd, "id": 6}]
+        tree["annotations"] += more
+
+    edit(refer_root / "refcoco" / "instances.json", add)
+    found = {(r.image_id, r.category): r.same_class for r in read_set(refer_root, "refcoco", "unc")[0]}
+    expected = {(9, "person"): 2, (25, "person"): 1, (138, "person"): 1}
+    assert {place: many for place, many in found.items() if many} == expected
+
+
 def test_python_2_text_is_repaired_and_other_text_left_alone(refer_root: Path) -> None:
     first = read_set(refer_root, "refcoco", "unc")[0][0].sentences
     assert [s.raw for s in first][0] == "red box at the café – left"

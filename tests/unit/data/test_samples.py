@@ -9,7 +9,7 @@ import pytest
 
 from coupalign.config.schema import Source
 from coupalign.data.index import read_index
-from coupalign.data.samples import build_table, other_sentences, spread
+from coupalign.data.samples import ALL, RULES, build_table, evaluation_table, other_sentences, spread
 from coupalign.errors import InputError
 
 
@@ -52,3 +52,30 @@ def test_the_control_is_a_permutation_that_leads_to_other_images(packed: Path):
             assert sorted(other) == list(range(size)) and (other != np.arange(size)).all()
             largest = np.unique(image, return_counts=True)[1].max()
             assert (image[other] == image).sum() == max(0, 2 * largest - size)
+
+
+def test_the_sentence_rules_share_their_samples(packed: Path):
+    sources, indexes = (Source(index=str(packed), split="train"),), (read_index(packed),)
+    each, numbers = evaluation_table(sources, indexes, ["each"])
+    plain = build_table(sources, indexes, "sentence")
+    assert each.sentence.tolist() == plain.sentence.tolist() and numbers["each"].tolist() == list(range(len(plain)))
+    table, members = evaluation_table(sources, indexes, RULES)
+    refs = len(build_table(sources, indexes, "ref"))
+    assert len(table) == len(plain) + refs, "a first sentence is not read twice"
+    assert set(members["first"]) < set(members["each"]) and not set(members["concatenated"]) & set(members["each"])
+    assert table.take(members["each"]).sentence.tolist() == plain.sentence.tolist()
+    for rule, sentence in (("first", 0), ("concatenated", ALL)):
+        assert set(table.sentence[members[rule]]) == {sentence}
+        labels = [table.label(number) for number in members[rule]]
+        assert len(set(labels)) == len(labels) == refs
+    assert len(evaluation_table(sources, indexes, ["first"])[0]) == len(evaluation_table(sources, indexes, ["concatenated"])[0]) == refs
+    _, few = evaluation_table(sources, indexes, RULES, limit=5)
+    assert {rule: len(numbers) for rule, numbers in few.items()} == dict.fromkeys(RULES, 5)
+
+
+def test_the_control_exchanges_joined_sentences_among_themselves(packed: Path):
+    table, members = evaluation_table((Source(index=str(packed), split="train"),), (read_index(packed),), RULES)
+    other = other_sentences(table)
+    assert sorted(other) == list(range(len(table)))
+    for rule in ("each", "concatenated"):
+        assert set(other[members[rule]]) == set(members[rule])

@@ -295,6 +295,9 @@ def test_the_reader_of_real_sets_reads_it(made: Made) -> None:
     referrals, missing = refer.read_set(made.root, "refcoco", "unc")
     assert len(referrals) == len(made.refs) and not missing
     assert {r.split for r in referrals} == set(synthetic.SPLITS)
+    for referral in referrals:
+        classes = [made.categories[a["category_id"]] for a in made.annotations.values() if a["image_id"] == referral.image_id]
+        assert referral.same_class == classes.count(referral.category) - 1 >= 1, "all objects of a scene are in instances.json"
 
 
 def test_splits_and_what_test_a_and_b_mean(made: Made) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from coupalign.data.batch import Batch, SampleInfo
 from coupalign.data.transforms import frame_of
 from coupalign.errors import InputError
-from coupalign.evaluation.evaluator import Evaluation, evaluate, read_rows, with_language_blind, write_rows
+from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
+from coupalign.evaluation.facts import COLUMNS, Rows, read_rows, write_rows
 from coupalign.evaluation.metrics import ious, summarize
 from coupalign.evaluation.pictures import choose_pictures
-from coupalign.evaluation.protocols import PROTOCOLS, find_protocol
+from coupalign.evaluation.protocols import PROTOCOLS, count, find_protocol
 
 SIZE = 16
 RIS = find_protocol("ris-v1")
@@ -30,12 +32,18 @@ class Loader:
     rank: int = 0
     ranks: int = 1
     images: bool = False
+    both_rules: bool = False
     skip: tuple[int, ...] = ()
     fingerprint: str = "f" * 64
 
     @property
-    def names(self) -> list[str]:
-        return [f"refshapes/none/{number // 2}/{number}" for number in range(self.samples)]
+    def words(self) -> list[tuple[str, str]]:
+        return [(f"refshapes/none/{number // 2}/{number}", f"sentence {number}, \"the\" last") for number in range(self.samples)]
+
+    @property
+    def members(self) -> dict[str, np.ndarray]:
+        numbers = np.arange(self.samples)
+        return {"each": numbers, "first": numbers[::2]} if self.both_rules else {"each": numbers}
 
     def __iter__(self) -> Iterator[Batch]:
         per_rank = -(-self.samples // self.ranks)
@@ -55,14 +63,19 @@ class Loader:
         truth = np.zeros((height, width), bool)
         truth[height // 4:height // 2, width // 4:width * 3 // 4] = True
         image = np.full((height, width, 3), number, np.uint8) if self.images else None
-        return SampleInfo(number, self.names[number], f"sentence {number}", frame_of(height, width, SIZE, "letterbox"),
-                          image_id=number // 4, category="star", truth=truth, image=image, cut=number % 5 == 0)
+        return SampleInfo(number, *self.words[number], frame_of(height, width, SIZE, "letterbox"),
+                          image_id=number // 4, category="star", same_class=number % 3 - 1, truth=truth, image=image, cut=number % 5 == 0)
 
 
 def infer(batch: Batch) -> torch.Tensor:
     """A model whose answer to a sample depends on nothing but the sample."""
     answers = [torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(int(image[0, 0, 0]))) for image in batch.image]
     return torch.stack(answers) + 0.3
+
+
+def evaluate_one(loader: Loader, protocol: str = "ris-v1", answer=infer, **options) -> Evaluation:
+    """The evaluation under one protocol, every sentence a sample."""
+    return evaluate(answer, loader, [find_protocol(protocol)], **{"bootstrap": 0, **options})[protocol, "each"]
 
 
 def score_over(ranks: int, protocol: str = "ris-v1", **changes) -> list[Evaluation]:
@@ -76,11 +89,11 @@ def score_over(ranks: int, protocol: str = "ris-v1", **changes) -> list[Evaluati
     rank_loaders = [replace(Loader(**changes), rank=rank, ranks=ranks) for rank in range(ranks)]
     for loader in rank_loaders:
         try:
-            evaluate(infer, loader, find_protocol(protocol), gather=collect, bootstrap=0)
+            evaluate_one(loader, protocol, gather=collect)
         except AssertionError:
             assert ranks > 1  # a share of the rows is not complete, as it must be found
     everybody = np.concatenate(shares)
-    return [evaluate(infer, loader, find_protocol(protocol), gather=lambda _: everybody, rank=loader.rank, bootstrap=20)
+    return [evaluate_one(loader, protocol, gather=lambda _: everybody, rank=loader.rank, bootstrap=20)
             for loader in rank_loaders]
 
 
@@ -96,7 +109,7 @@ def test_one_two_and_three_ranks_give_the_same_integers(protocol: str):
 
 def test_the_score_is_the_summary_of_the_rows_by_image():
     result = score_over(1)[0]
-    expected = summarize(result.rows, 20, clusters=np.arange(23) // 4)
+    expected = summarize(result.rows[:, :5], 20, clusters=np.arange(23) // 4)
     assert result.score.metrics == {name: expected[name] for name in result.score.metrics}
     assert dict(result.score.intervals) == expected["intervals"]
     assert (result.score.samples, result.score.images, result.score.fingerprint) == (23, 6, "f" * 64)
@@ -105,29 +118,50 @@ def test_the_score_is_the_summary_of_the_rows_by_image():
 
 def test_rows_are_those_of_the_protocol_sample_by_sample():
     loader = Loader()
-    for number, inside, union in evaluate(infer, loader, RIS, bootstrap=0).rows.tolist():
+    for number, *counted, image, area, pixels, same_class in evaluate_one(loader).rows.tolist():
         info = loader.info(number)
-        assert (inside, union) == RIS.count(infer(loader.collate([number]))[0], info.frame, info.truth)
+        assert tuple(counted) == count(*RIS.masks(infer(loader.collate([number]))[0], info.frame, info.truth))
+        assert (image, area, pixels, same_class) == (number // 4, info.truth.sum(), info.truth.size, number % 3 - 1)
+
+
+def test_one_pass_gives_what_a_pass_for_each_protocol_gives_and_asks_the_model_once():
+    asked: list[int] = []
+
+    def counting(batch: Batch) -> torch.Tensor:
+        asked.extend(info.number for info in batch.info)
+        return infer(batch)
+
+    together = evaluate(counting, Loader(both_rules=True), list(PROTOCOLS.values()), bootstrap=20)
+    assert sorted(asked) == list(range(23))
+    assert list(together) == [(name, rule) for name in PROTOCOLS for rule in ("each", "first")]
+    for name in PROTOCOLS:
+        alone = evaluate_one(Loader(), name, bootstrap=20)
+        assert together[name, "each"].rows.tolist() == alone.rows.tolist() and together[name, "each"].score == alone.score
+        first = together[name, "first"]
+        assert first.rows.tolist() == alone.rows[::2].tolist()
+        assert (first.score.sentences, first.score.protocol, first.score.samples) == ("first", name, 12)
+        assert first.score.metrics["bIoU"] == pytest.approx(summarize(alone.rows[::2, :5], 0)["bIoU"], abs=1e-12)
 
 
 def test_conditions_are_printed_with_the_score():
-    score = evaluate(infer, Loader(), RIS, bootstrap=0, conditions={"threshold": RIS.threshold}).score
-    assert "p > 0.5" in score.table() and "ris-v1" in score.table()
+    score = evaluate_one(Loader(), conditions=lambda protocol, rule: {"threshold": protocol.threshold, "rule": rule}).score
+    assert "p > 0.5" in score.table() and "ris-v1" in score.table() and "rule       each" in score.table()
 
 
 def test_a_missing_sample_is_named():
     with pytest.raises(AssertionError, match="2 of 23 samples were not scored: refshapes/none/1/3, refshapes/none/8/17"):
-        evaluate(infer, Loader(skip=(3, 17)), RIS)
+        evaluate_one(Loader(skip=(3, 17)))
 
 
 def test_ranks_that_disagree_about_a_sample_are_found():
-    def disturbed(rows: np.ndarray) -> np.ndarray:
+    def disturbed(rows: np.ndarray, column: int) -> np.ndarray:
         other = rows[5:6].copy()
-        other[0, 2] += 1
+        other[0, column] += 1
         return np.concatenate([rows, other])
 
-    with pytest.raises(AssertionError, match="sample 5 was scored twice"):
-        evaluate(infer, Loader(), RIS, gather=disturbed)
+    for column in range(1, 15):
+        with pytest.raises(AssertionError, match="sample 5 was scored twice"):
+            evaluate(infer, Loader(), [RIS, find_protocol("lavt")], gather=partial(disturbed, column=column))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -138,16 +172,16 @@ def test_broken_logits_are_named_and_never_scored(poison: float):
         return logits
 
     with pytest.raises(FloatingPointError, match="2 of 23 samples: refshapes/none/1/2, refshapes/none/4/9"):
-        evaluate(broken, Loader(), RIS)
+        evaluate_one(Loader(), answer=broken)
 
 
 def test_an_empty_split_is_an_error():
     with pytest.raises(InputError, match="no samples"):
-        evaluate(infer, Loader(samples=0), RIS)
+        evaluate_one(Loader(samples=0))
 
 
 def test_language_blind_is_printed_beside_and_must_be_of_the_same_samples():
-    score, other = (evaluate(infer, Loader(samples=n), RIS, bootstrap=0).score for n in (8, 9))
+    score, other = (evaluate_one(Loader(samples=n)).score for n in (8, 9))
     both = with_language_blind(score, score)
     assert both.to_json()["language_blind_oIoU"] == score.metrics["oIoU"]
     with pytest.raises(AssertionError, match="other samples"):
@@ -158,29 +192,47 @@ def test_language_blind_is_printed_beside_and_must_be_of_the_same_samples():
 
 
 def test_rows_survive_the_file(tmp_path: Path):
-    rows = evaluate(infer, Loader(), RIS, bootstrap=0).rows
+    rows = Rows.of(evaluate_one(Loader()).rows, Loader().words)
     path = tmp_path / "rows.csv"
-    write_rows(path, rows, Loader().names)
-    again, names = read_rows(path)
-    assert again.tolist() == rows.tolist() and names == Loader().names
+    write_rows(path, rows)
+    again = read_rows(path)
+    assert (again.names, again.sentences) == (rows.names, rows.sentences) == tuple(zip(*Loader().words))
+    for field in ("counts", "image_ids", "area", "pixels", "same_class"):
+        assert getattr(again, field).tolist() == getattr(rows, field).tolist(), field
     lines = path.read_text().splitlines()
-    assert lines[0] == "sample_id,intersection,union,iou" and len(lines) == 24
-    assert [float(line.split(",")[3]) for line in lines[1:]] == pytest.approx(ious(rows), abs=1e-6)
+    assert lines[0] == ("sample_id,intersection,union,iou,boundary_intersection,boundary_union,image_id,area,pixels,same_class,"
+                        "sentence") and len(lines) == 24
+    assert [float(line.split(",")[3]) for line in lines[1:]] == pytest.approx(ious(rows.counts), abs=1e-6)
     assert list(tmp_path.iterdir()) == [path]
+    some = again.take(np.asarray([4, 2]))
+    assert some.names == (rows.names[4], rows.names[2]) and some.area.tolist() == rows.area[[4, 2]].tolist() and len(some) == 2
+
+
+def test_rows_of_one_rule_keep_their_own_names(tmp_path: Path):
+    loader = Loader(both_rules=True)
+    rows = Rows.of(evaluate(infer, loader, [RIS], bootstrap=0)["ris-v1", "first"].rows, loader.words)
+    assert rows.names == tuple(name for name, _ in loader.words[::2])
+    write_rows(tmp_path / "first.csv", rows)
+    assert read_rows(tmp_path / "first.csv").counts[:, 0].tolist() == list(range(12)), "numbered anew"
 
 
 def test_a_failed_writing_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("old")
-    with pytest.raises(IndexError):
-        write_rows(path, np.asarray([[0, 1, 2], [1, 1, 2]], dtype=np.int64), ["only one name"])
+    rows = Rows.of(evaluate_one(Loader()).rows, Loader().words)
+    with pytest.raises(ValueError):
+        write_rows(path, replace(rows, names=rows.names[:-1]))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+HEAD = ",".join(COLUMNS) + "\n"
+
+
 @pytest.mark.parametrize("text, place", [
-    ("", "line 1"), ("a,b\n", "line 1"), ("sample_id,intersection,union,iou\nx,1,2,0.5\ny,1\n", "line 3"),
-    ("sample_id,intersection,union,iou\nx,one,2,0.5\n", "line 2")])
-def test_a_foreign_file_of_rows_is_refused(tmp_path: Path, text: str, place: str):
+    ("", "line 1"), ("a,b\n", "line 1"), (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,the one\ny,1\n", "line 3"),
+    (f"{HEAD}x,one,2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
+    ("sample_id,intersection,union,iou\nx,1,2,0.5\n", "line 1: .*earlier version.*coupalign eval")])
+def test_a_foreign_or_old_file_of_rows_is_refused(tmp_path: Path, text: str, place: str):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=f"rows.csv: {place}"):
@@ -196,7 +248,7 @@ def test_an_absent_file_of_rows_is_refused(tmp_path: Path):
 
 
 def test_pictures_hold_the_extremes_exactly_and_stay_few():
-    result = evaluate(infer, Loader(samples=200, images=True), RIS, bootstrap=0, pictures=3)
+    result = evaluate_one(Loader(samples=200, images=True), pictures=3)
     groups = choose_pictures(result.pictures, result.rows, 3)
     values = ious(result.rows)
     assert [picture.iou for picture in groups["best"]] == sorted(values)[::-1][:3]
@@ -212,16 +264,16 @@ def test_pictures_hold_the_extremes_exactly_and_stay_few():
 
 def test_random_pictures_are_a_fair_draw():
     """The shelf also holds extremes; they must not be likelier to be shown as random."""
-    result = evaluate(infer, Loader(samples=250, images=True), RIS, bootstrap=0, pictures=12)
+    result = evaluate_one(Loader(samples=250, images=True), pictures=12)
     drawn = choose_pictures(result.pictures, result.rows, 12)["random"]
     share = np.mean([np.mean(ious(result.rows) < picture.iou) for picture in drawn])
     assert 0.3 < share < 0.7
-    other = evaluate(infer, replace(Loader(samples=250, images=True), batch=17), RIS, bootstrap=0, pictures=12)
+    other = evaluate_one(Loader(samples=250, images=True, batch=17), pictures=12)
     assert [picture.number for picture in drawn] == [p.number for p in choose_pictures(other.pictures, other.rows, 12)["random"]]
 
 
 def test_fewer_samples_than_pictures_are_all_shown():
-    result = evaluate(infer, Loader(samples=2, images=True), RIS, bootstrap=0, pictures=4)
+    result = evaluate_one(Loader(samples=2, images=True), pictures=4)
     groups = choose_pictures(result.pictures, result.rows, 4)
     assert {name: len(group) for name, group in groups.items()} == {"random": 2, "best": 2, "median": 2, "worst": 2}
-    assert evaluate(infer, Loader(), RIS, bootstrap=0).pictures == ()
+    assert evaluate_one(Loader()).pictures == ()

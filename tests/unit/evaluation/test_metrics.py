@@ -2,28 +2,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from coupalign.evaluation.metrics import METRICS, Score, deduplicate, hits, ious, summarize
+from coupalign.evaluation.metrics import METRICS, Score, deduplicate, hits, ious, paired_intervals, side_by_side, summarize
 
 
-def table(*pairs: tuple[int, int]) -> np.ndarray:
-    return np.asarray([(number, inside, union) for number, (inside, union) in enumerate(pairs)], dtype=np.int64).reshape(-1, 3)
+def table(*pairs: tuple[int, ...]) -> np.ndarray:
+    """Rows of (I, U) or (I, U, bI, bU), numbered; without a boundary of its own a sample has that of its mask."""
+    return np.asarray([(number, *pair, *pair)[:5] for number, pair in enumerate(pairs)], dtype=np.int64).reshape(-1, 5)
 
 
 def random_rows(random: np.random.Generator, many: int, largest: int = 1000) -> np.ndarray:
-    union = random.integers(1, largest, many)
-    return np.column_stack([np.arange(many), random.integers(0, union + 1), union]).astype(np.int64)
+    union, band = random.integers(1, largest, (2, many))
+    return np.column_stack([np.arange(many), random.integers(0, union + 1), union, random.integers(0, band + 1), band]).astype(np.int64)
 
 
 def test_golden_values():
-    values = summarize(table((90, 100), (5, 10), (0, 40), (7, 10)), bootstrap=0)
+    values = summarize(table((90, 100, 1, 4), (5, 10, 0, 3), (0, 40, 0, 8), (7, 10, 2, 4)), bootstrap=0)
     assert values["oIoU"] == 102 / 160
     assert values["mIoU"] == pytest.approx((0.9 + 0.5 + 0 + 0.7) / 4, abs=1e-15)
     assert [values[f"P@0.{x}"] for x in (5, 6, 7, 8, 9)] == [0.75, 0.5, 0.5, 0.25, 0.25]
+    assert values["bIoU"] == 0.75 / 4
     assert (values["samples"], values["images"], values["intervals"]) == (4, 4, {})
 
 
@@ -31,7 +34,7 @@ def test_golden_values():
 def test_thresholds_are_decided_exactly(size: int):
     """The oracle is rational arithmetic; floating point would lose 7/10 >= 0.7 and its neighbors for some sizes."""
     rows = table(*[(tenth * size + change, 10 * size) for tenth in (5, 6, 7, 8, 9) for change in (-1, 0, 1)])
-    expected = [[Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)] for _, i, u in rows]
+    expected = [[Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)] for _, i, u, *_ in rows]
     assert hits(rows).tolist() == expected
 
 
@@ -39,8 +42,8 @@ def test_empty_union_counts_as_told():
     rows = table((0, 0), (1, 4))
     one, zero = summarize(rows, 0), summarize(rows, 0, empty="zero")
     assert ious(rows).tolist() == [1, 0.25] and ious(rows, "zero").tolist() == [0, 0.25]
-    assert (one["mIoU"], one["P@0.9"], one["oIoU"]) == (0.625, 0.5, 0.25)
-    assert (zero["mIoU"], zero["P@0.9"], zero["oIoU"]) == (0.125, 0.0, 0.25)
+    assert (one["mIoU"], one["P@0.9"], one["oIoU"], one["bIoU"]) == (0.625, 0.5, 0.25, 0.625)
+    assert (zero["mIoU"], zero["P@0.9"], zero["oIoU"], zero["bIoU"]) == (0.125, 0.0, 0.25, 0.125)
     assert summarize(table((0, 0)), 0)["oIoU"] == 1.0 and summarize(table((0, 0)), 0, empty="zero")["oIoU"] == 0.0
 
 
@@ -56,7 +59,7 @@ def test_intervals_equal_a_plain_loop_over_the_same_draws():
     names = np.unique(images)
     draws = np.random.default_rng(7).integers(len(names), size=(50, len(names)))
     samples = [np.concatenate([rows[images == names[place]] for place in draw]) for draw in draws]
-    slow = [summarize(np.column_stack([np.arange(len(s)), s[:, 1:]]), bootstrap=0) for s in samples]
+    slow = [summarize(s, bootstrap=0) for s in samples]
     for name in METRICS:
         low, high = np.percentile([values[name] for values in slow], [2.5, 97.5])
         assert result["intervals"][name] == pytest.approx((low, high), abs=1e-12)
@@ -97,30 +100,50 @@ def test_deduplicate_sorts_and_keeps_one_of_each():
     repeated = np.concatenate([rows[::-1], rows[:2]])
     assert deduplicate(repeated).tolist() == rows.tolist()
     wide = np.column_stack([repeated, repeated[:, 0] * 10])
-    assert deduplicate(wide)[:, 3].tolist() == [0, 10, 20]
-    assert deduplicate(rows[:0]).shape == (0, 3)
+    assert deduplicate(wide)[:, 5].tolist() == [0, 10, 20]
+    assert deduplicate(rows[:0]).shape == (0, 5)
 
 
 def test_deduplicate_names_the_sample_that_two_ranks_disagree_about():
-    rows = np.concatenate([table((1, 2), (3, 4)), np.asarray([[1, 2, 4]], dtype=np.int64)])
-    with pytest.raises(AssertionError, match=r"sample 1 was scored twice.*\[3, 4\] and \[2, 4\]"):
+    rows = np.concatenate([table((1, 2), (3, 4)), np.asarray([[1, 2, 4, 3, 4]], dtype=np.int64)])
+    with pytest.raises(AssertionError, match=r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"):
         deduplicate(rows)
 
 
 def test_deduplicate_forgives_rounding_up_to_the_slack_only():
-    first, near, far = ([[0, 500, 1000, 9]], [[0, 509, 1010, 9]], [[0, 511, 1000, 9]])
+    first, near, far = ([[0, 500, 1000, 40, 80, 9]], [[0, 509, 1010, 50, 90, 9]], [[0, 511, 1000, 40, 80, 9]])
     join = lambda *parts: np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])  # noqa: E731
     assert deduplicate(join(first, near), slack=0.01).tolist() == first
     with pytest.raises(AssertionError, match="sample 0"):
         deduplicate(join(first, far), slack=0.01)
     with pytest.raises(AssertionError, match="sample 0"):
-        deduplicate(join(first, [[0, 500, 1000, 8]]), slack=0.01)
+        deduplicate(join(first, [[0, 500, 1000, 40, 80, 8]]), slack=0.01)
+    with pytest.raises(AssertionError, match="sample 0"):
+        deduplicate(join(first, [[0, 500, 1000, 41, 80, 9]]))
 
 
-@pytest.mark.parametrize("bad", [(5, 4), (-1, 4)])
-def test_impossible_rows_are_refused(bad: tuple[int, int]):
-    with pytest.raises(AssertionError, match="sample 1: intersection"):
+@pytest.mark.parametrize("bad", [(5, 4), (-1, 4), (2, 4, 2, 1)])
+def test_impossible_rows_are_refused(bad: tuple[int, ...]):
+    with pytest.raises(AssertionError, match="sample 1: (boundary )?intersection"):
         summarize(table((1, 2), bad))
+
+
+def test_paired_intervals_equal_a_plain_loop_over_the_same_draws():
+    random = np.random.default_rng(4)
+    rows, others, images = random_rows(random, 50), random_rows(random, 50), random.integers(0, 15, 50)
+    found = paired_intervals(rows, others, 40, 9, images)
+    names = np.unique(images)
+    draws = np.random.default_rng(9).integers(len(names), size=(40, len(names)))
+    places = [np.concatenate([np.flatnonzero(images == names[place]) for place in draw]) for draw in draws]
+    slow = [(summarize(rows[taken], bootstrap=0), summarize(others[taken], bootstrap=0)) for taken in places]
+    for name in METRICS:
+        expected = np.percentile([b[name] - a[name] for a, b in slow], [2.5, 97.5])
+        assert found[name] == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_a_pair_of_the_same_rows_has_no_difference_at_all():
+    rows = random_rows(np.random.default_rng(2), 30)
+    assert set(paired_intervals(rows, rows, 30).values()) == {(0.0, 0.0)}
 
 
 def test_a_score_of_nothing_is_refused():
@@ -145,6 +168,16 @@ def test_json_has_the_promised_keys_and_comes_back():
     assert value["leak"] == "not checked"
     assert Score.from_json(value) == score
     assert "language_blind_oIoU" not in example_score(False).to_json()
+
+
+def test_scores_side_by_side_say_what_they_share_and_what_they_do_not():
+    score = example_score()
+    other = replace(example_score(False), protocol="lavt", conditions={**score.conditions, "truth": "nearest-resized"})
+    text = side_by_side({("ris-v1", "each"): score, ("lavt", "each"): other})
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert lines["sentences"] == ["each", "each"] and lines["oIoU"] == ["86.36", "86.36"] and lines["samples"][:2] == ["2", "(image,"]
+    assert "truth       original resolution  [ris-v1]" in text and "truth       nearest-resized  [lavt]" in text
+    assert "threshold   p > 0.5\n" in text and "oIoU, shuffled" in text
 
 
 def test_the_table_always_prints_the_protocol():

@@ -12,10 +12,15 @@ from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Frame
 from coupalign.data.transforms import frame_of
 from coupalign.errors import InputError
-from coupalign.evaluation.protocols import PROTOCOLS, describe_conditions, find_protocol, logits_at_original_size
+from coupalign.evaluation.protocols import PROTOCOLS, boundary, describe_conditions, find_protocol, logits_at_original_size
+from coupalign.evaluation.protocols import count as count_pixels
 
 SHAPES = [(7, 11), (11, 7), (24, 24), (33, 50), (5, 64), (1, 9)]
-count = {name: protocol.count for name, protocol in PROTOCOLS.items()}
+
+
+def count(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+    """Intersection and union under a protocol."""
+    return count_pixels(*PROTOCOLS[name].masks(logits, frame, truth))[:2]
 
 
 def noise(size: int, seed: int = 0, smooth: int = 1) -> torch.Tensor:
@@ -75,7 +80,7 @@ def test_ris_v1_by_hand():
     assert logits_at_original_size(logits, frame)[0].tolist() == [3, 2, 0, -1]
     truth = np.zeros((4, 4), bool)
     truth[:2, 1:] = True
-    assert count["ris-v1"](logits, frame, truth) == (2, 8 + 6 - 2)
+    assert count("ris-v1", logits, frame, truth) == (2, 8 + 6 - 2)
 
 
 def test_lavt_by_hand():
@@ -83,7 +88,7 @@ def test_lavt_by_hand():
     truth = np.zeros((4, 4), bool)
     truth[1, 3] = truth[0, 0] = truth[2, 2] = True
     logits = torch.tensor([[0.0, 0.1], [0.1, -0.1]])  # a tie of two channels is background
-    assert count["lavt"](logits, frame_of(4, 4, 2, "squash"), truth) == (1, 2)
+    assert count("lavt", logits, frame_of(4, 4, 2, "squash"), truth) == (1, 2)
 
 
 def test_cris_by_hand():
@@ -91,8 +96,8 @@ def test_cris_by_hand():
     edge = math.log(0.35 / 0.65)
     logits = torch.tensor([[edge + 1e-3, edge - 1e-3], [-5.0, 5.0]])
     truth = np.array([[True, True], [False, False]])
-    assert count["cris"](logits, frame_of(2, 2, 2, "squash"), truth) == (1, 3)
-    assert count["ris-v1"](logits, frame_of(2, 2, 2, "squash"), truth) == (0, 3)
+    assert count("cris", logits, frame_of(2, 2, 2, "squash"), truth) == (1, 3)
+    assert count("ris-v1", logits, frame_of(2, 2, 2, "squash"), truth) == (0, 3)
 
 
 def test_letterbox_by_hand():
@@ -102,8 +107,8 @@ def test_letterbox_by_hand():
     logits = torch.full((4, 4), 9.0)
     logits[1:3] = torch.tensor([[1.0, -1, -1, -1], [1, 1, -1, -1]])
     truth = np.array([[True, True, False, False], [True, True, False, False]])
-    assert count["ris-v1"](logits, frame, truth) == (3, 4)
-    assert count["lavt"](logits, frame, truth) == (3, 4)
+    assert count("ris-v1", logits, frame, truth) == (3, 4)
+    assert count("lavt", logits, frame, truth) == (3, 4)
 
 
 # ------------------------------------------------------------------------------------------------------- oracles
@@ -118,7 +123,7 @@ def test_bilinear_equals_the_loop(shape: tuple[int, int], resize: str):
     slow = slow_bilinear(inner.astype(np.float64), *shape)
     assert np.abs(logits_at_original_size(logits, frame).numpy() - slow).max() < 1e-5
     truth = slow > 0.3
-    assert count["ris-v1"](logits, frame, truth) == counted(slow > 0, truth)
+    assert count("ris-v1", logits, frame, truth) == counted(slow > 0, truth)
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -129,7 +134,7 @@ def test_bicubic_equals_the_loop(shape: tuple[int, int], resize: str):
     slow = slow_warp(torch.sigmoid(logits.double()).numpy(), frame)
     assert np.abs(slow - 0.35).min() > 1e-5, "the example is decided by rounding"
     truth = slow > 0.6
-    assert count["cris"](logits, frame, truth) == counted(slow > 0.35, truth)
+    assert count("cris", logits, frame, truth) == counted(slow > 0.35, truth)
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -143,7 +148,7 @@ def test_lavt_truth_equals_the_loop(shape: tuple[int, int], resize: str):
                        for x in range(columns)] for y in range(rows)])
     whole = noise(25, seed=3)
     logits = whole[frame.top:frame.top + rows, frame.left:frame.left + columns]
-    assert count["lavt"](whole, frame, truth) == counted(logits.numpy() > 0, small)
+    assert count("lavt", whole, frame, truth) == counted(logits.numpy() > 0, small)
 
 
 # ---------------------------------------------------------------------------------------------------- properties
@@ -159,9 +164,9 @@ def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
     inner = Image.fromarray(truth).convert("L").resize((frame.inner_width, frame.inner_height), Image.Resampling.BILINEAR)
     square[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width] = np.asarray(inner)
     logits = torch.from_numpy(square).float() / 255 * 20 - 10
-    inside, union = count[name](logits, frame, truth)
+    inside, union = count(name, logits, frame, truth)
     assert inside / union > 0.85
-    inside, union = count[name](-logits, frame, truth)
+    inside, union = count(name, -logits, frame, truth)
     assert inside / union < 0.1
 
 
@@ -169,7 +174,7 @@ def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
 def test_counts_are_plain_integers_within_bounds(name: str):
     for seed, shape in enumerate(SHAPES):
         truth = np.random.default_rng(seed).random(shape) > 0.5
-        inside, union = count[name](noise(24, seed).bfloat16(), frame_of(*shape, 24, "letterbox"), truth)
+        inside, union = count(name, noise(24, seed).bfloat16(), frame_of(*shape, 24, "letterbox"), truth)
         assert type(inside) is type(union) is int
         assert 0 <= inside <= union <= (24 * 24 if name == "lavt" else truth.size)
 
@@ -177,13 +182,45 @@ def test_counts_are_plain_integers_within_bounds(name: str):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_nothing_and_nothing_is_an_empty_union(name: str):
     frame = frame_of(6, 6, 8, "squash")
-    assert count[name](torch.full((8, 8), -9.0), frame, np.zeros((6, 6), bool)) == (0, 0)
+    assert count(name, torch.full((8, 8), -9.0), frame, np.zeros((6, 6), bool)) == (0, 0)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_logits_of_another_size_are_refused(name: str):
     with pytest.raises(AssertionError, match="input of 24 pixels"):
-        count[name](noise(12), frame_of(8, 8, 24, "squash"), np.zeros((8, 8), bool))
+        count(name, noise(12), frame_of(8, 8, 24, "squash"), np.zeros((8, 8), bool))
+
+
+# ------------------------------------------------------------------------------------------------------ boundaries
+
+
+def slow_boundary(mask: np.ndarray) -> np.ndarray:
+    """Pixels of the mask with background, or the world beyond the image, within a square of d around them."""
+    height, width = mask.shape
+    d = max(1, round(0.02 * math.sqrt(height**2 + width**2)))
+    band = np.zeros_like(mask)
+    for y, x in np.argwhere(mask):
+        near = mask[max(0, y - d):y + d + 1, max(0, x - d):x + d + 1]
+        band[y, x] = near.size < (2 * d + 1)**2 or not near.all()
+    return band
+
+
+@pytest.mark.parametrize("shape, d", [((7, 11), 1), ((50, 56), 2), ((60, 80), 2), ((130, 120), 4), ((1, 9), 1), ((150, 2), 3)])
+def test_a_boundary_equals_the_loop(shape: tuple[int, int], d: int):
+    assert max(1, round(0.02 * math.hypot(*shape))) == d
+    random = np.random.default_rng(d)
+    for mask in (random.random(shape) > 0.01, np.ones(shape, bool), np.zeros(shape, bool), random.random(shape) > 0.5):
+        assert np.array_equal(boundary(torch.from_numpy(mask)).numpy(), slow_boundary(mask))
+
+
+def test_a_boundary_by_hand():
+    """A 5x4 object at the lower edge: its inside is what has no background within one pixel; below the image is background."""
+    mask = torch.zeros(7, 8, dtype=torch.bool)
+    mask[2:7, 2:6] = True
+    assert boundary(mask)[2:7, 2:6].int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
+    other = torch.zeros(7, 8, dtype=torch.bool)
+    other[2:7, 1:6] = True
+    assert count_pixels(mask, other) == (20, 25, 14 - 3, 14 + 16 - 11)
 
 
 # --------------------------------------------------------------------------------------------------------- words
@@ -204,6 +241,8 @@ def test_conditions_say_what_a_reader_must_know():
     assert "every sentence" in words["sentences"] and "raw" in words["sentences"] and "15" in words["sentences"]
     assert words["limit"].startswith("50 samples")
     assert "limit" not in describe_conditions(find_protocol("ris-v1"), data, sources)
+    assert "the first sentence" in describe_conditions(find_protocol("ris-v1"), data, sources, rule="first")["sentences"]
+    assert "joined" in describe_conditions(find_protocol("ris-v1"), data, sources, rule="concatenated")["sentences"]
 
 
 @pytest.mark.parametrize("name, resize, comparable", [
