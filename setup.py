@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["coupalign", "coupalign.*"]),
+    package_data={"coupalign.report": ["page.css", "page.js"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "torchvision",
@@ -38,7 +39,7 @@ setup(
     extras_require={
         "s3": ["s3fs"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "wids", "s3fs", "moto[s3,server]",
-                 "triton"],
+                 "triton", "playwright"],
     },
     entry_points={"console_scripts": ["coupalign = coupalign.cli:main"]},
     classifiers=[

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from coupalign import files
 
 Color = tuple[int, int, int]
+Cell = tuple[str, Color, np.ndarray]     # label, its color, pixels
 
 TRUTH: Color = (0, 196, 214)
 PREDICTION: Color = (232, 30, 150)
@@ -23,8 +24,11 @@ EXTRA: Color = (225, 45, 45)
 MISSED: Color = (45, 95, 235)
 INK, PAPER, FAINT = (25, 25, 30), (255, 255, 255), (110, 110, 118)
 PANEL = (256, 480)       # least and most pixels of a panel's longer side
+THUMB = (160, 160)       # the same of a small one
 GAP = 8
 TEXT, LABEL = 18, 14     # font sizes
+
+_HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))   # dark to light, also in gray: viridis
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, color: Color = PREDICTION, alpha: float = 0.45, outline: int = 1) -> np.ndarray:
@@ -52,39 +56,69 @@ def difference(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, alp
     return (drawn + 0.5).astype(np.uint8)
 
 
+def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarray:
+    """A map float [H, W], 0 (violet) … 1 (yellow), over the photograph in gray; uint8 [H, W, 3]."""
+    assert values.shape == image.shape[:2], (values.shape, image.shape)
+    gray = np.repeat(image.mean(2, keepdims=True), 3, 2)
+    colors = np.stack([np.interp(values, np.linspace(0, 1, len(_HEAT)), channel) for channel in np.array(_HEAT).T], axis=2)
+    return (gray + (colors - gray) * alpha + 0.5).astype(np.uint8)
+
+
 def intersection_over_union(truth: np.ndarray, prediction: np.ndarray) -> float:
     """IoU of two masks; 1 where both are empty."""
     union = int((truth | prediction).sum())
     return int((truth & prediction).sum()) / union if union else 1.0
 
 
-def sample_picture(image: np.ndarray, sentence: str, truth: np.ndarray | None, prediction: np.ndarray,
-                   title: str = "") -> Image.Image:
-    """One sample under its sentence: image, truth, prediction, difference with IoU; image and prediction without a truth."""
+def sample_panels(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray,
+                  bands: tuple[np.ndarray, np.ndarray] | None = None, facts: Sequence[str] = ()) -> Image.Image:
+    """One sample without its sentence.
+
+    Args:
+        truth: none: image and prediction only; else also the truth, the difference, and a panel with `facts` and the colors.
+        bands: boundary bands of truth and prediction, bool [H, W] each, whose difference gets a panel, too.
+    """
     panels = [("image", INK, _grown(image))]
-    if truth is not None:
-        panels.append(("truth", TRUTH, overlay(_grown(image), _grown(truth), TRUTH, outline=2)))
-    panels.append(("prediction", PREDICTION, overlay(_grown(image), _grown(prediction), PREDICTION, outline=2)))
-    if truth is not None:
-        score = f"IoU {intersection_over_union(truth, prediction):.2f}"
-        panels.append((score, INK, difference(_grown(image), _grown(truth), _grown(prediction))))
+    if truth is None:
+        return _grid([*panels, ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION))], 2)
+    panels += [("truth", TRUTH, _tinted(image, truth, TRUTH)), ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION))]
+    for name, pair in (("difference", (truth, prediction)), ("boundaries", bands)):
+        if pair is not None:
+            panels.append((f"{name}: IoU {intersection_over_union(*pair):.2f}", INK, difference(_grown(image), *map(_grown, pair))))
     height, width = panels[0][2].shape[:2]
-    total = len(panels) * width + (len(panels) - 1) * GAP + 2 * GAP
-    lines = [(line, INK, TEXT) for line in wrap(f"“{sentence}”", total - 2 * GAP, TEXT)]
-    lines += [(line, FAINT, LABEL) for line in wrap(title, total - 2 * GAP, LABEL)]
-    top = GAP + sum(_line_height(size) for _, _, size in lines) + GAP // 2
-    canvas = Image.new("RGB", (total, top + height + _line_height(LABEL) + GAP), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    y = GAP
-    for line, ink, size in lines:
-        draw.text((GAP, y), line, ink, _font(size))
-        y += _line_height(size)
-    for number, (label, ink, pixels) in enumerate(panels):
-        x = GAP + number * (width + GAP)
-        canvas.paste(Image.fromarray(pixels), (x, top))
-        _swatch(draw, (x, top + height + 3), label, ink)
-        if number == 3:
-            _legend(draw, (x + width, top + height + 3))
+    return _grid([*panels, ("", INK, _fact_panel(width, height, facts))], 3)
+
+
+def with_heading(picture: Image.Image, sentence: str, title: str = "") -> Image.Image:
+    """A picture below a sentence in quotes and a fainter title, which are wrapped to its width."""
+    width = picture.width - 2 * GAP
+    lines = [(line, INK, TEXT) for line in wrap(f"“{sentence}”", width, TEXT)]
+    lines += [(line, FAINT, LABEL) for line in wrap(title, width, LABEL)]
+    top = GAP + sum(_line_height(size) for _, _, size in lines)
+    canvas = Image.new("RGB", (picture.width, top + picture.height), PAPER)
+    canvas.paste(picture, (0, top))
+    _write(canvas, lines, GAP, GAP)
+    return canvas
+
+
+def heat_sheet(image: np.ndarray, sections: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], columns: int = 6) -> Image.Image:
+    """Sections of small heat maps over one photograph: (heading, [(label, float [H, W] in 0 … 1), …]), below each other."""
+    small = _grown(image, THUMB)
+    height, width = small.shape[:2]
+    grids = []
+    for heading, maps in sections:
+        cells = [(label, INK, heat(small, np.asarray(Image.fromarray(values.astype(np.float32)).resize((width, height)))))
+                 for label, values in maps]
+        grids.append((heading, _grid(cells, columns)))
+    total = max(max(grid.width for _, grid in grids), 3 * THUMB[1])
+    texts = [wrap(heading, total - 2 * GAP, LABEL) for heading, _ in grids]
+    canvas = Image.new("RGB", (total, sum(GAP + len(text) * _line_height(LABEL) + grid.height
+                                          for text, (_, grid) in zip(texts, grids))), PAPER)
+    y = 0
+    for text, (_, grid) in zip(texts, grids):
+        y = _write(canvas, [(line, INK, LABEL) for line in text], GAP, y + GAP)
+        canvas.paste(grid, (0, y))
+        y += grid.height
     return canvas
 
 
@@ -140,15 +174,53 @@ def _border(mask: np.ndarray, thickness: int) -> np.ndarray:
     return mask & ~inner
 
 
-def _grown(array: np.ndarray) -> np.ndarray:
+def _grown(array: np.ndarray, limits: tuple[int, int] = PANEL) -> np.ndarray:
     """An image (bicubic) or mask (nearest) at the size of a panel."""
-    least, most = PANEL
+    least, most = limits
     height, width = array.shape[:2]
     scale = np.clip(max(height, width), least, most) / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if array.dtype == bool:
         return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.NEAREST))
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC))
+
+
+def _tinted(image: np.ndarray, mask: np.ndarray, color: Color) -> np.ndarray:
+    return overlay(_grown(image), _grown(mask), color, outline=2)
+
+
+def _grid(cells: Sequence[Cell], columns: int) -> Image.Image:
+    """Panels of one size in rows, each above its label; a label too long for its panel is cut."""
+    height, width = cells[0][2].shape[:2]
+    columns, below = min(columns, len(cells)), _line_height(LABEL)
+    rows = -(-len(cells) // columns)
+    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + below + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for number, (label, ink, pixels) in enumerate(cells):
+        x, y = GAP + number % columns * (width + GAP), GAP + number // columns * (height + below + GAP)
+        canvas.paste(Image.fromarray(pixels), (x, y))
+        _swatch(draw, (x, y + height + 3), "".join(wrap(label, width, LABEL)[:1]), ink)
+    return canvas
+
+
+def _fact_panel(width: int, height: int, facts: Sequence[str]) -> np.ndarray:
+    """A panel of words: the facts, then the colors of the difference."""
+    canvas = Image.new("RGB", (width, height), PAPER)
+    lines = [(line, INK, LABEL) for fact in facts for line in wrap(fact, width - GAP, LABEL)]
+    y = _write(canvas, lines, GAP, GAP // 2) + GAP // 2
+    for word, color in (("hit", HIT), ("extra: predicted, not true", EXTRA), ("missed: true, not predicted", MISSED)):
+        _swatch(ImageDraw.Draw(canvas), (GAP, y), "".join(wrap(word, width - 3 * GAP, LABEL)[:1]), color)
+        y += _line_height(LABEL)
+    return np.asarray(canvas)
+
+
+def _write(canvas: Image.Image, lines: Sequence[tuple[str, Color, int]], x: int, y: int) -> int:
+    """Write (text, color, font size) lines below each other; returns where the next would stand."""
+    draw = ImageDraw.Draw(canvas)
+    for line, ink, size in lines:
+        draw.text((x, y), line, ink, _font(size))
+        y += _line_height(size)
+    return y
 
 
 def _swatch(draw: ImageDraw.ImageDraw, place: tuple[int, int], label: str, ink: Color) -> None:
@@ -158,14 +230,6 @@ def _swatch(draw: ImageDraw.ImageDraw, place: tuple[int, int], label: str, ink: 
         draw.rectangle((x, y + 4, x + 10, y + 14), fill=ink)
         x += 16
     draw.text((x, y), label, INK, _font(LABEL))
-
-
-def _legend(draw: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
-    """The colors of the difference, set flush right."""
-    x, y = corner
-    for word, color in (("missed", MISSED), ("extra", EXTRA), ("hit", HIT)):
-        x -= round(_font(LABEL).getlength(word)) + 8
-        draw.text((x, y), word, color, _font(LABEL))
 
 
 def _line_height(size: int) -> int:

@@ -66,15 +66,44 @@ def test_panels_are_at_least_256_and_at_most_480_pixels(shape: tuple[int, int]) 
     image, mask = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
     scale = min(max(max(shape), 256), 480) / max(shape)
     width = max(1, round(shape[1] * scale))
-    assert viz.sample_picture(image, "left one", mask, mask).width == 4 * width + 5 * viz.GAP
-    assert viz.sample_picture(image, "left one", None, mask).width == 2 * width + 3 * viz.GAP
+    assert viz.sample_panels(image, mask, mask, (mask, mask), ["IoU 1"]).width == 3 * width + 4 * viz.GAP
+    assert viz.sample_panels(image, None, mask).width == 2 * width + 3 * viz.GAP
+
+
+def test_boundaries_have_a_panel_where_they_are_given(image: np.ndarray, mask: np.ndarray) -> None:
+    bands = mask, np.zeros_like(mask)
+    with_bands, without = (np.asarray(viz.sample_panels(image, mask, mask, given)) for given in (bands, None))
+    assert with_bands.shape == without.shape and (with_bands == viz.MISSED).all(2).any() and not (without == viz.EXTRA).all(2).all()
+    assert not np.array_equal(with_bands, without)
 
 
 def test_a_long_sentence_makes_the_picture_higher_not_wider(image: np.ndarray, mask: np.ndarray) -> None:
-    short = viz.sample_picture(image, "cat", mask, mask, title="one")
-    long = viz.sample_picture(image, "the second cat from the left at the café " * 9, mask, mask, title="one")
-    assert long.width == short.width and long.height > short.height + 20
-    assert viz.sample_picture(image, "", None, mask).height < short.height
+    panels = viz.sample_panels(image, mask, mask)
+    short = viz.with_heading(panels, "cat", "one")
+    long = viz.with_heading(panels, "the second cat from the left at the café " * 9, "one")
+    assert long.width == short.width == panels.width and long.height > short.height + 20
+    below = short.crop((0, short.height - panels.height, short.width, short.height))
+    assert np.array_equal(np.asarray(below), np.asarray(panels))
+    assert viz.with_heading(panels, "").height < short.height
+
+
+def test_heat_is_violet_at_zero_and_yellow_at_one(image: np.ndarray) -> None:
+    values = np.zeros((40, 60))
+    values[:, 30:] = 1
+    drawn = viz.heat(image, values, alpha=1.0)
+    assert (drawn[:, :30] == (68, 1, 84)).all() and (drawn[:, 30:] == (253, 231, 37)).all()
+    faint = viz.heat(image, values, alpha=0.0)
+    assert np.ptp(faint, axis=2).max() == 0 and np.abs(faint[..., 0] - image.mean(2)).max() <= 1
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 1), (4, 2), (7, 3)])
+def test_a_heat_sheet_holds_every_map(image: np.ndarray, count: int, rows: int) -> None:
+    maps = [(f"word{number}", np.ones((40, 60))) for number in range(count)]
+    sheet = np.asarray(viz.heat_sheet(image, [("first", maps), ("second", maps)], columns=3))
+    yellow = (sheet[..., 0] > sheet[..., 2].astype(int) + 60).sum()
+    height, width = round(40 * 160 / 60), 160
+    assert yellow > 0.95 * 2 * count * height * width
+    assert 2 * rows * height < sheet.shape[0] < 2 * (rows * (height + 40) + 40)
 
 
 def test_wrapped_lines_fit_and_lose_no_letter() -> None:
@@ -83,15 +112,6 @@ def test_wrapped_lines_fit_and_lose_no_letter() -> None:
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(viz._font(18).getlength(line) <= 120 for line in lines)
     assert viz.wrap("", 120, 18) == []
-
-
-@pytest.mark.parametrize(("count", "columns", "expected"), [(5, 2, (2, 3)), (1, 4, (1, 1)), (4, 4, (4, 1))])
-def test_contact_sheet_holds_every_picture(count: int, columns: int, expected: tuple[int, int]) -> None:
-    pictures = [Image.new("RGB", (10, 20), (n + 1, 0, 0)) for n in range(count)]
-    sheet = viz.contact_sheet(pictures, columns)
-    assert sheet.size == (expected[0] * (10 + viz.GAP) + viz.GAP, expected[1] * (20 + viz.GAP) + viz.GAP)
-    counts = {color: number for number, color in sheet.getcolors()}
-    assert all(counts[n + 1, 0, 0] == 200 for n in range(count))
 
 
 def test_save_png_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
