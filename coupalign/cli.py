@@ -84,8 +84,10 @@ def _add_data_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--overwrite", action="store_true", help="replace a shard set of other content")
     made.add_argument("--dry-run", action="store_true", help="read annotations, report counts and missing images, write nothing")
 
-    made = verb("verify", _verify, "prove a shard directory whole: sizes, sha256, every sample, counts")
-    made.add_argument("directory", type=Path)
+    made = verb("verify", _verify, "prove shard directories whole: sizes, sha256, every sample, counts")
+    made.add_argument("directories", type=Path, nargs="+", metavar="directory")
+    made.add_argument("--leaks", action="store_true", help="instead, count the photographs that their splits share: what may be trained "
+                                                           "on when what is scored")
 
 
 def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -109,8 +111,17 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--split", action="append", help="split to score; may be given again; default: those of the config")
     made.add_argument("--index", help="another shard directory to take the splits from")
     made.add_argument("--protocol", choices=("ris-v1", "lavt", "cris", "all"), help="default: that of the config")
+    made.add_argument("--sentences", choices=("each", "first", "concatenated", "all"), default="each",
+                      help="samples: each sentence of a ref (default), its first, or all of them joined as one text")
     made.add_argument("--language-blind", action="store_true", help="score again with the sentences shuffled among the samples")
     made.add_argument("--pictures", type=int, default=0, help="keep pictures: so many best, median, worst and random samples")
+
+    made = verb("compare", _compare, "two scored runs on the same samples: differences with intervals, and the samples that make them")
+    made.add_argument("run_a", help="run directory, or id or name of an MLflow run")
+    made.add_argument("run_b", help="the same, of the run that may be better")
+    made.add_argument("--split", default="val", help="default: val")
+    made.add_argument("--protocol", choices=("ris-v1", "lavt", "cris"), default="ris-v1", help="default: ris-v1")
+    made.add_argument("--tracking-uri", help="MLflow server; default: MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db")
 
     made = verb("predict", _predict, "segment what a sentence refers to")
     made.add_argument("checkpoint", type=Path, help="run directory or checkpoint")
@@ -119,6 +130,18 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--out", type=Path, default=Path("predictions"), help="folder for masks, overlays and results.jsonl")
     made.add_argument("--batch", type=int, default=16)
     made.add_argument("--device", help="cpu, cuda …; default: the GPU where there is one")
+
+    made = verb("reproduce", _reproduce, "bring about the runs of a table of the paper, and print it beside ours")
+    made.add_argument("table", help="table1, table2, table3, main, methods, additions (configs/tables/), or a YAML file of that kind")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of every run's configuration")
+    made.add_argument("--data", choices=("real", "refshapes"), default="real", help="refshapes: the generated data, made where needed")
+    made.add_argument("--scale", choices=("small", "tiny"), default="small", help="of refshapes: small takes minutes a run, tiny proves "
+                                                                                  "the path")
+    made.add_argument("--seeds", type=int, default=1, help="runs of each row; a claim needs three or more")
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine")
+    made.add_argument("--launcher", help="what starts a verb on all ranks, such as launch/deepspeed.sh; default: one process")
+    made.add_argument("--slurm", metavar="OPTIONS", help="hand the runs to Slurm as arrays, with these options of sbatch, and return")
+    made.add_argument("--only-print", action="store_true", help="start nothing: the table of the runs that there are")
 
     verb("report", _report, "write the HTML page of a run: scores, curves, pictures").add_argument("run_path", type=Path)
     verb("track", _track, "send what an MLflow server has not received yet").add_argument("run_path", type=Path)
@@ -155,9 +178,17 @@ def _pack(options: argparse.Namespace) -> Any:
 def _verify(options: argparse.Namespace) -> Any:
     from coupalign.data.index import verify
 
-    report = verify(options.directory)
-    print(report.table())
-    return (0 if report.ok else 1), report.to_json()
+    if options.leaks:
+        from coupalign.data.leak import overlaps
+        from coupalign.data.shards import open_index
+
+        found = overlaps([open_index(str(directory)) for directory in options.directories])
+        print(found.table())
+        return found.to_json()
+    reports = [verify(directory) for directory in options.directories]
+    print("\n\n".join(report.table() for report in reports))
+    status = 0 if all(report.ok for report in reports) else 1
+    return status, reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports]
 
 
 def _describe(options: argparse.Namespace) -> Any:
@@ -222,13 +253,32 @@ def _eval(options: argparse.Namespace) -> Any:
 
         try:
             scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
-                             options.language_blind, options.pictures, stop)
+                             options.sentences, options.language_blind, options.pictures, stop)
         except Stopped:
             print(f"coupalign: stopped by {stop.name or 'another rank'}; the same command scores anew", file=sys.stderr)
             return STOPPED, None
-    for name, score in scores.items():
-        print(f"\n{name}\n{score.table()}")
-    return {name: score.to_json() for name, score in scores.items()} or None
+    return _print_scores(scores) or None
+
+
+def _print_scores(scores: dict[str, dict[tuple[str, str], Any]]) -> dict[str, Any]:
+    """Print the scores, side by side where a split has several; as JSON by "<split> <protocol> <sentences>", the shortest that tells."""
+    from coupalign.evaluation.metrics import side_by_side
+
+    values: dict[str, Any] = {}
+    for split, found in scores.items():
+        print(f"\n{split}\n{side_by_side(found) if len(found) > 1 else next(iter(found.values())).table()}")
+        several = [len(set(words)) > 1 for words in zip(*found)]
+        for key, score in found.items():
+            values[" ".join([split, *(word for word, tells in zip(key, several) if tells)])] = score.to_json()
+    return values
+
+
+def _compare(options: argparse.Namespace) -> Any:
+    from coupalign.compare import compare
+
+    found = compare(options.run_a, options.run_b, options.split, options.protocol, options.tracking_uri)
+    print(f"A  {options.run_a}\nB  {options.run_b}\n{options.split}, {options.protocol}: {found.table()}")
+    return {"a": options.run_a, "b": options.run_b, "split": options.split, "protocol": options.protocol, **found.to_json()}
 
 
 def _predict(options: argparse.Namespace) -> Any:
@@ -244,6 +294,42 @@ def _predict(options: argparse.Namespace) -> Any:
     if not options.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
     return results
+
+
+def _reproduce(options: argparse.Namespace) -> Any:
+    import shlex
+
+    from coupalign import reproduce
+    from coupalign.config.load import read_config
+
+    if options.seeds < 1 or options.jobs < 1:
+        raise InputError("--seeds and --jobs must be at least 1")
+    scale = options.scale if options.data == "refshapes" else None
+    table = reproduce.read_table(options.table)
+    planned = reproduce.plan_runs(table, scale, options.seeds)
+    runs = [run for _, of_row in planned for run in of_row]
+    name = "-".join(["reproduce", Path(options.table).stem, *([scale] if scale else [])])
+    folder = Path("runs") / name
+    failed: list[Any] = []
+    if options.slurm is not None:
+        commands = reproduce.submit(runs, options.overrides, options.slurm, folder)
+        print(f"{len(commands)} arrays submitted; when they are done: the same command with --only-print in place of --slurm")
+        return {"submitted": [shlex.join(command) for command in commands]}
+    if not options.only_print:
+        if scale:
+            reproduce.make_shapes(scale)
+        try:
+            outcomes = reproduce.run_all(runs, options.overrides, shlex.split(options.launcher or ""), options.jobs)
+        except KeyboardInterrupt:
+            return STOPPED, None
+        failed = [outcome for outcome in outcomes if outcome.status]
+    results = reproduce.collect(planned, table, options.overrides)
+    files = reproduce.publish(name, table, results, folder, read_config(runs[0].config, options.overrides), comparable=scale is None)
+    print("\n" + (folder / "table.txt").read_text(encoding="utf-8"))
+    for outcome in failed:
+        print(f"{outcome.run.directory}: ended with status {outcome.status}; see {outcome.log}", file=sys.stderr)
+    print(f"page: {folder / 'index.html'}")
+    return (1 if failed else 0), {"files": [str(file) for file in files], "failed": [str(outcome.run.directory) for outcome in failed]}
 
 
 def _report(options: argparse.Namespace) -> Any:

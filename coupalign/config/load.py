@@ -27,8 +27,11 @@ def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection:
-    """`read_config` for any section that a YAML file may hold by itself."""
-    return _overridden(kind, read_yaml(path), path, overrides)
+    """`read_config` for any section that a YAML file may hold by itself.
+
+    A file may say `base: OTHER.yaml` (beside it): it then holds only what differs from the other one.
+    """
+    return _overridden(kind, _with_base(kind, path), path, overrides)
 
 
 def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
@@ -109,6 +112,31 @@ def _overridden(kind: type[AnySection], tree: dict[str, Any], file: Path | str, 
     for change in overrides:
         _apply(kind, tree, change)
     return parse_section(kind, tree, file, {change.partition("=")[0].strip(): change for change in overrides})
+
+
+def _with_base(kind: type[Section], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise InputError(f"{path}: `base` leads back to the file itself: {' -> '.join(file.name for file in (*above, path))}")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"{path}: base: the name of a YAML file beside it is expected, found {base!r}")
+    return _merged(kind, [], _with_base(kind, path.parent / base, (*above, path.resolve())), tree)
+
+
+def _merged(kind: type[Section], path: list[str], old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`old` with what `new` says instead, mappings key by key; another `kind` keeps of `old` what an override would keep."""
+    if "kind" in new and new["kind"] != old.get("kind"):
+        kept = _shared(_walk(kind, path), old.get("kind"), new["kind"])
+        old = {name: value for name, value in old.items() if name in kept}
+    merged = dict(old)
+    for key, value in new.items():
+        before = old.get(key)
+        both = isinstance(value, Mapping) and isinstance(before, dict)
+        merged[key] = _merged(kind, [*path, key], before, value) if both else value
+    return merged
 
 
 def _apply(kind: type[Section], tree: dict[str, Any], change: str) -> None:
