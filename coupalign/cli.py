@@ -240,6 +240,8 @@ def _train(options: argparse.Namespace) -> Any:
         return status, None
     for name, score in outcome.scores.items():
         print(f"\n{name}\n{score.table()}")
+    if outcome.finished and outcome.scores:
+        _write_page(config.directory)
     return status, {"run": str(config.directory), "finished": outcome.finished, **outcome.state.to_json(),
                     "scores": {name: score.to_json() for name, score in outcome.scores.items()}}
 
@@ -248,8 +250,9 @@ def _eval(options: argparse.Namespace) -> Any:
     from coupalign.engine.stop import StopRequest
 
     with StopRequest() as stop:
+        from coupalign.engine.restore import find_checkpoint
         from coupalign.evaluation.evaluator import Stopped
-        from coupalign.training.rescore import rescore
+        from coupalign.training.rescore import rescore, run_directory
 
         try:
             scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
@@ -257,7 +260,10 @@ def _eval(options: argparse.Namespace) -> Any:
         except Stopped:
             print(f"coupalign: stopped by {stop.name or 'another rank'}; the same command scores anew", file=sys.stderr)
             return STOPPED, None
-    return _print_scores(scores) or None
+    values = _print_scores(scores)
+    if scores:
+        _write_page(run_directory(find_checkpoint(options.run_path)))
+    return values or None
 
 
 def _print_scores(scores: dict[str, dict[tuple[str, str], Any]]) -> dict[str, Any]:
@@ -333,15 +339,20 @@ def _reproduce(options: argparse.Namespace) -> Any:
 
 
 def _report(options: argparse.Namespace) -> Any:
+    return {"page": str(_write_page(options.run_path))}
+
+
+def _write_page(run: Path) -> Path:
+    """Write the page of a run, and show it with scores and pictures in MLflow, where the run is tracked."""
     from coupalign.config.load import read_config
     from coupalign.report import report_run
     from coupalign.training.rescore import publish_scores
 
-    page = report_run(options.run_path)
+    page = report_run(run)
     print(f"page: {page}")
-    if (options.run_path / "config.yaml").is_file():
-        publish_scores(read_config(options.run_path / "config.yaml").model_copy(update={"run_dir": options.run_path}))
-    return {"page": str(page)}
+    if (run / "config.yaml").is_file():
+        publish_scores(read_config(run / "config.yaml").model_copy(update={"run_dir": run}))
+    return page
 
 
 def _track(options: argparse.Namespace) -> Any:

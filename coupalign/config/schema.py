@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -43,6 +43,9 @@ class DataConfig(Section):
     evaluate: tuple[Source, ...] = Field((), description="what is scored during and after training")
     image_size: int = Field(480, ge=32, description="side of the square model input, pixels")
     resize: Literal["squash", "letterbox"] = Field("squash", description="squash ignores the aspect ratio; letterbox pads")
+    mix: Literal["clean", "leaky"] | None = Field(
+        None, description="what is done with training samples on photographs that are to be scored: clean leaves them out, leaky keeps "
+                          "them, for comparison with papers, and marks every score; none refuses to train")
     unit: Literal["ref", "sentence"] = Field("ref", description="a training sample: a ref with one random sentence, or each sentence")
     sentence: Literal["cleaned", "raw"] = Field("cleaned", description="which text of the annotation is read: `sent` or `raw`")
     tokenizer: str | None = Field(None, description="folder or hub name of a Hugging Face tokenizer; none: the vocabulary "
@@ -68,9 +71,10 @@ class TimmBackbone(Section):
 
     kind: Literal["timm"] = "timm"
     name: str = Field("swin_base_patch4_window12_384", description="timm name: swin_*, resnet101*, darknet53")
-    weights: str | None = Field(None, description="local file (official Swin .pth, timm, torchvision), 'hub' for timm's own, "
+    weights: str | None = Field(None, description="local file (official Swin .pth, timm, torchvision, Darknet), 'hub' for timm's own, "
                                                    "a hub name, or none: random start")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of Swin, probability at the last block")
+    slope: float = Field(0.01, ge=0, lt=1, description="of Darknet's rectifiers below zero: timm's weights 0.01, Darknet's own 0.1")
     freeze_norm: bool = Field(True, description="keep BatchNorm statistics and scales as loaded (ResNet, Darknet)")
     checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
 
@@ -220,7 +224,7 @@ class LtsSegmentConfig(Section):
     """LTS's fused map and its segmentation network."""
 
     width: int = Field(256, ge=8, description="channels of the fused map and of the segmentation network")
-    dilations: tuple[int, ...] = Field((1, 3, 5), min_length=1, description="of the 3x3 convolutions side by side")
+    dilations: tuple[PositiveInt, ...] = Field((1, 3, 5), min_length=1, description="of the 3x3 convolutions side by side")
 
 
 class LtsLossConfig(EvenMaskLossConfig):
@@ -314,6 +318,8 @@ class MlflowTracking(Section):
 class EvalConfig(Section):
     protocol: Literal["ris-v1", "lavt", "cris"] = Field("ris-v1", description="how a prediction meets the truth; docs/method.md")
     batch: int = Field(16, ge=1, description="samples a rank takes at once")
+    pictures: int = Field(8, ge=0, description="samples of each kind (best, median, worst, random) that the last evaluation of a "
+                                              "training draws")
     bootstrap: int = Field(1000, ge=0, description="resamples of the confidence intervals; 0: none")
     limit: int | None = Field(None, ge=1, description="score only so many samples: a quick look, never a result")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,8 @@ def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
     options: dict = {}
     if config.name.startswith("swin"):
         options = {"img_size": image_size, "drop_path_rate": config.drop_path}
+    if config.name.startswith("darknet"):
+        options = {"act_layer": partial(nn.LeakyReLU, negative_slope=config.slope)}
     try:
         net = timm.create_model(config.name, pretrained=False, num_classes=0, global_pool="", **options)
     except RuntimeError as error:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from coupalign.config.schema import BertText, ModelConfig, TimmBackbone
 from coupalign.errors import InputError
+from coupalign.model.weights_darknet import adapt, is_darknet
 from coupalign.model.weights_files import locate, read_tensors, read_weights, write_weights
+from coupalign.model.weights_leak import leak_of
 from coupalign.model.weights_match import Fit, compare
 from coupalign.model.weights_names import IMAGE_NAMING, TEXT_NAMING, looks_like
 from coupalign.model.weights_report import LoadReport, random_report
 
 if TYPE_CHECKING:
-    from coupalign.model.coupalign import CoupAlign
+    from coupalign.model.referring import ReferringModel
 
 __all__ = ["LoadReport", "load_image_weights", "load_model_weights", "load_pretrained", "load_text_weights",
            "random_shape_source", "read_weights", "write_weights"]
@@ -32,7 +34,7 @@ _WORDS = "embeddings.word_embeddings.weight"
 _RANDOM = "random:"
 
 
-def load_pretrained(model: CoupAlign, config: ModelConfig) -> list[LoadReport]:
+def load_pretrained(model: ReferringModel, config: ModelConfig) -> list[LoadReport]:
     """Load the encoders' weights that the config names; returns one report an encoder, for the caller to print.
 
     Raises:
@@ -61,7 +63,7 @@ def random_shape_source(weights: str) -> str | None:
 
 
 def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
-    """Load a timm encoder from an official Swin, timm or torchvision file.
+    """Load a timm encoder from an official Swin, timm, torchvision or Darknet file, or from weights of ours.
 
     Args:
         net: timm model; its classifier and final norm may be gone.
@@ -83,7 +85,9 @@ def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
         raise InputError(
             f"{path}: these are not the weights of {name}{_likeness(found, name)}.\n{fit.differences()}\n"
             f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, or model.image.name to what the file holds.")
-    return _copy(fit, "image", path)
+    if is_darknet(path):
+        fit.notes += adapt(fit.values, net)
+    return _copy(fit, "image", path, leak_of(found))
 
 
 def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
@@ -91,7 +95,7 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
 
     Args:
         bert: `transformers.BertModel`, with or without pooler.
-        source: folder with model.safetensors or pytorch_model.bin, such a file, or a hub name.
+        source: folder with model.safetensors or pytorch_model.bin, such a file, weights of ours, or a hub name.
 
     Raises:
         InputError: no such weights, another vocabulary, or another model.
@@ -107,7 +111,7 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
     if fit.wrong:
         raise InputError(f"{path}: these are not the weights of this BERT{_likeness(found)}.\n{fit.differences()}\n"
                          f"Nothing was loaded. Set {_TEXT_FIELD} to the folder of a BERT.")
-    return _copy(fit, "text", path)
+    return _copy(fit, "text", path, leak_of(found))
 
 
 def load_model_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
@@ -123,7 +127,7 @@ def load_model_weights(model: nn.Module, state: Mapping[str, Tensor], source: st
     _assign(fit)
 
 
-def _copy(fit: Fit, part: str, path: Path) -> LoadReport:
+def _copy(fit: Fit, part: str, path: Path, leak: str) -> LoadReport:
     """Copy what fits, after a look for numbers that are none; returns the report."""
     for name, value in fit.values.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -131,7 +135,7 @@ def _copy(fit: Fit, part: str, path: Path) -> LoadReport:
     _assign(fit)
     resized = {name for name, _, _ in fit.interpolated}
     return LoadReport(part, str(path), tuple(name for name in fit.target if name in fit.values and name not in resized),
-                      tuple(fit.interpolated), tuple(fit.left_out), tuple(fit.kept), tuple(fit.notes))
+                      tuple(fit.interpolated), tuple(fit.left_out), tuple(fit.kept), tuple(fit.notes), leak)
 
 
 def _assign(fit: Fit) -> None:

@@ -1,4 +1,4 @@
-"""Where weights lie and how their files are read: local .safetensors, .pth, .pt and .bin, folders, the Hugging Face hub."""
+"""Where weights lie and how their files are read: local .safetensors, .pth, .pt, .bin and Darknet's, folders, the Hugging Face hub."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coupalign.errors import InputError
 from coupalign.files import whole_file
+from coupalign.model.weights_darknet import is_darknet, read_darknet
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
@@ -50,6 +51,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_weights(path)
+    if is_darknet(path):
+        return read_darknet(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise nearly every type there is
@@ -65,7 +68,8 @@ def locate(source: str, field: str) -> Path:
     """Find the weights file of a local file, a folder, or a hub name.
 
     Args:
-        source: path of a file; of a folder with model.safetensors or pytorch_model.bin; or a Hugging Face hub name.
+        source: path of a file; of a folder with model.safetensors or pytorch_model.bin; of the folder text/ of a checkpoint of ours,
+            which says the shape of weights that lie beside it; or a Hugging Face hub name.
         field: the config field `source` is from, for messages.
 
     Raises:
@@ -76,10 +80,12 @@ def locate(source: str, field: str) -> Path:
         for name in _IN_FOLDERS:
             if (path / name).is_file():
                 return path / name
+        if (path / "config.json").is_file() and (path.parent / "weights.safetensors").is_file():
+            return path.parent / "weights.safetensors"
         raise InputError(f"{field}: the folder {path} holds neither {' nor '.join(_IN_FOLDERS)}")
     if path.is_file():
         return path
-    if source.startswith(("/", ".", "~")) or path.suffix in _SUFFIXES:
+    if source.startswith(("/", ".", "~")) or path.suffix in _SUFFIXES or is_darknet(path):
         raise InputError(f"{field}: there is no file or folder {path}")
     return _fetch(source, field)
 

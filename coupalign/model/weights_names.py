@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from coupalign.model.weights_leak import detector_of
+
+_OURS = "image.net."    # where a model of ours keeps its image encoder
 Renaming = tuple[dict[str, str], str | None]  # name in the file -> name in the model; what was done, in words
 
 
@@ -59,19 +62,21 @@ def bert_names(names: Collection[str]) -> Renaming:
 
 
 IMAGE_NAMING = Naming(
-    prefixes=("module.", "model.", "backbone.", "encoder."),
+    # "body." is of torchvision's detectors, "0.body." of DETR
+    prefixes=("module.", "model.", "backbone.", "encoder.", _OURS, "body.", "0.body."),
     rename=swin_names,
     optional=(
         (r"(^|\.)(relative_position_index|attn_mask)$", "derived"),
         (r"\.num_batches_tracked$", "a step counter"),
         (r"^(head|fc|classifier)\.", "the classifier"),
+        (r"^detector\.", "the detector behind the encoder"),
         (r"^norm\d?\.(weight|bias)$", "the norm after the last stage"),
     ),
     resizable=r"relative_position_bias_table$",
 )
 
 TEXT_NAMING = Naming(
-    prefixes=("module.", "model.", "bert."),
+    prefixes=("module.", "model.", "text.", "bert."),    # "text.bert." is ours
     rename=bert_names,
     optional=(
         (r"^embeddings\.(position_ids|token_type_ids)$", "derived"),
@@ -103,7 +108,14 @@ def resize_bias_table(table: Tensor, entries: int) -> Tensor:
 
 def looks_like(found: Mapping[str, Tensor]) -> str | None:
     """What the tensors of a file seem to be, by a timm name where there is one; None: nothing known."""
-    prefixes = re.compile(r"^((module|model|backbone|bert|encoder(?!\.layer\.))\.)+")
+    if ours := {name.removeprefix(_OURS): tensor for name, tensor in found.items() if name.startswith(_OURS)}:
+        return f"a run of ours with {_encoder_of(ours) or 'a small encoder'}"
+    detector, encoder = detector_of(found), _encoder_of(found)
+    return f"the {encoder or 'unknown encoder'} of {detector}" if detector else encoder
+
+
+def _encoder_of(found: Mapping[str, Tensor]) -> str | None:
+    prefixes = re.compile(r"^((module|model|backbone|bert|(0\.)?body|encoder(?!\.layer\.))\.)+")
     found = {prefixes.sub("", name): tensor for name, tensor in found.items()}
     if "embeddings.word_embeddings.weight" in found:
         words, width = found["embeddings.word_embeddings.weight"].shape

@@ -20,6 +20,7 @@ class LoadReport:
         left_out: (name in the file, why) of the tensors the model has no use for.
         missing: names of the model's tensors that the file may lack, and does: they keep their start.
         notes: prefixes taken off, names translated, why nothing was loaded.
+        leak: why these weights may have seen the test images; "" where nothing says so.
     """
 
     part: str
@@ -29,6 +30,7 @@ class LoadReport:
     left_out: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    leak: str = ""
 
     @property
     def random(self) -> bool:
@@ -39,8 +41,9 @@ class LoadReport:
         """A few lines for people: counts, and the first names of what is not simply loaded."""
         if self.random:
             return "\n".join([f"{self.part}: RANDOM START, no pretrained weights", *(f"  {note}" for note in self.notes)])
-        lines = [f"{self.part}: {len(self.loaded)} tensors loaded, {len(self.interpolated)} interpolated, "
-                 f"{len(self.left_out)} left out, {len(self.missing)} not in the file; from {self.source}"]
+        lines = [f"{self.part}: THESE WEIGHTS MAY HAVE SEEN THE TEST IMAGES. {self.leak}"] if self.leak else []
+        lines += [f"{self.part}: {len(self.loaded)} tensors loaded, {len(self.interpolated)} interpolated, "
+                  f"{len(self.left_out)} left out, {len(self.missing)} not in the file; from {self.source}"]
         lines += [f"  {note}" for note in self.notes]
         if self.interpolated:
             shown = [f"{name} {old} -> {new}" for name, old, new in self.interpolated]

@@ -208,9 +208,14 @@ def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) 
     """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
     config, world = run.config, run.world
     agree_on_statistics(run.engine.model, world)
-    with run.engine.averaged():
-        scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
-                              lambda: dist.any_rank(stop.name is not None, world))
+    try:
+        with run.engine.averaged():
+            scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
+                                  config.evaluate.pictures if state.step == run.total else 0,
+                                  lambda: dist.any_rank(stop.name is not None, world))
+    except OSError as error:
+        raise InputError(f"{config.directory}: the scores after step {state.step} could not be written ({error}). Make room, then call the "
+                         "same command: it goes on from the newest checkpoint") from error
     for split, score in scores.items():
         tracker.log(state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()})
         tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})

@@ -55,7 +55,7 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
     with dist.session() as world:
         checkpoint = find_checkpoint(path)
         config, model, tokenizer = open_checkpoint(checkpoint, world.device)
-        config = override(config, overrides).model_copy(update={"run_dir": _run_directory(checkpoint)})
+        config = override(config, overrides).model_copy(update={"run_dir": run_directory(checkpoint)})
         score = partial(score_split, _inference(model.eval(), config.precision), config, tokenizer=tokenizer, world=world,
                         protocols=list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol],
                         rules=RULES if sentences == "all" else [sentences], language_blind=language_blind, pictures=pictures,
@@ -74,7 +74,6 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
         if scores:
             split, first = next((split, score) for split, found in scores.items() for score in found.values())
             write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": split, **first.to_json()})
-            publish_scores(config)
         return scores
 
 
@@ -121,7 +120,7 @@ def _sources(config: Config, splits: Sequence[str], index: str | None) -> list[S
     return chosen + [base[0].model_copy(update={"split": split}) for split in missing]
 
 
-def _run_directory(checkpoint: Path) -> Path:
-    """…/checkpoints/step-00000100 -> …; a checkpoint that lies elsewhere is its own run directory."""
+def run_directory(checkpoint: Path) -> Path:
+    """Where the scores of a checkpoint belong: …/checkpoints/step-00000100 -> …; one that lies elsewhere is its own run directory."""
     resolved = checkpoint.resolve()
     return resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved

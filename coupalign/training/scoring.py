@@ -19,23 +19,26 @@ from coupalign.dist import World
 from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
 from coupalign.evaluation.facts import Rows, rows_path, write_rows
 from coupalign.evaluation.metrics import Score
+from coupalign.evaluation.pictures import keep_pictures
 from coupalign.evaluation.protocols import describe_conditions, find_protocol
 
 Infer = Callable[[Batch], Tensor]
 
 
 def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokenizer: Tokenizer, world: World,
-                 stopped: Callable[[], bool] = lambda: False) -> dict[str, Score]:
+                 pictures: int = 0, stopped: Callable[[], bool] = lambda: False) -> dict[str, Score]:
     """Score each source by itself under the config's protocol, every sentence a sample; collective.
 
-    Names -> scores on rank 0, empty elsewhere. Raises Stopped on every rank once `stopped`, which must agree on all of them,
-    says so.
+    Names -> scores on rank 0, which also draws so many `pictures` of each kind; empty elsewhere. Raises Stopped on every rank
+    once `stopped`, which must agree on all of them, says so.
     """
     scores = {}
     for name, source in split_names(sources).items():
-        [evaluation] = score_split(infer, config, name, source, tokenizer, world, stopped=stopped).values()
+        [evaluation] = score_split(infer, config, name, source, tokenizer, world, pictures=pictures, stopped=stopped).values()
         if evaluation.score is not None:
             scores[name] = evaluation.score
+            if pictures:
+                keep_pictures(config.directory / "pictures" / name, evaluation, pictures)
     return scores
 
 

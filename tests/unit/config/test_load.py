@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coupalign.config.load import diff, dump, flatten, override, read_config
-from coupalign.config.schema import Config, DeepSpeedEngine, Source
+from coupalign.config.schema import Config, DeepSpeedEngine, Source, TimmBackbone
 from coupalign.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -72,3 +72,28 @@ def test_flatten_diff_and_override_agree() -> None:
     assert diff(old, new) == {"optim.lr": (5e-5, 1.0), "model.proposals.stages": ([4], [3, 4])}
     assert flatten(new)["optim.lr"] == 1.0
     assert diff(new, new) == {}
+
+
+def test_another_method_keeps_the_encoders_and_nothing_else(tmp_path: Path) -> None:
+    file = written(tmp_path, "model: {image: {kind: small, widths: [8, 8, 8, 8]}, text: {kind: small}, decoder: {width: 24}, "
+                             "losses: {dice: 3}}")
+    plain, lavt = read_config(file), read_config(file, ["model.kind=lavt"])
+    assert (lavt.model.image, lavt.model.text) == (plain.model.image, plain.model.text)
+    assert (plain.model.kind, lavt.model.decoder.width, lavt.model.losses.dice) == ("coupalign", 512, 0.0)
+    assert read_config(file, ["model.kind=coupalign"]) == plain
+    assert read_config(file, ["model.image.kind=timm"]).model.image == TimmBackbone()
+
+
+def test_a_base_is_the_file_with_what_differs(tmp_path: Path) -> None:
+    written(tmp_path, "name: whole\nmodel: {proposals: {count: 9, layers: 1}, text: {kind: small, width: 16}}\ntrain: {steps: 5}")
+    (tmp_path / "more.yaml").write_text("base: run.yaml\nname: more\nmodel: {proposals: {count: 3}}\n")
+    (tmp_path / "rival.yaml").write_text("base: more.yaml\nmodel: {kind: lavt, decoder: {width: 32}}\n")
+    more, rival = read_config(tmp_path / "more.yaml"), read_config(tmp_path / "rival.yaml", ["train.steps=6"])
+    assert (more.name, more.train.steps, more.model.proposals.count, more.model.proposals.layers) == ("more", 5, 3, 1)
+    assert (rival.name, rival.train.steps, rival.model.kind, rival.model.decoder.width) == ("more", 6, "lavt", 32)
+    assert rival.model.text == more.model.text
+    for text, named in (("base: loop.yaml", "leads back"), ("base: nowhere.yaml", "nowhere.yaml: no such file"),
+                        ("base: [1]", "a YAML file beside it")):
+        (tmp_path / "loop.yaml").write_text(text)
+        with pytest.raises(InputError, match=named):
+            read_config(tmp_path / "loop.yaml")

@@ -11,6 +11,7 @@ from coupalign.config.schema import (
     DecoderConfig,
     LossConfig,
     ProposalsConfig,
+    RefineConfig,
     SmaConfig,
     SmallBackbone,
     SmallText,
@@ -166,3 +167,36 @@ def test_it_learns_to_tell_two_sentences_apart():
         optimizer.zero_grad()
     predicted = model(image, words, mask) > 0
     assert (predicted & target).sum() / (predicted | target).sum() > 0.7
+
+
+def test_refinement_decides_only_the_least_certain_pixels_and_starts_at_nothing():
+    torch.manual_seed(0)
+    model = opened(config(refine=RefineConfig(points=7)))
+    image, words, mask, target = inputs()
+    plain = model.config.model_copy(update={"refine": RefineConfig()})
+    before = build_model(plain, VOCABULARY, SIDE).eval()
+    before.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("refine.")})
+    with torch.no_grad():
+        torch.testing.assert_close(model(image, words, mask), before(image, words, mask), rtol=0, atol=0)
+        model.refine.decide[-1].bias += 1.0
+        coarse, refined = before(image, words, mask), model(image, words, mask)
+    for one, other in zip(coarse.flatten(1), refined.flatten(1)):
+        changed = (one != other).nonzero().flatten().tolist()
+        assert sorted(changed) == sorted(one.abs().topk(7, largest=False).indices.tolist())
+        torch.testing.assert_close(other[changed], one[changed] + 1.0)
+    losses = model(image, words, mask, target)
+    assert losses["points"] > 0 and set(losses) == {"loss", "mask", "dice", "contrast", "points"}
+
+
+def test_a_point_sees_the_colors_around_it():
+    """Against a loop over the points, with the edge repeated."""
+    from coupalign.model.refine import _around
+
+    colors = torch.randn(2, 5, 5, 3, generator=torch.Generator().manual_seed(0))
+    y, x = torch.tensor([[0, 4, 2], [3, 0, 1]]), torch.tensor([[0, 4, 3], [1, 2, 0]])
+    found = _around(colors, y, x)
+    for b in range(2):
+        for k in range(3):
+            expected = [colors[b, min(max(int(y[b, k]) + i, 0), 4), min(max(int(x[b, k]) + j, 0), 4)]
+                        for i in (-1, 0, 1) for j in (-1, 0, 1)]
+            torch.testing.assert_close(found[b, k], torch.cat(expected))

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from coupalign.config.schema import LossConfig
-from coupalign.model.losses import contrast_loss, dice_loss, referring_losses, weighted_cross_entropy
+from coupalign.config.schema import LossConfig, MaskLossConfig
+from coupalign.model.losses import boundary_loss, contrast_loss, dice_loss, mask_losses, referring_losses, weighted_cross_entropy
 
 
 def case(batch: int = 4, side: int = 32, width: int = 6, seed: int = 0):
@@ -100,3 +100,38 @@ def test_losses_are_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         out = referring_losses(logits, embedding.bfloat16(), target, LossConfig())
     assert all(x.dtype == torch.float32 for x in out.values())
+
+
+def test_the_boundary_loss_of_hard_masks_is_one_minus_f1_counted_by_hand():
+    truth = torch.zeros(1, 24, 24, dtype=torch.bool)
+    truth[0, 6:18, 6:18] = True
+
+    def edge(mask):
+        inner = torch.zeros_like(mask)
+        for y in range(24):
+            for x in range(24):
+                around = mask[max(0, y - 1):y + 2, max(0, x - 1):x + 2]
+                inner[y, x] = bool(around.all())
+        return [(int(y), int(x)) for y, x in (mask & ~inner).nonzero()]
+
+    def near(point, others):
+        return any(abs(point[0] - y) <= 2 and abs(point[1] - x) <= 2 for y, x in others)
+
+    for shift in (0, 2, 3, 5):
+        predicted = truth.roll(shift, 2)
+        a, b = edge(predicted[0]), edge(truth[0])
+        precision, recall = sum(near(p, b) for p in a) / len(a), sum(near(p, a) for p in b) / len(b)
+        found = boundary_loss((predicted.float() * 2 - 1) * 50, truth).item()
+        assert found == pytest.approx(1 - 2 * precision * recall / (precision + recall), abs=1e-4), shift
+    assert boundary_loss(torch.zeros(1, 24, 24), torch.zeros(1, 24, 24, dtype=torch.bool)).item() == 0, "no boundary to find"
+
+
+def test_the_boundary_loss_has_a_gradient_and_splits_like_the_others():
+    logits, _, target = (x.double() if x.is_floating_point() else x for x in case())
+    config = MaskLossConfig(mask=0, dice=0, boundary=1)
+    whole = mask_losses(logits, target, config)
+    parts = [mask_losses(logits[i:i + 2], target[i:i + 2], config) for i in (0, 2)]
+    assert whole["loss"].item() == pytest.approx(sum(p["loss"].item() for p in parts) / 2, rel=1e-6)
+    grad, = torch.autograd.grad(whole["loss"], logits)
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    assert "boundary" not in mask_losses(logits, target, MaskLossConfig())

@@ -18,11 +18,13 @@ import transformers  # noqa: E402
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple  # noqa: E402
 from timm.models.swin_transformer import SwinTransformer  # noqa: E402
 
-from coupalign.config.schema import ModelConfig  # noqa: E402
+from coupalign.config.schema import CoupAlignConfig, LavtConfig, VltConfig  # noqa: E402
 from coupalign.errors import InputError  # noqa: E402
 from coupalign.model import weights  # noqa: E402
-from coupalign.model.coupalign import build_model  # noqa: E402
+from coupalign.model.methods import build_model  # noqa: E402
+from coupalign.model.text import write_shape  # noqa: E402
 from coupalign.model.weights_names import looks_like  # noqa: E402
+from tests.unit.model.test_weights_names import bicubic_1d  # noqa: E402
 
 
 def swin(window=4, pixels=128, width=8, depths=(1, 1, 2, 1), classes=5, seed=0, heads=(1, 2, 4, 8)):
@@ -120,19 +122,44 @@ def test_a_kept_final_norm_is_loaded_and_a_kept_classifier_may_stay(tmp_path):
     assert report.missing == ("head.fc.weight", "head.fc.bias") and ("head.fc.bias", "the classifier") in report.left_out
 
 
-def test_another_window_interpolates_the_tables_and_nothing_else(tmp_path):
-    source, net = swin(window=7, pixels=224, seed=1), headless(swin(window=12, pixels=384, seed=2))
+def bicubic(table, entries):
+    """The official rule from its definition, an axis at a time."""
+    old, new = round(len(table) ** 0.5), round(entries ** 0.5)
+    rows = torch.from_numpy(bicubic_1d(old, new))
+    return torch.einsum("yi,xj,ijh->yxh", rows, rows, table.double().view(old, old, -1)).reshape(entries, -1).float()
+
+
+def shift_mask(side, window, shift):
+    """Which pairs of a shifted window must not meet: those that the roll brought together. [windows, w*w, w*w], by hand."""
+    region = torch.tensor([0 if i < side - window else 1 if i < side - shift else 2 for i in range(side)])
+    of = 3 * region[:, None] + region
+    windows = [of[y:y + window, x:x + window].flatten() for y in range(0, side, window) for x in range(0, side, window)]
+    return torch.stack([(w[:, None] != w) * -100.0 for w in windows])
+
+
+@pytest.mark.parametrize("window, pixels, new_window, new_pixels, resized", [
+    (7, 224, 12, 384, 5), (12, 384, 7, 224, 5), (7, 224, 7, 448, 0), (12, 384, 12, 192, 1)])    # the last: 6 x 6 are left for 12
+def test_another_window_or_resolution_interpolates_the_tables_and_nothing_else(tmp_path, window, pixels, new_window, new_pixels, resized):
+    source, net = swin(window, pixels, seed=1), headless(swin(new_window, new_pixels, seed=2))
     torch.save({"model": official(source)}, tmp_path / "swin.pth")
     report = weights.load_image_weights(net, "swin_x", str(tmp_path / "swin.pth"))
-    tables = {name for name in net.state_dict() if name.endswith("relative_position_bias_table")}
-    assert {name for name, _, _ in report.interpolated} == tables and len(tables) == 5
+    tables = {name for name, _, _ in report.interpolated}
+    assert len(tables) == resized and all(name.endswith("relative_position_bias_table") for name in tables)
     assert set(report.loaded) == set(net.state_dict()) - tables
     for name, tensor in net.state_dict().items():
         expected = source.state_dict()[name]
-        if name in tables:
-            expected = resize_rel_pos_bias_table_simple(expected, (12, 12), tensor.shape)
+        if name in tables:     # fp32 places the samples to about 2e-6 of a step
+            torch.testing.assert_close(tensor, bicubic(expected, len(tensor)), rtol=1e-5, atol=1e-5)
+            expected = resize_rel_pos_bias_table_simple(expected, (round((len(tensor) ** 0.5 + 1) / 2),) * 2, tensor.shape)
         assert torch.equal(tensor, expected), name
-    assert "(169, 1) -> (529, 1)" in report.text() and "and 3 more" in report.text()
+    if resized == 5:
+        assert "and 3 more" in report.text()
+    shifted, side = net.layers[2].blocks[1], new_pixels // 16
+    if side > new_window:      # else one window holds the whole stage, and nothing is shifted
+        assert torch.equal(shifted.attn_mask, shift_mask(side, new_window, new_window // 2)), "not of this resolution"
+    places = torch.cartesian_prod(torch.arange(new_window), torch.arange(new_window))
+    offset = places[:, None] - places + new_window - 1
+    assert torch.equal(shifted.attn.relative_position_index, offset[..., 0] * (2 * new_window - 1) + offset[..., 1])
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +183,10 @@ def test_torchvision_resnet101_gives_the_same_features(tmp_path, resnet):
     assert expected.std() > 0 and torch.allclose(features, expected, rtol=1e-5, atol=1e-5)
     assert {name for name, _ in report.left_out} == {"fc.weight", "fc.bias"}
     assert report.missing and all(name.endswith("num_batches_tracked") for name in report.missing)
+    safetensors.torch.save_file(net.state_dict() | {"fc.weight": torch.zeros(2, 2048)}, tmp_path / "timm.safetensors")
+    again = weights.load_image_weights(randomize(net), "resnet101", str(tmp_path / "timm.safetensors"))
+    assert set(again.loaded) == set(net.state_dict()) and again.left_out == (("fc.weight", "the classifier"),)
+    assert torch.equal(net.layer4[2].bn3.running_var, resnet.layer4[2].bn3.running_var)
     message = refused(weights.load_image_weights, net, "resnet101", wrong_depth(state, tmp_path), match="look like resnet50")
     assert "missing in the file:\n    layer3.6.conv1.weight (256, 1024, 1, 1)" in message
 
@@ -295,7 +326,7 @@ class TwoEncoders(torch.nn.Module):
 
 
 def config(image, text):
-    return ModelConfig.model_validate({"image": image, "text": text})
+    return CoupAlignConfig.model_validate({"image": image, "text": text})
 
 
 def test_load_pretrained_loads_both_encoders(tmp_path):
@@ -348,7 +379,7 @@ def test_own_weights_are_loaded_whole_or_not_at_all(tmp_path):
 def test_a_real_model_takes_its_encoder_from_a_folder_and_itself_from_a_file(tmp_path):
     source = bert(seed=3)
     source.save_pretrained(tmp_path / "bert")
-    small = ModelConfig.model_validate({
+    small = CoupAlignConfig.model_validate({
         "image": {"kind": "small", "widths": (8, 8, 16, 16)}, "text": {"kind": "bert", "weights": str(tmp_path / "bert")},
         "decoder": {"width": 16}, "proposals": {"count": 2, "layers": 1, "heads": 2, "ffn": 16}})
     model, other = (build_model(small, vocabulary=50, image_size=64) for _ in range(2))
@@ -360,3 +391,25 @@ def test_a_real_model_takes_its_encoder_from_a_folder_and_itself_from_a_file(tmp
     assert same(other.state_dict(), model.state_dict())
     deeper = build_model(small.model_copy(update={"proposals": small.proposals.model_copy(update={"layers": 2})}), 50, 64)
     refused(weights.load_model_weights, deeper, model.state_dict(), match=r"missing in the file:\n    proposals\.")
+
+
+def test_a_run_starts_from_the_encoders_of_another_run(tmp_path):
+    """model.image.weights is its checkpoint's weights.safetensors, model.text.weights the folder text/ beside that: of any method."""
+    bert().save_pretrained(tmp_path / "bert")
+    encoders = {"image": {"kind": "timm", "name": "resnet18"}, "text": {"kind": "bert", "weights": str(tmp_path / "bert")}}
+    run = build_model(LavtConfig.model_validate({**encoders, "decoder": {"width": 8}}), 50, 64)
+    randomize(run)
+    weights.write_weights(tmp_path / "weights.safetensors", run.state_dict())
+    write_shape(run.config.text, 50, tmp_path / "text")
+    net, words = timm.create_model("resnet18", num_classes=0, global_pool=""), bert(seed=9)
+    image = weights.load_image_weights(net, "resnet18", str(tmp_path / "weights.safetensors"))
+    text = weights.load_text_weights(words, str(tmp_path / "weights.safetensors"))
+    assert same(net.state_dict(), run.image.net.state_dict()) and same(words.state_dict(), run.text.bert.state_dict())
+    assert "prefix 'image.net.'" in image.text() and "prefix 'text.bert.'" in text.text() and not image.leak and not text.leak
+    refused(weights.load_image_weights, headless(swin()), "swin_x", str(tmp_path / "weights.safetensors"),
+            match="they look like a run of ours with resnet18")
+    started = VltConfig.model_validate({"image": {**encoders["image"], "weights": str(tmp_path / "weights.safetensors")},
+                                        "text": {"kind": "bert", "weights": str(tmp_path / "text")}})
+    other = build_model(started, 50, 64)
+    assert not any(report.random for report in weights.load_pretrained(other, started))
+    assert same(other.image.net.state_dict(), run.image.net.state_dict()) and same(other.text.bert.state_dict(), run.text.bert.state_dict())
