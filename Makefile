@@ -17,14 +17,14 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
 test: setup lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --durations 15
 
 # On a real Slurm and over a real network, both on this machine: as root, on Debian or Ubuntu, whose packages it installs.
 # KILLS=n: how often the fault injector kills a rank of one run.
 KILLS ?= 30
 test-cluster: setup
 	tests/cluster/slurm.sh install
-	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster
+	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster --durations 15
 
 # On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
 gpu: setup

@@ -17,7 +17,7 @@ STOPPED = 75      # EX_TEMPFAIL: asked to stop, can go on; slurm/job.sh puts the
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 (the answer is no), 2 (the input is wrong), 75 (stopped, can go on)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "urllib3", "botocore", "aiobotocore", "alembic", "mlflow.store"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -32,6 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and value is not None:
         print(json.dumps(value, ensure_ascii=False), flush=True)
     return status
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes positional words only where they stand together; overrides may stand anywhere."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

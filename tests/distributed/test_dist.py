@@ -9,6 +9,7 @@ import torch
 
 from coupalign import dist
 from coupalign.dist import World
+from coupalign.engine.base import agree_on_statistics
 from coupalign.errors import InputError
 from tests.distributed.ranks import run_ranks
 
@@ -58,3 +59,18 @@ def found_on_main(world: World) -> tuple[int, str]:
 
 def test_what_rank_0_finds_out_all_ranks_know() -> None:
     assert run_ranks(found_on_main, 2) == [(40, "deliberate")] * 2
+
+
+def statistics(world: World) -> tuple[list[float], list[float]]:
+    learned, kept = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2).requires_grad_(False)
+    for norm in (learned, kept):
+        norm.running_mean.fill_(world.rank + 1.0)
+        norm.running_var.fill_(4.0 ** world.rank)
+    agree_on_statistics(torch.nn.Sequential(learned, kept), world)
+    return [*learned.running_mean.tolist(), *learned.running_var.tolist()], kept.running_mean.tolist()
+
+
+def test_batch_statistics_that_are_learned_become_their_mean() -> None:
+    first, second = run_ranks(statistics, 2)
+    assert first[0] == second[0] == [1.5, 1.5, 2.5, 2.5]
+    assert (first[1], second[1]) == ([1.0, 1.0], [2.0, 2.0]), "frozen ones stay as they were loaded"

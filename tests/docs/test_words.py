@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import _parser
+from coupalign.cli import _parse, _parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(page for page in ROOT.rglob("*.md") if not {".venv", "runs", "data"} & set(page.relative_to(ROOT).parts))
@@ -51,6 +51,15 @@ def test_flags_are_frozen() -> None:
     assert found == {name: flags | {"-h", "--help", "--json", "--local_rank"} for name, flags in VERBS.items()}
 
 
+def test_overrides_may_stand_anywhere_and_nothing_else_may(capsys: pytest.CaptureFixture[str]) -> None:
+    options = _parse(["eval", "runs/x", "data.workers=0", "--split", "val", "evaluate.limit=3", "--json"])
+    assert options.overrides == ["data.workers=0", "evaluate.limit=3"] and options.split == ["val"] and options.json
+    for wrong in (["eval", "runs/x", "--splitt", "val"], ["eval", "runs/x", "--split", "val", "more"], ["track", "runs/x", "a=b"]):
+        with pytest.raises(SystemExit):
+            _parse(wrong)
+        assert f"unrecognized arguments: {' '.join(wrong[2:] if wrong[-1] != 'more' else ['more'])}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", shown_commands())
 def test_a_shown_command_is_accepted(line: str) -> None:
     words = shlex.split(line)
@@ -61,7 +70,7 @@ def test_a_shown_command_is_accepted(line: str) -> None:
     else:
         words = words[1:]
     words = words if words[0] in VERBS else ["train", *words]
-    _parser().parse_args(words)
+    _parse(words)
     for word in words:
         if word.startswith(("configs/", "shards/recipes/")):
             assert (ROOT / word).is_file(), f"{line}: no {word}"

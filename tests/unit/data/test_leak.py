@@ -61,6 +61,22 @@ def test_the_clean_mix_drops_exactly_the_samples_on_held_out_photographs(packed:
     assert loader(config).fingerprint != loader(config.model_copy(update={"mix": "leaky"})).fingerprint
 
 
+def test_the_inner_overlap_of_one_partition_is_found_and_told(packed: Path) -> None:
+    """As in G-Ref google, whose train and val share photographs: two refs of an image, in different splits."""
+    index = read_index(packed)
+    first = index.images[0]
+    both = replace(first, refs=tuple(replace(ref, set="refcocog/google", split=split)
+                                     for ref, split in zip(first.refs, ("train", "val"))))
+    google = replace(index, images=(both, *index.images[1:]))
+    config = data(packed, [{"dataset": "refcocog", "split_by": "google", "split": "train"}], [])
+    table = build_table(config.train, [google], "ref")
+    with pytest.raises(InputError, match="1 of 1 photographs of refcocog/google val"):
+        guard(config, table, [google], [])
+    kept, told = guard(config.model_copy(update={"mix": "leaky"}), table, [google], [])
+    assert len(kept) == len(table) and "LEAKY" in told[0]
+    assert overlaps([google]).shared["refcocog/google train", "refcocog/google val"] == 1
+
+
 def test_a_clean_mix_of_nothing_is_an_error(packed: Path) -> None:
     with pytest.raises(InputError, match="leaves nothing to train on"):
         loader(data(packed, [{**UMD, "split": "val"}], [{**UMD, "split": "val"}], mix="clean"))
