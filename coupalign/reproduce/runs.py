@@ -175,15 +175,16 @@ class _Children:
         with open(log, "a", encoding="utf-8") as output:
             for verb, arguments in (("train", [run.config, *words]),
                                     ("eval", [run.directory, *splits, "--language-blind", "--pictures", "6"])):
-                print(f"{title}: {verb}", flush=True)
-                status = status or self._call([*self.launcher, verb, *map(str, arguments)], output)
+                if status == 0 and not self.stopping.is_set():
+                    print(f"{title}: {verb}", flush=True)
+                    status = self._call([*self.launcher, verb, *map(str, arguments)], output)
+        if self.stopping.is_set():
+            return Outcome(run, STOPPED, time.monotonic() - began, log)
         seconds = time.monotonic() - began
         print(f"{title}: {'done' if status == 0 else f'status {status}, see {log}'}, {seconds:.0f} s", flush=True)
         return Outcome(run, status, seconds, log)
 
     def _call(self, command: list[str], output: object) -> int:
-        if self.stopping.is_set():
-            return STOPPED
         threads = {} if self.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**threads, **os.environ}, process_group=0)
         self.running.add(process)
