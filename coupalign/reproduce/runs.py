@@ -181,7 +181,8 @@ class _Children:
         if self.stopping.is_set():
             return Outcome(run, STOPPED, time.monotonic() - began, log)
         seconds = time.monotonic() - began
-        print(f"{title}: {'done' if status == 0 else f'status {status}, see {log}'}, {seconds:.0f} s", flush=True)
+        ended = "done" if status == 0 else f"status {status}: {_last_words(log)}; all of it: {log}"
+        print(f"{title}: {ended}, {seconds:.0f} s", flush=True)
         return Outcome(run, status, seconds, log)
 
     def _call(self, command: list[str], output: object) -> int:
@@ -198,6 +199,13 @@ class _Children:
         print("stopping: the runs save what they have; the same command goes on", file=sys.stderr, flush=True)
         for process in tuple(self.running):
             os.killpg(process.pid, signal.SIGTERM)
+
+
+def _last_words(log: Path) -> str:
+    """The error that a run ended with, else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line.removeprefix("coupalign: error: ") for line in lines if line.startswith("coupalign: error: ")]
+    return (errors or lines or ["nothing was said"])[-1]
 
 
 def submit(runs: Sequence[Run], changes: Sequence[str], options: str, folder: Path) -> list[list[str]]:

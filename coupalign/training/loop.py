@@ -15,7 +15,7 @@ from coupalign import dist
 from coupalign.config.load import dump, flatten
 from coupalign.config.schema import Config, CoupAlignConfig
 from coupalign.data.batch import Batch
-from coupalign.data.leak import TRAINED_ON, TrainedOn
+from coupalign.data.leak import TRAINED_ON, TrainedOn, read_trained_on
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
@@ -266,7 +266,9 @@ def _peak_memory_gb() -> float:
 
 
 def _tags(run: Run) -> dict[str, str]:
-    return {"data_fingerprint": run.loader.fingerprint, "mix": run.config.data.mix or "leaks refused", "method": run.config.model.kind,
+    weights = (read_trained_on(run.config.directory) or run.trained_on).weights       # known to the session that loaded them
+    return {"data_fingerprint": run.loader.fingerprint, "mix": run.config.data.mix or "leaks refused",
+            "leak": "; ".join([*run.loader.leaks, *weights]) or "none found", "method": run.config.model.kind,
             "git": git_revision(Path(coupalign.__file__).parent),
             "coupalign": coupalign.__version__, "torch": torch.__version__, "engine": _engine_name(run.config),
             "world_size": str(run.world.size), "precision": run.config.precision}

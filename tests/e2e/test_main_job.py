@@ -124,14 +124,17 @@ def test_asked_to_stop_it_saves_and_says_that_it_can_go_on(config: Path, whole: 
 def test_scores_pictures_page_and_prediction(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run, symlinks=True)
+    assert "<svg" in (run / "report.html").read_text() and list((run / "pictures" / "val").glob("*.png")), "training writes the page"
+    (run / "report.html").unlink()
     finish(launch(2, "eval", run, "--language-blind", "--pictures", "2"))
     score = json.loads((run / "score.json").read_text())
     assert {"oIoU", "mIoU", "P@0.5", "P@0.9", "language_blind_oIoU", "protocol", "samples"} <= score.keys()
     assert score["protocol"] == "ris-v1" and score["samples"] == len((run / "scores/val-ris-v1.csv").read_text().splitlines()) - 1
     assert list((run / "pictures" / "val").glob("*.png"))
     capsys.readouterr()
+    by_eval = (run / "report.html").read_text()
     assert main(["report", str(run)]) == 0
-    assert "<svg" in (run / "report.html").read_text()
+    assert (run / "report.html").read_text() == by_eval and "leak" in by_eval
     image = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(image)
     capsys.readouterr()

@@ -42,7 +42,7 @@ def test_a_table_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         names = {name for name, in connection.execute("SELECT name FROM runs")}
         tags = dict(connection.execute("SELECT t.key, t.value FROM tags t JOIN runs r ON t.run_uuid = r.run_uuid "
                                        "WHERE r.name = 'refshapes_tiny-count-3-s0'").fetchall())
-    assert names == {"refshapes_tiny-count-3-s0", "reproduce-own-tiny"} and (tags["method"], tags["mix"]) == ("coupalign", "leaks refused")
+    assert names == {"refshapes_tiny-count-3-s0", "reproduce-own-tiny"} and (tags["method"], tags["leak"]) == ("coupalign", "none found")
     assert list((tmp_path / "runs").rglob("mlartifacts/**/table.md")), "the table is an artifact"
     before = (out / "table.txt").read_bytes()
     assert main(words) == 0 and "has its scores" in capfd.readouterr().out

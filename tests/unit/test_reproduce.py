@@ -126,7 +126,10 @@ if "sleep" in os.environ.get("FAKE", ""):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     pathlib.Path("asleep").touch()
     time.sleep(60)
-sys.exit(int(os.environ.get("FAKE_STATUS", 0)))
+if os.environ.get("FAKE_STATUS"):
+    print("coupalign: error: data/shards/x/index.json: no such file", file=sys.stderr, flush=True)
+    print("something later", file=sys.stderr, flush=True)
+    sys.exit(int(os.environ["FAKE_STATUS"]))
 """
 
 
@@ -139,7 +142,8 @@ def launcher(checkout: Path) -> Path:
     return file
 
 
-def test_runs_are_called_once_and_shared_between_rows(launcher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_called_once_and_shared_between_rows(launcher: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capfd: pytest.CaptureFixture[str]) -> None:
     runs = [run for _, runs in plan_runs(read_table("table3"), "tiny", 1) for run in runs]
     given(runs[0], 0.5)                                          # this one has its scores already
     outcomes = run_all([*runs, *runs], ["train.steps=3"], [str(launcher)], jobs=3)
@@ -152,6 +156,7 @@ def test_runs_are_called_once_and_shared_between_rows(launcher: Path, monkeypatc
     monkeypatch.setenv("FAKE_STATUS", "3")
     failed = run_all(runs[1:2], [], [str(launcher)])
     assert failed[0].status == 3 and len(Path("calls.txt").read_text().splitlines()) == 11, "what failed to train is not scored"
+    assert "status 3: data/shards/x/index.json: no such file; all of it: runs/refshapes_tiny-count-20-s0.log" in capfd.readouterr().out
 
 
 def test_scores_of_another_configuration_are_not_taken(launcher: Path) -> None:
