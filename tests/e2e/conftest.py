@@ -25,7 +25,7 @@ model:
 optim: {{lr: 1.0e-3, lr_image: 1.0e-3, lr_text: 1.0e-3, clip_norm: 1.0}}
 schedule: {{kind: cosine, warmup_steps: 2}}
 train: {{global_batch: 8, max_micro_batch: 2, steps: 14, ema: {{decay: 0.9}}, log_every: 1, evaluate_every: 7, save_every: 3}}
-evaluate: {{batch: 8, bootstrap: 50}}
+evaluate: {{batch: 8, bootstrap: 50, pictures: 1}}
 tracking: {{kind: none}}
 """
 
