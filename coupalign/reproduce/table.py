@@ -16,7 +16,7 @@ from coupalign.evaluation.pictures import read_pictures
 from coupalign.files import whole_file, write_json
 from coupalign.report import read_scores, write_page
 from coupalign.report.gallery import embedded
-from coupalign.reproduce.runs import Run, config_of
+from coupalign.reproduce.runs import Run, check_same, config_of, is_done
 from coupalign.reproduce.spec import Row, Table
 from coupalign.tracking import open_tracker
 from coupalign.viz import contact_sheet, save_png
@@ -45,22 +45,31 @@ class Result:
     ours: Mapping[str, Numbers]
     blind: Mapping[str, Numbers]
     scores: tuple[Score, ...]
+    waiting: tuple[str, ...]         # names of the runs whose scores are not there
 
 
 def collect(planned: Iterable[tuple[Row, Sequence[Run]]], table: Table, changes: Sequence[str] = ()) -> list[Result]:
-    """Read the scores of the runs that there are."""
+    """Read the scores of the runs that have all of theirs; what training alone has left behind is of another checkpoint.
+
+    Raises:
+        InputError: a run is that of another configuration.
+    """
     results = []
     for row, runs in planned:
         found: dict[str, list[Score]] = {}
+        waiting = []
         for run in runs:
-            if any((run.directory / "scores").glob("*.json")):
-                protocol = config_of(run, changes).evaluate.protocol
-                for (split, rules, sentences), score in read_scores(run.directory).items():
-                    if (rules, sentences) == (protocol, "each"):
-                        found.setdefault(split, []).append(score)
+            config = config_of(run, changes)
+            if not is_done(run, config):
+                waiting.append(run.directory.name)
+                continue
+            check_same(run, changes)
+            for (split, rules, sentences), score in read_scores(run.directory).items():
+                if (rules, sentences) == (config.evaluate.protocol, "each"):
+                    found.setdefault(split, []).append(score)
         blind = {split: [score.language_blind for score in scores if score.language_blind] for split, scores in found.items()}
         results.append(Result(row, tuple(runs), dict(_numbers(table.columns, found)), dict(_numbers(table.columns, blind)),
-                              tuple(score for scores in found.values() for score in scores)))
+                              tuple(score for scores in found.values() for score in scores), tuple(waiting)))
     return results
 
 
@@ -100,7 +109,7 @@ def notes(table: Table, results: Sequence[Result], comparable: bool) -> list[str
     said += [f"seeds: {', '.join(map(str, counts))}"] if counts else []
     said += [f"leak: {leak}" for leak in sorted({score.leak for score in scores})]
     said += [f"{result.row.method}: published only, not in this harness" for result in results if not result.runs]
-    waiting = [run.directory.name for result in results for run in result.runs if not any((run.directory / "scores").glob("*-*.json"))]
+    waiting = [name for result in results for name in result.waiting]
     return said + ([f"not there yet: {', '.join(waiting)}"] if waiting else [])
 
 
@@ -118,9 +127,7 @@ def publish(name: str, table: Table, results: Sequence[Result], folder: Path, co
         written.append(folder / f"failures-{_slug(method)}.png")
         save_png(written[-1], sheet)
     written.append(_page(folder / "index.html", table, results, comparable))
-    values = {f"{result.row.method}/{column}": numbers.mean for result in results for column, numbers in result.ours.items()}
     with open_tracker(config.tracking, folder, name, rank=0, tags={"table": table.title}) as tracker:
-        tracker.log(0, {_slug(key): value for key, value in values.items()})
         for file in written:
             tracker.artifact(file)
     return written

@@ -15,7 +15,7 @@ from coupalign import dist
 from coupalign.config.load import dump, flatten
 from coupalign.config.schema import Config, CoupAlignConfig
 from coupalign.data.batch import Batch
-from coupalign.data.leak import TRAINED_ON, TrainedOn, read_trained_on
+from coupalign.data.leak import TrainedOn, read_trained_on
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.dist import World
@@ -130,8 +130,9 @@ def _claim(run: Run) -> None:
         remove_debris(config.directory)
         with whole_file(config.directory / "config.yaml", "w") as file:
             file.write(dump(config))
-        if not (config.directory / TRAINED_ON).is_file():
-            run.trained_on.write(config.directory)
+        # A checkpoint knows what it was trained on; a file of an older run under this name does not.
+        known = [read_trained_on(checkpoint) for checkpoint in finished(config.directory / "checkpoints")]
+        (next(filter(None, reversed(known)), None) or run.trained_on).write(config.directory)
     except OSError as error:
         raise InputError(f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
                          "another run_dir") from error

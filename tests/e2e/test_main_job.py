@@ -71,10 +71,13 @@ def test_one_rank_gives_the_same_curve_as_two_and_goes_on_from_them(config: Path
     finish(launch(2, "train", config, f"run_dir={tmp_path / 'two'}", *changes, "train.steps=8", "engine.kind=deepspeed", "engine.stage=2",
                   launcher="deepspeed"))
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000008")
+    seen = (tmp_path / "two" / "trained_on.json").read_bytes()
+    (tmp_path / "two" / "trained_on.json").write_text('{"mix": null, "weights": [], "photos": {}}')      # left by another run of this name
     (tmp_path / "before").mkdir()
     (tmp_path / "two" / "metrics.jsonl").rename(tmp_path / "before" / "metrics.jsonl")
     output = finish(launch(1, "train", config, f"run_dir={tmp_path / 'two'}", *changes, "train.steps=8"))
     assert "was written by deepspeed ZeRO 2 with 2 ranks; ddp with 1 rank takes it over" in output
+    assert (tmp_path / "two" / "trained_on.json").read_bytes() == seen, "the checkpoint knows what it was trained on"
     one, two, later = curve(tmp_path / "one"), curve(tmp_path / "before"), curve(tmp_path / "two")
     assert sorted(two) == list(range(1, 9)) and sorted(later) == [5, 6, 7, 8]
     for found in (two, later):

@@ -100,6 +100,8 @@ def test_mean_deviation_and_difference_over_seeds() -> None:
     assert [run.directory.name for run in runs] == [f"refcoco_resnet101-s{seed}" for seed in range(3)]
     for run, value in zip(runs, (0.68, 0.69, 0.70)):
         given(run, value, blind=0.2)
+    trained_only = next(runs for row, runs in planned if row.method == "LAVT")[0]
+    write_json(trained_only.directory / "scores" / "val.json", Score("ris-v1", dict.fromkeys(METRICS, 0.9), 10, 5).to_json())
     results = collect(planned, table)
     shown = text_table(table, results, comparable=True)
     assert re.search(r"ours +69\.00 ± 1\.00", shown) and re.search(r"difference +\+0\.07 ", shown) and re.search(r"blind +20\.00", shown)
@@ -165,6 +167,9 @@ def test_scores_of_another_configuration_are_not_taken(launcher: Path) -> None:
     (run.directory / "config.yaml").write_text("base: ../../configs/refshapes_tiny.yaml\nmodel: {proposals: {count: 7}}\n")
     with pytest.raises(InputError, match=r"another configuration: model\.proposals\.count is 7 there, 0 here"):
         run_all([run], [], [str(launcher)])
+    given(run, 0.5)
+    with pytest.raises(InputError, match="another configuration"):
+        collect(plan_runs(read_table("table3"), "tiny", 1), read_table("table3"))
 
 
 def test_asked_to_stop_it_stops_its_runs_and_says_so(launcher: Path) -> None:
