@@ -24,7 +24,7 @@ test: setup lint
 KILLS ?= 30
 test-cluster: setup
 	tests/cluster/slurm.sh install
-	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster --durations 15
+	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster --numprocesses 2 --dist loadfile --durations 15
 
 # On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
 gpu: setup

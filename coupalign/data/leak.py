@@ -134,7 +134,7 @@ class Overlaps:
     shared: Mapping[tuple[str, str], int]
 
     def table(self) -> str:
-        """A line for each train split and each split that it leaks into, and how the clean mix of all of them would be."""
+        """The photographs of each split, and a line for each train split and each split that it leaks into."""
         trains = [name for name in self.sizes if name.endswith(" train")]
         lines = [f"{'trained on':<28}{'scored on':<28}{'photographs of both':>22}{'share of the scored':>22}"]
         for train in trains:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from tests.e2e.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "tests" / "cluster" / "slurm.sh"
-SURVIVED = pytest.StashKey[list[str]]()
 # What a job must not inherit from whoever runs the tests.
 FOREIGN = ("SLURM_", "SBATCH_", "MASTER_", "OMP_", "NPROC", "NNODES", "NODE_RANK", "DS_", "COUPALIGN_", "DRY_RUN", "RANK", "WORLD_SIZE",
            "LOCAL_", "GLOO_", "PYTEST_", "TRITON_INTERPRET", "DEEPSPEED_")
@@ -38,12 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))        # a busy machine takes a minute for the start of four ranks
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SURVIVED] = []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    counts = Counter(config.stash[SURVIVED])
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    counts = Counter(what for report in reports for name, what in report.user_properties if name == "survived")
     if counts:
         kinds = ", ".join(what if times == 1 else f"{what} ({times})" for what, times in counts.items())
         terminalreporter.write_line(f"survived: {kinds}")
@@ -51,9 +48,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture
-def survived(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def survived(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Call it with what a job was disturbed by, once the job has shown that it does not matter."""
-    return request.config.stash[SURVIVED].append
+    return partial(record_property, "survived")
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

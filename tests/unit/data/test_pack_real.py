@@ -1,10 +1,13 @@
 """Packing real records and photographs."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from coupalign.cli import main
 from coupalign.data.index import verify
 from coupalign.data.pack import inspect, pack
 from coupalign.data.recipe import AnnotationSet, Recipe, read_recipe
@@ -32,3 +35,23 @@ def test_real_photographs(real_data: Path, tmp_path: Path) -> None:
     report = pack(Recipe(name="mini", root=real_data / "mini_refcoco", sets=sets, vocabulary_size=None), tmp_path / "out", progress=False)
     assert report.images == 7 and sum(n["refs"] for n in report.counts["refcocog/demo"].values()) == 8
     assert verify(tmp_path / "out").ok
+
+
+def test_leaks_between_real_records(real_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Photograph 460986 is in the train split of all four and in the val split of one, G-Ref google."""
+    records, photographs = real_data / "real_records", tmp_path / "refer" / "images" / "train2014"
+    photographs.mkdir(parents=True)
+    for dataset in ("refcoco", "refcoco+", "refcocog"):
+        (tmp_path / "refer" / dataset).symlink_to(records / dataset)
+        for image in json.loads((records / dataset / "instances.json").read_text())["images"]:
+            Image.new("RGB", (image["width"], image["height"])).save(photographs / image["file_name"])
+    packed = []
+    for dataset, split_by in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")):
+        sets = (AnnotationSet(dataset=dataset, split_by=split_by),)
+        packed.append(str(tmp_path / f"{dataset}-{split_by}"))
+        pack(Recipe(name="records", root=tmp_path / "refer", sets=sets, vocabulary_size=None), packed[-1], progress=False)
+    assert main(["verify", "--leaks", *packed, "--json"]) == 0
+    shared = {tuple(pair): count for *pair, count in json.loads(capfd.readouterr().out.splitlines()[-1])["shared"]}
+    leaks = {train for train, scored in shared if scored == "refcocog/google val" and train.endswith("train")}
+    assert leaks == {"refcoco/unc train", "refcoco+/unc train", "refcocog/umd train", "refcocog/google train"}
+    assert all(shared[train, "refcocog/google val"] == 1 for train in leaks)
