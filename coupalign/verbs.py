@@ -183,13 +183,13 @@ def reproduce(options: argparse.Namespace) -> Any:
     name = "-".join(["reproduce", Path(options.table).stem, *([scale] if scale else [])])
     folder = Path("runs") / name
     failed: list[Any] = []
+    if scale and not options.only_print:
+        reproduce.make_shapes(scale)
     if options.slurm is not None:
         commands = reproduce.submit(runs, options.overrides, options.slurm, folder)
         print(f"{len(commands)} arrays submitted; when they are done: the same command with --only-print in place of --slurm")
         return {"submitted": [shlex.join(command) for command in commands]}
     if not options.only_print:
-        if scale:
-            reproduce.make_shapes(scale)
         try:
             outcomes = reproduce.run_all(runs, options.overrides, shlex.split(options.launcher or ""), options.jobs)
         except KeyboardInterrupt:

@@ -43,7 +43,7 @@ class CoupAlign(ReferringModel):
         self.decoder = PixelDecoder(channels, width)
         if config.proposals.count:
             self.proposals = MaskProposals([channels[s - 1] for s in config.proposals.stages], width, config.proposals)
-            self.sma = SentenceMaskAlignment(width, self.text.width)
+            self.sma = SentenceMaskAlignment(width, self.text.width, config.sma.scaled)
         self.head = MaskHead(width)
         if config.refine.points:
             self.refine = PointRefinement(width, config.refine)

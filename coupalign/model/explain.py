@@ -99,7 +99,7 @@ def mask_signals(sma: SentenceMaskAlignment, masks: Tensor, sentence: Tensor, pi
         masks, y = masks.to(exact), pixels.to(exact)
         agreement = torch.einsum("bnd,bd->bn", masks, sma.project_sentence(sentence.to(sma.project_sentence.weight.dtype)).to(exact))
         weights = (agreement * masks.shape[2] ** -0.5).softmax(1)
-        return weights, torch.einsum("bnd,bdhw->bnhw", masks, y).sigmoid()
+        return weights, torch.einsum("bnd,bdhw->bnhw", masks * sma.scale, y).sigmoid()
 
 
 def _stage_attention(wpa: WordPixelAlignment, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Attention:

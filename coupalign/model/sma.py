@@ -12,10 +12,16 @@ class SentenceMaskAlignment(nn.Module):
     """Y' = Y + sum_n a_n m_n (W_o Q)_n, with a = softmax_n(Q . W L_g / sqrt(d)) and m_n = sigmoid(Q_n . Y).
 
     The sigmoid matters: without it the sum over n is one dynamic kernel, and N has no meaning.
+
+    Args:
+        width: d.
+        sentence_width: D.
+        scaled: m_n = sigmoid(Q_n . Y / sqrt(d)) instead.
     """
 
-    def __init__(self, width: int, sentence_width: int):
+    def __init__(self, width: int, sentence_width: int, scaled: bool = False):
         super().__init__()
+        self.scale = width ** -0.5 if scaled else 1.0
         self.project_sentence = nn.Linear(sentence_width, width)
         self.project_masks = nn.Linear(width, width)
         for linear in (self.project_sentence, self.project_masks):
@@ -28,7 +34,7 @@ class SentenceMaskAlignment(nn.Module):
         y = pixels.permute(0, 2, 3, 1).flatten(1, 2)                                        # [B, P, d]
         agreement = (masks @ self.project_sentence(sentence)[..., None]).squeeze(2)         # [B, N]
         weights = (agreement.float() * width ** -0.5).softmax(1).to(masks.dtype)
-        signals = torch.sigmoid(y @ masks.transpose(1, 2))                                  # [B, P, N]
+        signals = torch.sigmoid(y @ (masks * self.scale).transpose(1, 2))                   # [B, P, N]
         message = signals @ (weights[..., None] * self.project_masks(masks))                # [B, P, d]
         return (y + message).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 

@@ -52,6 +52,11 @@ class Run:
     def directory(self) -> Path:
         return RUNS / f"{self.config.stem}-{self.variant}"
 
+    @property
+    def own_changes(self) -> tuple[str, ...]:
+        """All that is changed in the configuration file for this run."""
+        return (*self.overrides, f"seed={self.seed}", f"name={self.directory.name}")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -125,8 +130,10 @@ def is_done(run: Run, config: Config) -> bool:
 
 def config_of(run: Run, changes: Sequence[str] = ()) -> Config:
     """The whole configuration of a run."""
-    name = [f"seed={run.seed}", f"name={run.directory.name}", f"run_dir={run.directory}"]
-    return read_config(run.config, [*changes, *run.overrides, *name])
+    config = read_config(run.config, [*changes, *run.own_changes])
+    if config.run_dir:
+        raise InputError(f"run_dir = {config.run_dir}: the runs of a table lie in {RUNS}/, each under its own name; leave it out")
+    return config
 
 
 def check_same(run: Run, changes: Sequence[str]) -> None:
@@ -168,7 +175,7 @@ class _Children:
         if is_done(run, config_of(run, changes)):
             print(f"{title}: has its scores", flush=True)
             return Outcome(run, 0, 0.0, log)
-        words = [*changes, *run.overrides, f"seed={run.seed}", f"name={run.directory.name}", f"run_dir={run.directory}"]
+        words = [*changes, *run.own_changes]
         splits = [word for split in run.splits for word in ("--split", split)]
         status = 0
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import CHANGES, Cluster, losses, processes_where, weights
+from tests.cluster.conftest import CHANGES, ROOT, Cluster, losses, processes_where, weights
 
 # A constant learning rate: a run of 6 steps is the beginning of one of STEPS.
 TRAIN = ["slurm/train.sbatch", "tiny.yaml", *CHANGES, "schedule.warmup_steps=0", "schedule.final=1", "train.evaluate_every=1000",
@@ -156,6 +158,20 @@ def test_a_sweep_is_an_array_of_trainings_with_their_scores(cluster: Cluster, su
         assert sorted(losses(run)) == list(range(1, 41))
         assert json.loads((run / "score.json").read_text())["samples"] > 0
     survived("requeue of one task of an array")
+
+
+def test_a_table_is_an_array_for_each_configuration(cluster: Cluster) -> None:
+    """`coupalign reproduce --slurm` submits the runs of a table; when they are done the same command prints it."""
+    for name in ("configs", "shards"):
+        (cluster.checkout / name).symlink_to(ROOT / name)
+    (cluster.checkout / "own.yaml").write_text("title: Ours\nsource: ours\ncolumns: [val oIoU]\nrows: [{method: CoupAlign, shapes: []}]\n")
+    reproduce = [sys.executable, "-m", "coupalign", "reproduce", "own.yaml", "--data", "refshapes", "--scale", "tiny", "--seeds", "2"]
+    changes = ["train.steps=4", "tracking.kind=none"]
+    said = cluster.call(*reproduce, "--slurm", "--nodes 1 --ntasks-per-node 1", *changes)
+    array = re.search(r"job (\d+)", said)[1]
+    cluster.wait_end(f"{array}_0", f"{array}_1")
+    table = cluster.call(*reproduce, "--only-print", *changes)
+    assert "not there yet" not in table and "2 seeds" in table, table
 
 
 def test_nodes_are_examined_before_a_training(cluster: Cluster) -> None:

@@ -152,9 +152,10 @@ def test_runs_are_called_once_and_shared_between_rows(launcher: Path, monkeypatc
     assert [outcome.status for outcome in outcomes] == [0] * 6
     calls = Path("calls.txt").read_text().splitlines()
     assert len(calls) == 10, "five trainings, five scorings"
-    assert "train configs/refshapes_tiny.yaml train.steps=3 model.proposals.count=50 seed=0 name=refshapes_tiny-count-50-s0 " \
-           "run_dir=runs/refshapes_tiny-count-50-s0" in calls
+    assert "train configs/refshapes_tiny.yaml train.steps=3 model.proposals.count=50 seed=0 name=refshapes_tiny-count-50-s0" in calls
     assert "eval runs/refshapes_tiny-count-50-s0 --split val --language-blind --pictures 6" in calls
+    with pytest.raises(InputError, match="run_dir = elsewhere: .* leave it out"):
+        run_all(runs, ["run_dir=elsewhere"], [str(launcher)])
     monkeypatch.setenv("FAKE_STATUS", "3")
     failed = run_all(runs[1:2], [], [str(launcher)])
     assert failed[0].status == 3 and len(Path("calls.txt").read_text().splitlines()) == 11, "what failed to train is not scored"

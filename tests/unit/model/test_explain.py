@@ -60,8 +60,9 @@ def test_the_messages_of_an_alignment_can_be_rebuilt_from_its_attention(heads: i
     torch.testing.assert_close(torch.einsum("bhtp,bphe->bthe", over_pixels, pixel_value).flatten(2) * mask[..., None], expected[1])
 
 
-def test_the_pixels_of_the_sentence_mask_alignment_can_be_rebuilt_from_weights_and_signals():
-    sma = shaken(SentenceMaskAlignment(8, 6)).double()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_pixels_of_the_sentence_mask_alignment_can_be_rebuilt_from_weights_and_signals(scaled: bool):
+    sma = shaken(SentenceMaskAlignment(8, 6, scaled)).double()
     masks, sentence, pixels = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 8), (2, 6), (2, 8, 3, 4)))
     weights, signals = mask_signals(sma, masks, sentence, pixels)
     rebuilt = pixels + torch.einsum("bn,bnhw,bnd->bdhw", weights, signals, sma.project_masks(masks))

@@ -44,15 +44,16 @@ def test_widths_that_do_not_fit_are_refused():
         MaskProposals((12,), 18, SIZES)
 
 
-def test_sma_equals_its_formula():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sma_equals_its_formula(scaled: bool):
     torch.manual_seed(0)
-    sma = SentenceMaskAlignment(6, 10).double()
+    sma = SentenceMaskAlignment(6, 10, scaled).double()
     q, sentence, y = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 6), (2, 10), (2, 6, 3, 4)))
     want = y.clone()
     for b in range(2):
         a = torch.stack([q[b, n] @ sma.project_sentence(sentence[b]) / 6 ** 0.5 for n in range(5)]).softmax(0)
         for n in range(5):
-            signal = torch.sigmoid(torch.einsum("d,dhw->hw", q[b, n], y[b]))
+            signal = torch.sigmoid(torch.einsum("d,dhw->hw", q[b, n], y[b]) / (6 ** 0.5 if scaled else 1))
             want[b] += a[n] * signal * sma.project_masks(q[b, n])[:, None, None]
     torch.testing.assert_close(sma(q, sentence, y), want, check_stride=False)
 
