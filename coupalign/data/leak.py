@@ -34,7 +34,7 @@ class TrainedOn:
     """What a model has seen.
 
     Attributes:
-        photos: of the training samples.
+        photos: of the training samples, and of what its start was trained on.
         mix: "clean" or "leaky", where the configuration says so.
         weights: a sentence for each pretrained encoder that has seen COCO's objects.
     """
@@ -50,6 +50,17 @@ class TrainedOn:
         words = (f"LEAKY: {shared:,} of {len(scored):,} scored photographs were trained on" if shared else
                  "none: no scored photograph was trained on")
         return "; ".join([words, *self.weights])
+
+    def after(self, starts: Iterable[Path], weights: Iterable[str] = ()) -> TrainedOn:
+        """Of a model that took encoders from these files: what the runs beside whose weights a trained_on.json lies had seen, too.
+
+        Args:
+            weights: a sentence for each file that may have seen the test images, as in the attribute.
+        """
+        known = [self, *filter(None, (read_trained_on(file.parent) for file in starts))]
+        mix = "leaky" if any(one.mix == "leaky" for one in known) else self.mix
+        told = dict.fromkeys([*(line for one in known for line in one.weights), *weights])
+        return TrainedOn(frozenset().union(*(one.photos for one in known)), mix, tuple(told))
 
     def write(self, folder: Path) -> None:
         """Write <folder>/trained_on.json."""

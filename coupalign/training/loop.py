@@ -102,13 +102,17 @@ def _prepare(config: Config, world: World) -> Run:
     loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
                                 world.rank, world.size, tokenizer)
     doing("building the model", alone=True)
-    seen: tuple[str, ...] = ()
+    trained_on = loader.trained_on
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     if not finished(config.directory / "checkpoints"):
         reports = load_pretrained(model, config.model)
+        trained_on = trained_on.after([Path(report.source) for report in reports if not report.random],
+                                      [report.leak for report in reports if report.leak])
         if world.is_main:
-            print("\n".join([report.text() for report in reports] + list(loader.leaks)), flush=True)
-        seen = tuple(report.leak for report in reports if report.leak)
+            print("\n".join([*(report.text() for report in reports), *loader.leaks]), flush=True)
+            if before := len(trained_on.photos - loader.trained_on.photos):
+                print(f"the encoders were trained by a run of ours before, on {before:,} photographs that are not in data.train: every "
+                      "score counts them as trained on", flush=True)
     doing("building the engine")
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
@@ -119,8 +123,7 @@ def _prepare(config: Config, world: World) -> Run:
               f"-> {config.directory}", flush=True)
         if isinstance(config.model, CoupAlignConfig):
             print(f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
-    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total,
-               replace(loader.trained_on, weights=seen))
+    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total, trained_on)
 
 
 def _claim(run: Run) -> None:

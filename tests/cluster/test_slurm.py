@@ -171,7 +171,7 @@ def test_a_table_is_an_array_for_each_configuration(cluster: Cluster) -> None:
     array = re.search(r"job (\d+)", said)[1]
     cluster.wait_end(f"{array}_0", f"{array}_1")
     table = cluster.call(*reproduce, "--only-print", *changes)
-    assert "not there yet" not in table and "2 seeds" in table, table
+    assert "not there yet" not in table and "seeds: 2" in table, table
 
 
 def test_nodes_are_examined_before_a_training(cluster: Cluster) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.index import ShardIndex, read_index
-from coupalign.data.leak import guard, overlaps, read_trained_on, scored_photos
+from coupalign.data.leak import TrainedOn, guard, overlaps, read_trained_on, scored_photos
 from coupalign.data.loader import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.samples import build_table
 from coupalign.errors import InputError
@@ -94,6 +94,8 @@ def test_a_leaky_mix_marks_every_score_with_what_it_shares(packed: Path, tmp_pat
     trained.trained_on.write(tmp_path)
     assert read_trained_on(tmp_path) == trained.trained_on
     assert read_trained_on(tmp_path / "nowhere") is None
+    started = TrainedOn(scored, None, ("b",)).after([tmp_path / "weights.safetensors", tmp_path / "nowhere" / "swin.pth"], ["a", "b"])
+    assert started == TrainedOn(scored | trained.trained_on.photos, "leaky", ("b", "a"))
     (tmp_path / "trained_on.json").write_text("{")
     with pytest.raises(InputError, match="trained_on.json: damaged"):
         read_trained_on(tmp_path)
