@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,9 @@ class StepStats:
     applied: bool                     # False: the weights did not change, since the loss or the gradient was not finite
     bad_ranks: tuple[int, ...] = ()   # ranks whose loss was not finite
     loss_scale: float = 1.0
-    forward_s: float = 0.0            # of this rank: seconds in the forward passes, which no other rank delays but under ZeRO 3
+    # Of this rank, seconds: "forward" (which no other rank delays but under ZeRO 3), "backward" (with the exchange of gradients that
+    # runs beside it), "losses" (averaged over the ranks), "optimizer" (clipping, update, moving average).
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -91,26 +93,38 @@ class MixedPrecision(nn.Module):
             return self.model(*inputs)
 
 
-class Stopwatch:
-    """Adds up the time of what runs inside it: on a GPU that of its stream, read only when the stream has got there anyway."""
+class Phases:
+    """Adds up the time of each phase of a step: on a GPU that of its stream, which nobody waits for.
+
+        with phases("forward"):
+            ...
+        phases.read()             # {"forward": 0.21}
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.marks: list[Any] = []
+        self.marks: list[tuple[str, Any, Any]] = []
 
-    def __enter__(self) -> None:
-        self.marks.append(self._mark())
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to the phase."""
+        begin = self._mark()
+        yield
+        self.marks.append((name, begin, self._mark()))
 
-    def __exit__(self, *error: object) -> None:
-        self.marks.append(self._mark())
-
-    def read(self) -> float:
-        """Seconds since the last reading; to be called after something that waited for the device."""
-        pairs = list(zip(self.marks[::2], self.marks[1::2]))
-        self.marks = []
-        if self.device.type == "cuda":
-            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
-        return sum(end - begin for begin, end in pairs)
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last reading. What the GPU has not got through yet counts in the next one."""
+        seconds: dict[str, float] = {}
+        later = []
+        for name, begin, end in self.marks:
+            if self.device.type != "cuda":
+                seconds[name] = seconds.get(name, 0.0) + end - begin
+            elif end.query():
+                seconds[name] = seconds.get(name, 0.0) + begin.elapsed_time(end) / 1e3
+            else:
+                later.append((name, begin, end))
+        self.marks = later
+        return seconds
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

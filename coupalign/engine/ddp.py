@@ -14,7 +14,7 @@ from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.batch import Batch
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, StepStats, Stopwatch, Updates, backward_loss, mean_losses
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, mean_losses
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -27,7 +27,7 @@ class Ddp:
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.clip = config.optim.clip_norm or float("inf")
         self.updates = Updates(config.precision)
-        self.forward_time = Stopwatch(world.device)
+        self.phases = Phases(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
         if world.size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)     # its successor is not in torch 2.11
@@ -46,23 +46,31 @@ class Ddp:
         micro_losses = []
         for place, batch in enumerate(micro_batches):
             with self._exchange(last=place == len(micro_batches) - 1):
-                with self.forward_time:
+                with self.phases("forward"):
                     losses = self.net(batch.image, batch.words, batch.word_mask, batch.target)
-                (backward_loss(losses) * (self.updates.scale / len(micro_batches))).backward()
+                with self.phases("backward"):
+                    (backward_loss(losses) * (self.updates.scale / len(micro_batches))).backward()
             micro_losses.append(losses)
-        losses, bad_ranks = mean_losses(micro_losses, self.world)
+        with self.phases("losses"):
+            losses, bad_ranks = mean_losses(micro_losses, self.world)
+        with self.phases("optimizer"):
+            norm = self._update()
+        applied = norm < float("inf")
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.phases.read())
+        self.updates.count(applied)
+        return stats
+
+    def _update(self) -> float:
+        """Clip and step, where the gradient is finite; its norm before clipping. Gradients are equal on every rank."""
         if self.updates.scale != 1.0:
             torch._foreach_div_([p.grad for p in self.parameters], self.updates.scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
-        applied = norm < float("inf")                      # False for nan, too; gradients are equal on every rank
-        if applied:
+        if norm < float("inf"):                            # False for nan, too
             self.optimizer.step()
             if self.ema:
                 self.ema.update(self.updates.applied + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.forward_time.read())
-        self.updates.count(applied)
-        return stats
+        return norm
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches, rank_slice
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, StepStats, Stopwatch, Updates, backward_loss, mean_losses
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, mean_losses
 from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -63,7 +63,7 @@ class Zero:
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
         self.updates = Updates(config.precision)
-        self.forward_time = Stopwatch(world.device)
+        self.phases = Phases(world.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.engine, *_ = self.deepspeed.initialize(model=MixedPrecision(model, config.precision), optimizer=optimizer,
                                                     config=deepspeed_config(config, world.size), dist_init_required=False)
@@ -81,12 +81,12 @@ class Zero:
             micro_losses.append(self._backward(batch))
             self.engine.step()                               # counts the micro-batch; updates nothing before the last
         micro_losses.append(self._backward(micro_batches[-1]))
-        losses, bad_ranks = mean_losses(micro_losses, self.world)
-        norm = self._update()
+        with self.phases("losses"):
+            losses, bad_ranks = mean_losses(micro_losses, self.world)
+        with self.phases("optimizer"):
+            norm = self._update()
         applied = norm < float("inf")
-        if applied and self.ema:
-            self.ema.update(self.updates.applied + 1)
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.forward_time.read())
+        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.phases.read())
         self.updates.count(applied)
         return stats
 
@@ -146,14 +146,21 @@ class Zero:
         return {name: weights[name] for name in self.model.state_dict()} if self.world.is_main else None
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        with self.forward_time:
+        with self.phases("forward"):
             losses = self.engine(batch.image, batch.words, batch.word_mask, batch.target)
-        loss = backward_loss(losses)
-        self.engine.backward(loss * self.updates.scale if self.stage == 0 else loss)
+        with self.phases("backward"):
+            loss = backward_loss(losses)
+            self.engine.backward(loss * self.updates.scale if self.stage == 0 else loss)
         return losses
 
     def _update(self) -> float:
         """Take the step and return the gradient norm before clipping; inf or nan: the step was refused."""
+        norm = self._step()
+        if norm < float("inf") and self.ema:
+            self.ema.update(self.updates.applied + 1)
+        return norm
+
+    def _step(self) -> float:
         if self.stage == 0:
             if self.updates.scale != 1.0:
                 torch._foreach_div_([p.grad for p in self.parameters], self.updates.scale)

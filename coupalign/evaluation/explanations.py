@@ -42,8 +42,8 @@ def explainer(model: nn.Module, tokenizer: Tokenizer, data: DataConfig,
         sections: list[Section] = []
         if found.weights is not None and found.signals is not None:
             labels = [f"{weight:.3f}" for weight in found.weights[0].tolist()]
-            sections.append(("Mask signals of the proposals that the sentence weights highest, with their weights (all proposals: 1)",
-                             _labeled(labels, found.signals[0], frame)))
+            sections.append(("Mask signals of the proposals that the sentence weights highest, with their weights (all proposals: 1; "
+                             f"they differ by {float(found.spread[0]):.1g} a pixel)", _labeled(labels, found.signals[0], frame)))
         tokens = [tokenizer.vocabulary[number] for number in words[0][word_mask[0]].tolist()]
         for stage, attention in sorted(found.attention.items()):
             maps = attention.over_words[0][:len(tokens)]

@@ -40,11 +40,13 @@ class Explanation:
     Attributes:
         weights: a_n of the k proposals that the sentence weights highest, in that order, float32 [B, k]. All N sum to 1.
         signals: m_n of the same proposals, 0 … 1, float32 [B, k, S/4, S/4].
+        spread: the standard deviation of m_n over all N, mean over the pixels, float32 [B]: near 0 all proposals are one mask.
         attention: by stage, counted from 0 as in `model.wpa`.
     """
 
     weights: Tensor | None = None
     signals: Tensor | None = None
+    spread: Tensor | None = None
     attention: dict[int, Attention] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ def explain(model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, p
 
     def hear_masks(sma: nn.Module, given: tuple[Tensor, ...]) -> None:
         weights, signals = mask_signals(sma, *given)
+        found["spread"] = signals.std(1, correction=0).mean((1, 2))
         top = weights.topk(min(proposals, weights.shape[1]), dim=1)
         found["weights"] = top.values
         found["signals"] = signals.gather(1, top.indices[..., None, None].expand(-1, -1, *signals.shape[2:]))

@@ -169,7 +169,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
         if state.step >= run.total:
             break
         stats, micro_batches = _step(run, state, batches, meter)
-        meter.add(config.train.global_batch, micro_batches, stats.forward_s)
+        meter.add(config.train.global_batch, micro_batches, stats.seconds.get("forward", 0.0))
         lr = lr_scale(state.step, run.total, config.schedule) * config.optim.lr
         state = _advance(state, stats, config)
         bar.update()

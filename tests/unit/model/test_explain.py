@@ -87,6 +87,7 @@ def test_an_explanation_has_maps_that_sum_to_one_and_leaves_the_model_as_it_was(
     assert everything.weights.shape == (2, COUNT)
     torch.testing.assert_close(everything.weights.sum(1), torch.ones(2))
     assert torch.equal(everything.signals[:, :3], found.signals)
+    torch.testing.assert_close(found.spread, everything.signals.std(1, correction=0).flatten(1).mean(1))
     assert torch.equal(model(*batch), before) and not any(module._forward_pre_hooks for module in model.modules())
 
 
