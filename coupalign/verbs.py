@@ -235,10 +235,38 @@ def track(options: argparse.Namespace) -> Any:
 def bench(options: argparse.Namespace) -> Any:
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
-    if (options.what == "traffic") != bool(options.config):
-        raise InputError("bench traffic needs a configuration, the other benches take none: coupalign bench traffic configs/demo.yaml")
-    return {"kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic,
+    needs = ("step", "traffic")
+    if (options.what in needs) != bool(options.config):
+        raise InputError(f"bench {' and '.join(needs)} need a configuration, the other benches take none: "
+                         "coupalign bench step configs/demo.yaml")
+    return {"step": _bench_step, "kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic,
             "order": _bench_order}[options.what](options)
+
+
+def _bench_step(options: argparse.Namespace) -> Any:
+    from coupalign import dist
+    from coupalign.bench.machine import describe_machine, ratios, read_result
+    from coupalign.bench.step import StepBench, bench_step
+    from coupalign.config.load import read_config
+    from coupalign.files import write_json
+
+    if options.steps < 1 or options.warmup < 1:
+        raise InputError("--steps and --warmup must be at least 1")
+    config = read_config(options.config, options.overrides)
+    with dist.session() as world:
+        before = options.against and read_result(options.against, describe_machine(world.device), "step")
+        bench = bench_step(config, world, options.steps, options.warmup, options.random_data, options.trace)
+    if not world.is_main:
+        return None
+    print(bench.table())
+    result = bench.to_json()
+    if before:
+        result["against"] = ratios(bench.figures(), StepBench.from_json(before).figures())
+        print(f"\nratios to {options.against}")
+        print("\n".join(f"{name:<22}{ratio:>8.3f}" for name, ratio in result["against"].items()))
+    if options.out:
+        write_json(options.out, result)
+    return result
 
 
 def _bench_kernel(options: argparse.Namespace) -> Any:

@@ -117,14 +117,16 @@ class Phases:
         seconds: dict[str, float] = {}
         later = []
         for name, begin, end in self.marks:
-            if self.device.type != "cuda":
-                seconds[name] = seconds.get(name, 0.0) + end - begin
-            elif end.query():
-                seconds[name] = seconds.get(name, 0.0) + begin.elapsed_time(end) / 1e3
-            else:
+            if self.device.type == "cuda" and not end.query():
                 later.append((name, begin, end))
+            else:
+                seconds[name] = seconds.get(name, 0.0) + self.between(begin, end)
         self.marks = later
         return seconds
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds between two marks that have been reached."""
+        return begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

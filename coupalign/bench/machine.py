@@ -1,0 +1,77 @@
+"""Which machine a figure belongs to, how fast its matrix products are, and how two results of it compare."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coupalign.errors import InputError
+
+_SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
+_SECONDS = 0.5      # that each side is multiplied for
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What a time depends on, besides the code."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"device": name, "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count()), "torch": torch.__version__,
+            "python": platform.python_version()}
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the fastest square matrix product: what a share of the machine's peak is measured against."""
+    return max(_matmul(side, dtype, device) for side in _SIDES[device.type])
+
+
+def ratios(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """now / before of every figure that both have."""
+    return {name: value / before[name] for name, value in now.items() if before.get(name)}
+
+
+def read_result(file: Path, machine: Mapping[str, str], what: str) -> dict[str, Any]:
+    """An earlier result to compare with.
+
+    Raises:
+        InputError: it is not there, no result of this bench, or of another machine.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        theirs = value["machine"]["device"]
+        known = value["bench"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--against {file}: not a result of a bench ({type(error).__name__}: {error}); --out writes one") from None
+    if known != what:
+        raise InputError(f"--against {file}: a result of bench {known}, not of bench {what}")
+    if theirs != machine["device"]:
+        raise InputError(f"--against {file}: measured on {theirs}, this is {machine['device']}: ratios of times would mean nothing")
+    return value
+
+
+def _matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def seconds(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    seconds(3)
+    times = max(1, round(_SECONDS / seconds(1)))
+    return max(2 * side**3 * times / seconds(times) for _ in range(3))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

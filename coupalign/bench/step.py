@@ -1,0 +1,280 @@
+"""`coupalign bench step CONFIG`: a training step of a configuration, on this machine, by part.
+
+Three looks at the same steps, so that looking costs the times nothing: whole steps without any instrument; steps whose parts are
+timed, by the phases that every engine marks and by hooks on the parts of the model; a few steps under torch's profiler.
+"""
+from __future__ import annotations
+
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from coupalign.bench.machine import describe_machine, matmul_peak
+from coupalign.bench.traffic import step_traffic
+from coupalign.config.schema import BertText, Config
+from coupalign.data.batch import Batch
+from coupalign.data.loader import build_train_loader, open_tokenizer
+from coupalign.data.order import micro_batches, rank_slice
+from coupalign.describe import SMALL_VOCABULARY, called_modules
+from coupalign.dist import World
+from coupalign.engine.base import DTYPES, Engine, Phases, seed_step
+from coupalign.engine.build import build_engine
+from coupalign.model.methods import build_model
+from coupalign.model.text import bert_vocabulary
+from coupalign.training.optim import build_optimizer
+
+Steps = Iterator[list[Batch]]
+_LOOKED_AT, _PROFILED = 5, 3
+_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_EXCHANGES = ("nccl", "gloo:", "c10d::")
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What a step costs on this rank.
+
+    Attributes:
+        machine: see `describe_machine`.
+        samples_per_second: of all ranks: median, lower and upper quartile of the timed steps.
+        milliseconds: "step", the median of the timed ones; then, of others that were looked into, by part. "data" is waiting for the
+            loader, "copy" to the device. The parts of the model are their forward pass; "losses" is what is left of "forward";
+            "backward" holds the exchange of gradients that runs beside it.
+        flop: forward and backward of a step, all ranks; counted.
+        matmul_flop_per_s: the fastest matrix product of this machine in the configuration's precision; measured.
+        utilization: flop per second and rank, as a share of that (MFU).
+        gigabytes: "start" (weights, optimizer, average), "peak"; of the GPU, or of the whole process.
+        calls: a step: kernels launched, waits for the device, numbers read back from it, milliseconds of exchange between ranks.
+    """
+
+    machine: dict[str, str]
+    config: str
+    ranks: int
+    global_batch: int
+    micro_batch: int
+    precision: str
+    engine: str
+    steps: int
+    samples_per_second: tuple[float, float, float]
+    milliseconds: dict[str, float]
+    flop: int
+    matmul_flop_per_s: float
+    utilization: float
+    gigabytes: dict[str, float]
+    calls: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bench": "step", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StepBench:
+        """What `to_json` gave."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
+
+    def figures(self) -> dict[str, float]:
+        """What is compared with an earlier result, by name."""
+        return {"samples/s": self.samples_per_second[0], "utilization": self.utilization,
+                **{f"ms {name}": value for name, value in self.milliseconds.items()},
+                **{f"GB {name}": value for name, value in self.gigabytes.items()}, **self.calls}
+
+    def table(self) -> str:
+        """The same for people."""
+        median, low, high = self.samples_per_second
+        looked_at = sum(self.milliseconds.values()) - self.milliseconds["step"]
+        lines = [f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, {self.global_batch} samples a step in micro-batches "
+                 f"of {self.micro_batch}", "  ".join(f"{name} {value}" for name, value in self.machine.items()), "",
+                 f"{median:,.2f} samples/s (median of {self.steps} steps; quartiles {low:,.2f} … {high:,.2f})",
+                 f"{self.flop / 1e12:,.3f} TFLOP a step; {self.utilization:.1%} of the {self.matmul_flop_per_s / 1e12:,.2f} TFLOP/s "
+                 "that this machine's fastest matrix product reaches", "", f"{'part':<14}{'ms':>10}{'share':>8}"]
+        lines += [f"{name:<14}{value:>10.2f}" + (f"{value / looked_at:>8.1%}" if name != "step" else "")
+                  for name, value in self.milliseconds.items()]
+        lines += ["", "  ".join(f"{name} {value:.2f} GB" for name, value in self.gigabytes.items()),
+                  "  ".join(f"{name} {value:,.1f}" for name, value in self.calls.items()) + "  (a step)"]
+        return "\n".join(lines)
+
+
+def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, random: bool = False,
+               trace: Path | None = None) -> StepBench:
+    """Time training steps; collective.
+
+    Args:
+        random: random samples in place of data.train, which then need not be there.
+        trace: where the profiler's trace is written, for ui.perfetto.dev.
+
+    Raises:
+        InputError: the configuration cannot be trained here.
+    """
+    torch.manual_seed(config.seed)
+    with ExitStack() as stack:
+        vocabulary, batches = _random(config, world) if random else _read(config, world, stack)
+        model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
+        engine = build_engine(model, build_optimizer(model, config.optim), config, world)
+        run = _Runner(engine, batches, config, world)
+        for _ in range(warmup):
+            run.step()
+        start = _gigabytes(world, peak=False)
+        seconds = run.timed(steps)
+        peak = _gigabytes(world, peak=True)
+        milliseconds = _parts(run, model, statistics.median(seconds))
+        calls = _calls(run, trace)
+    micro = _micro_batch(config, world)
+    flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (config.train.global_batch // micro)
+    fastest = matmul_peak(DTYPES[config.precision], world.device)
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    rate = tuple(config.train.global_batch / value for value in (quartiles[1], quartiles[2], quartiles[0]))
+    return StepBench(describe_machine(world.device), config.name, world.size, config.train.global_batch, micro, config.precision,
+                     config.engine.kind + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""), steps, rate,
+                     milliseconds, flop, fastest, flop / quartiles[1] / world.size / fastest, {"start": start, "peak": peak}, calls)
+
+
+class _Runner:
+    """Training steps, one after another."""
+
+    def __init__(self, engine: Engine, batches: Steps, config: Config, world: World) -> None:
+        self.engine, self.batches, self.config, self.world = engine, batches, config, world
+        self.phases = Phases(world.device)
+        self.done = 0
+        self.found: dict[str, float] = {}
+
+    def step(self) -> None:
+        """One step; its phases are added to `found`, in seconds."""
+        with self.phases("data"):
+            micro_batches = next(self.batches)
+        seed_step(self.config.seed, self.done, self.world.rank)
+        with self.phases("copy"):
+            micro_batches = [batch.to(self.world.device) for batch in micro_batches]
+        stats = self.engine.train_step(micro_batches, 1.0)
+        self.done += 1
+        for seconds in (stats.seconds, self.phases.read()):
+            for name, value in seconds.items():
+                self.found[name] = self.found.get(name, 0.0) + value
+
+    def timed(self, steps: int) -> list[float]:
+        """Seconds of each of so many steps, from the end of one to the end of the next; nothing waits in between."""
+        clock = Phases(self.world.device)
+        for _ in range(steps):
+            with clock("step"):
+                self.step()
+        _wait(self.world.device)
+        return [clock.between(begin, end) for _, begin, end in clock.marks]
+
+
+def _parts(run: _Runner, model: nn.Module, step_s: float) -> dict[str, float]:
+    """Milliseconds a step by part; the times of the model's parts are taken by hooks."""
+    inside = Phases(run.world.device)
+    run.found = {}
+    with _hooks(model, inside):
+        for _ in range(_LOOKED_AT):
+            run.step()
+        _wait(run.world.device)
+    found = {name: 1e3 * value / _LOOKED_AT for name, value in run.found.items()}
+    own = {name: 1e3 * value / _LOOKED_AT for name, value in inside.read().items()}
+    forward = found.pop("forward")
+    means = found.pop("losses", 0.0)
+    order = [name for name, _ in model.named_children() if name in own]
+    return {"step": 1e3 * step_s, "data": found["data"], "copy": found["copy"], **{name: own[name] for name in order},
+            "losses": forward - sum(own.values()), "backward": found["backward"], "optimizer": found.get("optimizer", 0.0),
+            "loss means": means}
+
+
+@contextmanager
+def _hooks(model: nn.Module, phases: Phases) -> Iterator[None]:
+    """Inside, the forward pass of each child of the model is a phase; what checkpointing computes again in the backward pass is not."""
+    with ExitStack() as handles:
+        for name, _ in model.named_children():
+            for module in called_modules(model, name).values():
+                running: list[Any] = []
+
+                def begin(*_: Any, name: str = name, running: list[Any] = running) -> None:
+                    if torch._C._current_graph_task_id() == -1:
+                        running.append(phases(name))
+                        running[-1].__enter__()
+
+                def end(*_: Any, running: list[Any] = running) -> None:
+                    if running:
+                        running.pop().__exit__(None, None, None)
+
+                handles.callback(module.register_forward_pre_hook(begin).remove)
+                handles.callback(module.register_forward_hook(end).remove)
+        yield
+
+
+def _calls(run: _Runner, trace: Path | None) -> dict[str, float]:
+    """What the profiler counts, a step."""
+    cuda = run.world.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        for _ in range(_PROFILED):
+            run.step()
+        _wait(run.world.device)
+    if trace is not None and run.world.is_main:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+    events = profiler.events()
+
+    def count(wanted: Callable[[str], bool]) -> float:
+        return sum(wanted(event.name) for event in events) / _PROFILED
+
+    exchange = sum(event.device_time_total if cuda else event.cpu_time_total for event in events if event.name.startswith(_EXCHANGES))
+    calls = {"numbers read back": count(lambda name: name == "aten::_local_scalar_dense"), "ms of exchange": exchange / 1e3 / _PROFILED}
+    if cuda:
+        # The last wait is ours.
+        calls |= {"kernels launched": count(lambda name: name in _LAUNCHES), "waits": count(lambda name: name in _WAITS) - 1 / _PROFILED}
+    return {"operators": count(lambda name: name.startswith("aten::")), **calls}
+
+
+def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
+    tokenizer = open_tokenizer(config.data)
+    loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch, world.rank, world.size,
+                                tokenizer)
+    stack.callback(loader.close)
+    return len(tokenizer), (batches for _, batches in loader.steps_from(0))
+
+
+def _random(config: Config, world: World) -> tuple[int, Steps]:
+    """The same few random batches again and again, with a square for a target."""
+    text = config.model.text
+    vocabulary = bert_vocabulary(text) if isinstance(text, BertText) else SMALL_VOCABULARY
+    size, words, micro = config.data.image_size, config.data.max_tokens, _micro_batch(config, world)
+    share = rank_slice(config.train.global_batch, world.rank, world.size)
+    target = torch.zeros(micro, size, size, dtype=torch.bool)
+    target[:, size // 4:size // 2, size // 4:size // 2] = True
+
+    def batch() -> Batch:
+        image, tokens = torch.randint(0, 256, (micro, 3, size, size), dtype=torch.uint8), torch.randint(vocabulary, (micro, words))
+        made = Batch(image, tokens, torch.ones(micro, words, dtype=torch.bool), target, ())
+        return made.pin_memory() if world.device.type == "cuda" else made
+
+    step = [batch() for _ in range((share.stop - share.start) // micro)]
+    return vocabulary, cycle([step])
+
+
+def _micro_batch(config: Config, world: World) -> int:
+    share = rank_slice(config.train.global_batch, 0, world.size)
+    own = share.stop - share.start
+    return own // micro_batches(own, config.train.max_micro_batch)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gigabytes(world: World, peak: bool) -> float:
+    """Memory that is held, or the most that was since the last look, 1e9 bytes. On a CPU that of the process, whose most never falls."""
+    if world.device.type == "cuda":
+        value = torch.cuda.max_memory_allocated(world.device) if peak else torch.cuda.memory_allocated(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
+        return value / 1e9
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9

@@ -1,0 +1,86 @@
+"""`coupalign bench step` on a model of a few thousand weights: what is counted is exact, what is timed is there and adds up."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from coupalign.bench.machine import matmul_peak
+from coupalign.bench.traffic import step_traffic
+from coupalign.cli import main
+from coupalign.config.load import read_config
+
+TINY = """
+name: tiny
+precision: fp32
+data: {image_size: 32, max_tokens: 8, workers: 0}
+model:
+  image: {kind: small, widths: [8, 16, 16, 24]}
+  text: {kind: small, width: 16, heads: 2}
+  decoder: {width: 16}
+  proposals: {count: 4, layers: 1, heads: 2, ffn: 32}
+train: {global_batch: 4, max_micro_batch: 2}
+engine: {kind: ddp}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+def bench(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, dict]:
+    capsys.readouterr()
+    assert main(["bench", "step", *map(str, words), "--steps", "3", "--warmup", "1", "--json"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    return "\n".join(table), json.loads(line)
+
+
+def test_a_step_by_part(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, trace = tmp_path / "results" / "step.json", tmp_path / "traces" / "step.json"
+    table, value = bench(capsys, config, "--random-data", "--trace", trace, "--out", out)
+    assert (value["micro_batch"], value["global_batch"], value["ranks"], value["engine"]) == (2, 4, 1, "ddp")
+    assert list(value["milliseconds"]) == ["step", "data", "copy", "image", "text", "wpa", "decoder", "proposals", "sma", "head", "losses",
+                                           "backward", "optimizer", "loss means"]
+    assert all(one > 0 for one in value["milliseconds"].values()), value["milliseconds"]
+    costs = step_traffic(read_config(config), 2)
+    assert value["flop"] == 2 * sum(cost.flops for cost in costs.values())
+    seconds = value["global_batch"] / value["samples_per_second"][0]
+    assert value["utilization"] == pytest.approx(value["flop"] / seconds / value["matmul_flop_per_s"])
+    median, low, high = value["samples_per_second"]
+    assert low <= median <= high and value["calls"]["operators"] > 100
+    assert "samples/s (median of 3 steps" in table and "% of the" in table
+    assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
+    again, compared = bench(capsys, config, "--random-data", "--against", out)
+    before = json.loads(out.read_text())
+    assert compared["against"]["samples/s"] == pytest.approx(compared["samples_per_second"][0] / before["samples_per_second"][0])
+    assert compared["against"]["operators"] == 1.0 and f"ratios to {out}" in again
+
+
+def test_real_data_and_other_methods(config: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"data.train=[{{index: {shards}, split: train}}]"
+    _, value = bench(capsys, config, data, "model.kind=lavt", "model.decoder.width=8")
+    assert value["milliseconds"]["data"] > 0 and value["milliseconds"]["decoder"] > 0 and "proposals" not in value["milliseconds"]
+
+
+@pytest.mark.parametrize("text, words", [("{", "not a result"), ('{"bench": "loader", "machine": {"device": "x"}}', "of bench loader"),
+                                         ('{"bench": "step", "machine": {"device": "a PDP-11"}}', "measured on a PDP-11")])
+def test_what_cannot_be_compared_is_said_before_anything_is_timed(config: Path, tmp_path: Path, text: str, words: str,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "before.json").write_text(text)
+    assert main(["bench", "step", str(config), "--random-data", "--against", str(tmp_path / "before.json")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_wrong_use_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step"]) == 2 and "need a configuration" in capsys.readouterr().err
+    assert main(["bench", "step", str(config), "--steps", "0"]) == 2
+    assert main(["bench", "step", str(config)]) == 2 and "vocabulary" in capsys.readouterr().err
+
+
+def test_the_peak_is_that_of_matrix_products() -> None:
+    assert 1e9 < matmul_peak(torch.float32, torch.device("cpu")) < 1e15
