@@ -235,20 +235,19 @@ def track(options: argparse.Namespace) -> Any:
 def bench(options: argparse.Namespace) -> Any:
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
-    needs = ("step", "traffic")
+    needs = ("step", "startup", "traffic")
     if (options.what in needs) != bool(options.config):
-        raise InputError(f"bench {' and '.join(needs)} need a configuration, the other benches take none: "
+        raise InputError(f"bench {', '.join(needs)} need a configuration, the other benches take none: "
                          "coupalign bench step configs/demo.yaml")
-    return {"step": _bench_step, "kernel": _bench_kernel, "registers": _bench_registers, "traffic": _bench_traffic,
-            "order": _bench_order}[options.what](options)
+    return {"step": _bench_step, "startup": _bench_startup, "kernel": _bench_kernel, "registers": _bench_registers,
+            "traffic": _bench_traffic, "order": _bench_order}[options.what](options)
 
 
 def _bench_step(options: argparse.Namespace) -> Any:
     from coupalign import dist
-    from coupalign.bench.machine import describe_machine, ratios, read_result
-    from coupalign.bench.step import StepBench, bench_step
+    from coupalign.bench.machine import describe_machine, read_result
+    from coupalign.bench.step import bench_step
     from coupalign.config.load import read_config
-    from coupalign.files import write_json
 
     if options.steps < 1 or options.warmup < 1:
         raise InputError("--steps and --warmup must be at least 1")
@@ -256,14 +255,30 @@ def _bench_step(options: argparse.Namespace) -> Any:
     with dist.session() as world:
         before = options.against and read_result(options.against, describe_machine(world.device), "step")
         bench = bench_step(config, world, options.steps, options.warmup, options.random_data, options.trace)
-    if not world.is_main:
-        return None
+    return _show_bench(bench, before, options) if world.is_main else None
+
+
+def _bench_startup(options: argparse.Namespace) -> Any:
+    import torch
+
+    from coupalign.bench.machine import describe_machine, read_result
+    from coupalign.bench.startup import bench_startup
+
+    before = options.against and read_result(options.against, describe_machine(torch.device("cpu")), "startup")
+    return _show_bench(bench_startup(options.config, options.overrides), before, options)
+
+
+def _show_bench(bench: Any, before: dict[str, Any] | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Print a result and its ratios to an earlier one, and keep it where asked for."""
+    from coupalign.bench.machine import ratios
+    from coupalign.files import write_json
+
     print(bench.table())
     result = bench.to_json()
     if before:
-        result["against"] = ratios(bench.figures(), StepBench.from_json(before).figures())
+        result["against"] = ratios(bench.figures(), type(bench).from_json(before).figures())
         print(f"\nratios to {options.against}")
-        print("\n".join(f"{name:<22}{ratio:>8.3f}" for name, ratio in result["against"].items()))
+        print("\n".join(f"{name:<42}{ratio:>8.3f}" for name, ratio in result["against"].items()))
     if options.out:
         write_json(options.out, result)
     return result

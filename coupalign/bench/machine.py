@@ -6,8 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -15,6 +16,25 @@ from coupalign.errors import InputError
 
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 _SECONDS = 0.5      # that each side is multiplied for
+
+
+class Result:
+    """What a bench found, a dataclass of plain values: JSON and back, and the figures that two of them are compared by."""
+
+    bench: ClassVar[str]
+    machine: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bench": self.bench, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
+
+    def figures(self) -> dict[str, float]:
+        """By name."""
+        raise NotImplementedError
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

@@ -9,16 +9,16 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from coupalign.bench.machine import describe_machine, matmul_peak
+from coupalign.bench.machine import Result, describe_machine, matmul_peak
 from coupalign.bench.traffic import step_traffic
 from coupalign.config.schema import BertText, Config
 from coupalign.data.batch import Batch
@@ -40,7 +40,7 @@ _EXCHANGES = ("nccl", "gloo:", "c10d::")
 
 
 @dataclass(frozen=True)
-class StepBench:
+class StepBench(Result):
     """What a step costs on this rank.
 
     Attributes:
@@ -55,6 +55,8 @@ class StepBench:
         gigabytes: "start" (weights, optimizer, average), "peak"; of the GPU, or of the whole process.
         calls: a step: kernels launched, waits for the device, numbers read back from it, milliseconds of exchange between ranks.
     """
+
+    bench: ClassVar[str] = "step"
 
     machine: dict[str, str]
     config: str
@@ -71,14 +73,6 @@ class StepBench:
     utilization: float
     gigabytes: dict[str, float]
     calls: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bench": "step", **asdict(self)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> StepBench:
-        """What `to_json` gave."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
