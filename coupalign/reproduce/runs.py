@@ -45,7 +45,8 @@ class Run:
     @property
     def variant(self) -> str:
         """What tells the runs of one configuration apart: "count-50-s0"."""
-        changes = [re.sub(r"[^\w.+]+", "-", change.rpartition(".")[2]).strip("-") for change in self.overrides]
+        keys = (change.partition("=") for change in self.overrides)
+        changes = [re.sub(r"[^\w.+]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, _, value in keys]
         return "-".join([*changes, f"s{self.seed}"])
 
     @property

@@ -18,6 +18,7 @@ from coupalign.errors import InputError
 from coupalign.evaluation.metrics import METRICS, Score
 from coupalign.files import write_json
 from coupalign.reproduce import collect, plan_runs, read_table, run_all, submit
+from coupalign.reproduce.runs import Run
 from coupalign.reproduce.spec import TABLES
 from coupalign.reproduce.table import markdown_table, text_table
 
@@ -202,6 +203,15 @@ def test_slurm_gets_an_array_for_each_configuration(checkout: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(sbatch.parent))
     with pytest.raises(InputError, match="no sbatch here"):
         submit(runs, [], "", checkout / "runs" / "sweeps")
+
+
+def test_runs_of_different_changes_have_different_names() -> None:
+    def name(*changes: str) -> str:
+        return Run(Path("configs/x.yaml"), changes, 1, ()).directory.name
+
+    assert name() == "x-s1" and name("model.proposals.count=50") == "x-count-50-s1"
+    assert name("train.ema.decay=0.5") == "x-decay-0.5-s1" != name("data.augment.flip=0.5") == "x-flip-0.5-s1"
+    assert name("a.b=[true, false]", "c=1e-3") == "x-b-true-false-c-1e-3-s1"
 
 
 def test_table_json_is_plain(checkout: Path) -> None:
