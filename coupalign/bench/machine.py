@@ -15,7 +15,7 @@ import torch
 from coupalign.errors import InputError
 
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
-_SECONDS = 0.5      # that each side is multiplied for
+_SECONDS = 0.2      # that each side is multiplied for
 
 
 class Result:

@@ -134,7 +134,7 @@ class ProposalsConfig(Section):
 
 class SmaConfig(Section):
     sentence: Literal["cls", "mean"] = Field("cls", description="L_g: the final [CLS] state, or the mean of the words")
-    scaled: bool = Field(True, description="divide Q . Y by sqrt(d) before the sigmoid, so that the mask signals do not start saturated")
+    scaled: bool = Field(False, description="divide Q . Y by sqrt(d) before the sigmoid, so that the mask signals do not start saturated")
 
 
 class MaskLossConfig(Section):

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class SentenceMaskAlignment(nn.Module):
-    """Y' = Y + sum_n a_n m_n (W_o Q)_n, with a = softmax_n(Q . W L_g / sqrt(d)) and m_n = sigmoid(Q_n . Y / sqrt(d)).
+    """Y' = Y + sum_n a_n m_n (W_o Q)_n, with a = softmax_n(Q . W L_g / sqrt(d)) and m_n = sigmoid(Q_n . Y).
 
     The sigmoid matters: without it the sum over n is one dynamic kernel, and N has no meaning.
 
     Args:
         width: d.
         sentence_width: D.
-        scaled: else m_n = sigmoid(Q_n . Y), which starts saturated.
+        scaled: m_n = sigmoid(Q_n . Y / sqrt(d)) instead, which does not start saturated.
     """
 
-    def __init__(self, width: int, sentence_width: int, scaled: bool = True):
+    def __init__(self, width: int, sentence_width: int, scaled: bool = False):
         super().__init__()
         self.scale = width ** -0.5 if scaled else 1.0
         self.project_sentence = nn.Linear(sentence_width, width)

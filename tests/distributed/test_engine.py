@@ -69,14 +69,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
 def test_other_methods_train_alike_under_every_engine() -> None:
     methods = (["model.kind=lavt", "model.decoder.width=8"], ["model.kind=vlt", "model.transformer.width=16", "model.transformer.ffn=32"],
                ["model.kind=lts", "model.segment.width=16"])
-    configs = [override(config, changes) for changes in methods for config in engines("ddp", "zero2", "zero3")]
-    results = run_ranks(curves, 2, configs, 3)[0]
-    for changes, (ddp, *zero) in zip(methods, (results[at:at + 3] for at in range(0, 9, 3))):
-        for other in zero:
-            assert _relative(_losses(ddp, other)) < LOSS_TOLERANCE, changes
-            # The normalizations in front of LAVT's gates leave gradients near zero, which Adam amplifies the most.
-            assert _furthest(ddp, other, "weights") < 10 * WEIGHT_TOLERANCE, changes
-            torch.testing.assert_close(ddp["logits"], other["logits"], rtol=0, atol=1e-3)
+    configs = [override(config, changes) for changes in methods for config in engines("ddp", "zero3")]
+    results = run_ranks(curves, 2, configs, 2)[0]
+    for changes, ddp, zero in zip(methods, results[::2], results[1::2]):
+        assert _relative(_losses(ddp, zero)) < LOSS_TOLERANCE, changes
+        # The normalizations in front of LAVT's gates leave gradients near zero, which Adam amplifies the most.
+        assert _furthest(ddp, zero, "weights") < 10 * WEIGHT_TOLERANCE, changes
+        torch.testing.assert_close(ddp["logits"], zero["logits"], rtol=0, atol=1e-3)
 
 
 def test_mixed_precision_agrees_between_engines() -> None:

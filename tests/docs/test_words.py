@@ -28,7 +28,7 @@ VERBS = {
     "reproduce": {"--data", "--scale", "--seeds", "--jobs", "--launcher", "--slurm", "--only-print"},
     "report": set(),
     "track": set(),
-    "bench": {"--batch"},
+    "bench": {"--batch", "--steps", "--warmup", "--random-data", "--trace", "--out", "--against"},
     "doctor": {"--distributed"},
 }
 

@@ -70,7 +70,7 @@ def test_the_verb_times_what_runs_here_and_says_why_the_rest_does_not(monkeypatc
     assert found["copies"][0]["gb_per_s"] > 0 and set(found["gigabytes"]) >= {kernel.EAGER, kernel.KERNEL}
 
 
-@pytest.mark.parametrize("words, message", [(["traffic"], "bench traffic needs a configuration"),
+@pytest.mark.parametrize("words, message", [(["traffic"], "traffic need a configuration"),
                                             (["kernel", "configs/demo.yaml"], "the other benches take none"),
                                             (["kernel", "--batch", "0"], "--batch must be at least 1")])
 def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

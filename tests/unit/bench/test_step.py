@@ -1,7 +1,9 @@
 """`coupalign bench step` on a model of a few thousand weights: what is counted is exact, what is timed is there and adds up."""
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -24,25 +26,30 @@ model:
 train: {global_batch: 4, max_micro_batch: 2}
 engine: {kind: ddp}
 """
+SHORT = ["--steps", "3", "--warmup", "1"]
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    file = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("bench") / "tiny.yaml"
     file.write_text(TINY)
     return file
 
 
-def bench(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[str, dict]:
-    capsys.readouterr()
-    assert main(["bench", "step", *map(str, words), "--steps", "3", "--warmup", "1", "--json"]) == 0
-    *table, line = capsys.readouterr().out.splitlines()
-    return "\n".join(table), json.loads(line)
+@pytest.fixture(scope="module")
+def out(config: Path) -> Path:
+    """The result of a bench on random data, which has left its table and its trace beside it."""
+    out = config.parent / "results" / "step.json"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        words = ["--random-data", "--trace", str(out.with_name("trace.json")), "--out", str(out), *SHORT]
+        assert main(["bench", "step", str(config), *words]) == 0
+    out.with_name("table.txt").write_text(printed.getvalue())
+    return out
 
 
-def test_a_step_by_part(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, trace = tmp_path / "results" / "step.json", tmp_path / "traces" / "step.json"
-    table, value = bench(capsys, config, "--random-data", "--trace", trace, "--out", out)
+def test_a_step_by_part(config: Path, out: Path) -> None:
+    table, value = out.with_name("table.txt").read_text(), json.loads(out.read_text())
     assert (value["micro_batch"], value["global_batch"], value["ranks"], value["engine"]) == (2, 4, 1, "ddp")
     assert list(value["milliseconds"]) == ["step", "data", "copy", "image", "text", "wpa", "decoder", "proposals", "sma", "head", "losses",
                                            "backward", "optimizer", "loss means"]
@@ -54,17 +61,21 @@ def test_a_step_by_part(config: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     median, low, high = value["samples_per_second"]
     assert low <= median <= high and value["calls"]["operators"] > 100
     assert "samples/s (median of 3 steps" in table and "% of the" in table
-    assert any(event.get("name") == "aten::addmm" for event in json.loads(trace.read_text())["traceEvents"])
-    again, compared = bench(capsys, config, "--random-data", "--against", out)
-    before = json.loads(out.read_text())
-    assert compared["against"]["samples/s"] == pytest.approx(compared["samples_per_second"][0] / before["samples_per_second"][0])
-    assert compared["against"]["operators"] == 1.0 and f"ratios to {out}" in again
+    events = json.loads(out.with_name("trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::addmm" for event in events)
 
 
-def test_real_data_and_other_methods(config: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_data_and_another_method_against_an_earlier_result(config: Path, out: Path, shards: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     data = f"data.train=[{{index: {shards}, split: train}}]"
-    _, value = bench(capsys, config, data, "model.kind=lavt", "model.decoder.width=8")
+    capsys.readouterr()
+    words = [str(config), data, "model.kind=lavt", "model.decoder.width=8", "--against", str(out)]
+    assert main(["bench", "step", *words, *SHORT, "--json"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    value, before = json.loads(line), json.loads(out.read_text())
     assert value["milliseconds"]["data"] > 0 and value["milliseconds"]["decoder"] > 0 and "proposals" not in value["milliseconds"]
+    assert value["against"]["samples/s"] == pytest.approx(value["samples_per_second"][0] / before["samples_per_second"][0])
+    assert f"ratios to {out}" in table and "ms proposals" not in value["against"]
 
 
 @pytest.mark.parametrize("text, words", [("{", "not a result"), ('{"bench": "loader", "machine": {"device": "x"}}', "of bench loader"),
