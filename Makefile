@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The order of the folders: the long files are in the first ones, so that neither worker is left with one of them at the end.
-WORKERS := --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
 .PHONY: demo test test-cluster gpu lint setup clean
 setup: $(VENV)/.ready
 
@@ -20,14 +17,14 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
 test: setup lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster $(WORKERS) --durations 15
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --durations 15
 
 # On a real Slurm and over a real network, both on this machine: as root, on Debian or Ubuntu, whose packages it installs.
 # KILLS=n: how often the fault injector kills a rank of one run.
 KILLS ?= 30
 test-cluster: setup
 	tests/cluster/slurm.sh install
-	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster $(WORKERS) --durations 15
+	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster --durations 15
 
 # On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
 gpu: setup

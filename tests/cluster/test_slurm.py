@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -162,8 +163,9 @@ def test_a_sweep_is_an_array_of_trainings_with_their_scores(cluster: Cluster, su
 
 def test_a_table_is_an_array_for_each_configuration(cluster: Cluster) -> None:
     """`coupalign reproduce --slurm` submits the runs of a table; when they are done the same command prints it."""
-    for name in ("configs", "shards"):
-        (cluster.checkout / name).symlink_to(ROOT / name)
+    for file in ("configs/refshapes_tiny.yaml", "configs/refshapes.yaml", "shards/recipes/refshapes.yaml"):
+        (cluster.checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, cluster.checkout / file)
     (cluster.checkout / "own.yaml").write_text("title: Ours\nsource: ours\ncolumns: [val oIoU]\nrows: [{method: CoupAlign, shapes: []}]\n")
     reproduce = [sys.executable, "-m", "coupalign", "reproduce", "own.yaml", "--data", "refshapes", "--scale", "tiny", "--seeds", "2"]
     changes = ["train.steps=4", "tracking.kind=none"]
