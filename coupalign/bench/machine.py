@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 _SECONDS = 0.2      # that each side is multiplied for
 
 
-class Result:
+class Result(ABC):
     """What a bench found, a dataclass of plain values: JSON and back, and the figures that two of them are compared by."""
 
     bench: ClassVar[str]
@@ -32,9 +33,9 @@ class Result:
         """What `to_json` gave."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
+    @abstractmethod
     def figures(self) -> dict[str, float]:
         """By name."""
-        raise NotImplementedError
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
