@@ -17,7 +17,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo.sh
 
 test: setup lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests --ignore tests/cluster --numprocesses 2 --dist loadfile --durations 15
 
 # On a real Slurm and over a real network, both on this machine: as root, on Debian or Ubuntu, whose packages it installs.
 # KILLS=n: how often the fault injector kills a rank of one run.

@@ -235,11 +235,11 @@ def track(options: argparse.Namespace) -> Any:
 def bench(options: argparse.Namespace) -> Any:
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
-    needs = ("step", "startup", "traffic")
+    needs = ("step", "loader", "startup", "traffic")
     if (options.what in needs) != bool(options.config):
         raise InputError(f"bench {', '.join(needs)} need a configuration, the other benches take none: "
                          "coupalign bench step configs/demo.yaml")
-    return {"step": _bench_step, "startup": _bench_startup, "kernel": _bench_kernel, "registers": _bench_registers,
+    return {"step": _bench_step, "loader": _bench_loader, "startup": _bench_startup, "kernel": _bench_kernel, "registers": _bench_registers,
             "traffic": _bench_traffic, "order": _bench_order}[options.what](options)
 
 
@@ -256,6 +256,19 @@ def _bench_step(options: argparse.Namespace) -> Any:
         before = options.against and read_result(options.against, describe_machine(world.device), "step")
         bench = bench_step(config, world, options.steps, options.warmup, options.random_data, options.trace)
     return _show_bench(bench, before, options) if world.is_main else None
+
+
+def _bench_loader(options: argparse.Namespace) -> Any:
+    import torch
+
+    from coupalign.bench.loader import bench_loader
+    from coupalign.bench.machine import describe_machine, read_result
+    from coupalign.config.load import read_config
+
+    if options.steps < 1 or options.warmup < 1:
+        raise InputError("--steps and --warmup must be at least 1")
+    before = options.against and read_result(options.against, describe_machine(torch.device("cpu")), "loader")
+    return _show_bench(bench_loader(read_config(options.config, options.overrides), options.steps, options.warmup), before, options)
 
 
 def _bench_startup(options: argparse.Namespace) -> Any:

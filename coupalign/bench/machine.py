@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -48,6 +49,12 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest square matrix product: what a share of the machine's peak is measured against."""
     return max(_matmul(side, dtype, device) for side in _SIDES[device.type])
+
+
+def resident_gigabytes() -> float:
+    """Memory of this process that is held now, 1e9 bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9
 
 
 def ratios(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from coupalign.bench.machine import Result, describe_machine, matmul_peak
+from coupalign.bench.machine import Result, describe_machine, matmul_peak, resident_gigabytes
 from coupalign.bench.traffic import step_traffic
 from coupalign.config.schema import BertText, Config
 from coupalign.data.batch import Batch
@@ -270,5 +270,4 @@ def _gigabytes(world: World, peak: bool) -> float:
         return value / 1e9
     if peak:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e9
+    return resident_gigabytes()

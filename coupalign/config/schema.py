@@ -252,6 +252,8 @@ class OptimConfig(Section):
     impl: Literal["torch", "apex"] = Field("torch", description="apex is NVIDIA's FusedAdam, where it is installed")
     lr_image: float = Field(5e-5, ge=0, description="peak learning rate of the image encoder")
     lr_text: float = Field(5e-5, ge=0, description="peak learning rate of the text encoder")
+    lr_proposals: float | None = Field(None, ge=0, description="peak learning rate of CoupAlign's mask generator and sentence-mask "
+                                                               "alignment; none: that of everything else")
     lr: float = Field(5e-5, ge=0, description="peak learning rate of everything else")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)

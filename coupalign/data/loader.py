@@ -136,13 +136,14 @@ def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[
 class TrainLoader:
     """Endless training batches; `(step)` is the whole state.
 
-    Attributes: `samples`, `fingerprint` (of the data and what is read of it), `micro_batches` (accumulation), `trained_on` (the
+    Attributes: `reader`, `samples`, `fingerprint` (of the data and what is read of it), `micro_batches` (accumulation), `trained_on` (the
     photographs), `leaks` (what the leak guard has to say), and `bad`: name -> reason of the unreadable samples that this rank met.
     """
 
     def __init__(self, dataset: _TrainSamples, keys: _MicroBatchKeys, config: DataConfig, fingerprint: str, trained_on: TrainedOn,
                  leaks: Sequence[str] = ()) -> None:
         self.trained_on, self.leaks = trained_on, leaks
+        self.reader = dataset.reader
         self.samples = keys.orders.samples
         self.fingerprint = fingerprint
         self.micro_batches = keys.accumulation

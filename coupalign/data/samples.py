@@ -217,6 +217,11 @@ class SampleReader:
         """The full name of an evaluation sample and its own sentence."""
         return self._words(number, self._record(number), int(self.table.sentence[number]))
 
+    def stored(self, number: int) -> tuple[bytes, Record]:
+        """The photograph of a sample as it is stored, and its record."""
+        store, image = self._place(number)
+        return store.read(image.shard, *image.jpg), self._record(number)
+
     def collate(self, samples: Sequence[Sample], bad: Sequence[str] = ()) -> Batch:
         """Stack samples and number their words."""
         images, targets, infos = zip(*samples)

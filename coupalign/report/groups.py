@@ -20,7 +20,7 @@ FEW = 30     # samples; a score of fewer says little
 
 _SIZES = ("under 1 %", "1 to 4 %", "4 to 16 %", "over 16 %")
 _LENGTHS = ("1–2 words", "3–4 words", "5–7 words", "8 or more")
-_WORDS = ("place", "color", "order", "none of them")
+_WORDS = ("place", "color", "order", "size", "none of them")
 _OTHERS = ("0", "1", "2", "3 or more", "not known")
 KINDS = {
     "size": ("Size of the object", _SIZES, "Share of the image that the truth covers."),
@@ -38,6 +38,7 @@ _PLACE = re.compile(r"(?<![a-z])(?:" + "|".join([*SIDES, *RELATIONS]) + r"|(?:to
 _ORDER = re.compile(r"(?<![a-z0-9])(?:" + "|".join(ORDINALS) + r"|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|"
                     r"\d+ ?(?:st|nd|rd|th)|(?:number|no\.?|#) ?\d+|from (?:the )?(?:left|right|top|bottom|front|back))(?![a-z0-9])",
                     re.IGNORECASE)
+_SIZE = re.compile(r"(?<![a-z])(?:(?:big|bigg|small|larg|littl|tall|short|tini|tiny|hug|long|giant)(?:e|er|est)?)(?![a-z])", re.IGNORECASE)
 
 
 def groups_of(sentence: str, area: int, pixels: int, same_class: int) -> dict[str, tuple[str, ...]]:
@@ -51,8 +52,9 @@ def groups_of(sentence: str, area: int, pixels: int, same_class: int) -> dict[st
 
 def _named(sentence: str) -> tuple[str, ...]:
     sides = mirror_sentence(sentence) != sentence      # none: it is unsure, because of a word that is a place in most sentences
-    told = (sides or _PLACE.search(sentence) is not None, names_color(sentence), _ORDER.search(sentence) is not None)
-    return tuple(word for word, is_said in zip(_WORDS, told) if is_said) or _WORDS[3:]
+    told = (sides or _PLACE.search(sentence) is not None, names_color(sentence), _ORDER.search(sentence) is not None,
+            _SIZE.search(sentence) is not None)
+    return tuple(word for word, is_said in zip(_WORDS, told) if is_said) or _WORDS[-1:]
 
 
 def group_section(name: str, rows: Rows, empty: Empty) -> str:

@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"(layers\.\d+\.(blocks\.\d+|downsample)|layer\d\.\d+|stages
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over all trainable parameters, in up to six groups: image, text and rest, each with and without decay.
+    """AdamW over all trainable parameters, in groups: image, text and rest, each with and without decay.
 
     Raises:
         InputError: `impl: apex` where NVIDIA's apex, or its CUDA part, is not installed.
@@ -35,15 +35,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
     """Groups with `name`, `params`, `lr` (the peak) and `weight_decay`; every trainable parameter in exactly one.
 
-    With `layer_decay` each block of an encoder has a group of its own: its peak is `layer_decay` times that of the block behind it.
+    With `lr_proposals` the mask generator and sentence-mask alignment have groups of their own. With `layer_decay` each block of an
+    encoder has: its peak is `layer_decay` times that of the block behind it.
     """
-    peaks = {"image": config.lr_image, "text": config.lr_text, "rest": config.lr}
+    peaks = {"image": config.lr_image, "text": config.lr_text, "rest": config.lr, "proposals": config.lr_proposals}
+    parts = {"image": "image", "text": "text"} | ({} if config.lr_proposals is None else {"proposals": "proposals", "sma": "proposals"})
     below_top = _blocks_below_top(model) if config.layer_decay < 1 else {}
     groups: dict[tuple[str, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = name.partition(".")[0]
-            key = (part if part in peaks else "rest", below_top.get(name, 0), _decays(name, parameter))
+            part = parts.get(name.partition(".")[0], "rest")
+            key = (part, below_top.get(name, 0), _decays(name, parameter))
             groups.setdefault(key, []).append(parameter)
     return [{"name": f"{part}{f' -{below}' if below else ''}{'' if decays else ' (no decay)'}", "params": parameters,
              "lr": peaks[part] * config.layer_decay ** below, "weight_decay": config.weight_decay if decays else 0.0}

@@ -18,6 +18,7 @@ from coupalign.report.groups import FEW, KINDS, group_section, groups_of
     ("the square above the star", ("place",)), ("the red one", ("color",)), ("guy in grayish shirt", ("color",)),
     ("3rd zebra", ("order",)), ("last person", ("order",)), ("2nd from left", ("place", "order")),
     ("number 5", ("order",)), ("#5 jersey", ("order",)), ("the second red star from the top", ("place", "color", "order")),
+    ("the bigger dog", ("size",)), ("tallest", ("size",)), ("little red square", ("color", "size")), ("shorts", ("none of them",)),
     ("backpack", ("none of them",)), ("topping", ("none of them",)), ("blast", ("none of them",)), ("", ("none of them",)),
 ])
 def test_the_words_of_a_sentence(sentence: str, named: tuple[str, ...]):

@@ -14,9 +14,10 @@ from coupalign.training.optim import build_optimizer, parameter_groups, which_ap
 from tests.distributed.jobs import SIZE, VOCABULARY, tiny
 
 
-def test_groups_partition_the_parameters() -> None:
+@pytest.mark.parametrize("proposals", [None, 5e-5])
+def test_groups_partition_the_parameters(proposals: float | None) -> None:
     model = build_model(tiny().model, VOCABULARY, SIZE)
-    config = OptimConfig(lr=3e-4, lr_image=1e-4, lr_text=2e-4, weight_decay=0.1)
+    config = OptimConfig(lr=3e-4, lr_image=1e-4, lr_text=2e-4, lr_proposals=proposals, weight_decay=0.1)
     groups = parameter_groups(model, config)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -25,7 +26,8 @@ def test_groups_partition_the_parameters() -> None:
         for parameter in group["params"]:
             name = trainable[id(parameter)]
             part = name.split(".")[0]
-            assert group["lr"] == {"image": 1e-4, "text": 2e-4}.get(part, 3e-4)
+            expected = {"image": 1e-4, "text": 2e-4, "proposals": proposals or 3e-4, "sma": proposals or 3e-4}.get(part, 3e-4)
+            assert group["lr"] == expected, name
             spared = parameter.ndim < 2 or "queries" in name or "gate" in name or "position" in name
             assert group["weight_decay"] == (0.0 if spared else 0.1), name
 

@@ -1,0 +1,40 @@
+"""`coupalign bench loader` on generated scenes: every way delivers, the ratios are those of the table, and nothing is left behind."""
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from coupalign.cli import main
+
+ONE_CORE = ("decode", "decode and resize", "file by file", "loader")
+TINY = """
+name: tiny
+data: {{train: [{{index: {shards}, split: train}}], image_size: 32, max_tokens: 8, workers: 1}}
+train: {{global_batch: 4, max_micro_batch: 2}}
+"""
+
+
+def test_every_way_delivers(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    config, scratch = tmp_path / "tiny.yaml", tmp_path / "scratch"
+    scratch.mkdir()
+    config.write_text(TINY.format(shards=shards))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    assert main(["bench", "loader", str(config), "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "loader.json")]) == 0
+    table, value = capsys.readouterr().out, json.loads((tmp_path / "loader.json").read_text())
+    rates = value["samples_per_second"]
+    assert list(rates) == [*ONE_CORE, "loader, 1 workers", "loader, cold files", "loader, HTTP, empty cache"]
+    assert all(0 < low <= middle <= high for middle, low, high in rates.values()), rates
+    assert value["ratios"] == {f"loader / {name}": rates["loader"][0] / rates[name][0] for name in ONE_CORE[:-1]}
+    assert f"{rates['loader'][0]:,.1f}" in table and "3 steps of 4" in table
+    assert value["megapixels"] == pytest.approx(64 * 64 / 1e6) and 0 < value["gigabytes"]["start"] <= 2 * value["gigabytes"]["end"]
+    assert not any(scratch.iterdir())
+
+
+def test_a_configuration_without_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "empty.yaml"
+    config.write_text("name: empty\n")
+    assert main(["bench", "loader", str(config)]) == 2
+    assert "vocabulary" in capsys.readouterr().err
