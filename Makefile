@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-cluster gpu lint setup clean
+.PHONY: demo test test-cluster bench gpu lint setup clean
 setup: $(VENV)/.ready
 
 # torch first and by itself: whatever comes later must find the pinned build and not pull another one.
@@ -26,7 +26,11 @@ test-cluster: setup
 	tests/cluster/slurm.sh install
 	KILLS=$(KILLS) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster --durations 15
 
-# On a machine with an NVIDIA GPU: the tests that need one and the kernel benchmark; results go to benchmarks/.
+# What this machine can measure, beside what was measured on it before; results go to benchmarks/.
+bench: setup
+	PYTHON="$(CURDIR)/$(BIN)/python" benchmarks/bench.sh
+
+# On a machine with an NVIDIA GPU: the tests that need one, the kernel benchmark and those of `make bench`; results go to benchmarks/.
 gpu: setup
 	PYTHON="$(CURDIR)/$(BIN)/python" benchmarks/gpu.sh
 

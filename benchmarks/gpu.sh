@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs a GPU, unattended: the tests, then every way to write word-pixel alignment, timed. `make gpu` calls it.
+# What needs a GPU, unattended: the tests, every way to write word-pixel alignment, timed, then bench.sh. `make gpu` calls it.
 # Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json. A failing test does not keep the benchmark from running;
 # a benchmark that fails leaves no .json. OUT names another folder.
 set -uo pipefail
@@ -24,4 +24,5 @@ for batch in 32 8; do
     fi
     cat "$out-kernel-$batch.txt"
 done
+OUT=$out PYTHON=$python benchmarks/bench.sh || status=1
 exit $status

@@ -71,25 +71,31 @@ def _file_and_overrides(made: argparse.ArgumentParser, name: str = "config", tex
     made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the file, by dotted key")
 
 
+_BENCHES = {
+    "step": "CONFIG: samples per second, and where a training step's time and memory go",
+    "loader": "CONFIG: what one core reads, beside what its photographs cost to decode",
+    "eval": "CONFIG: what scoring costs",
+    "startup": "CONFIG: seconds to the first step",
+    "kernel": "time and bytes of word-pixel alignment, beside every other way to write it",
+    "registers": "each kernel compiled for each GPU, none is needed",
+    "traffic": "CONFIG: bytes and FLOPs of a training step by part",
+    "order": "1e8 samples in order for 1,024 ranks, simulated; half a minute of one core, 2 GB",
+}
+
+
 def _add_bench_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    made = verb("bench", verbs.bench, "measure: a training step, the loader, the alignment kernels and what they ask of a GPU, traffic, "
-                                      "the data order")
-    made.add_argument("what", choices=("step", "loader", "startup", "kernel", "registers", "traffic", "order"),
-                      help="step CONFIG: samples per second, and where a step's time and memory go; loader CONFIG: what one core reads, "
-                           "beside what its photographs cost to decode; startup CONFIG: seconds to the first step; kernel: time and "
-                           "bytes of word-pixel alignment, beside every other way to write it; registers: each kernel compiled for each "
-                           "GPU, none is needed; traffic CONFIG: bytes and FLOPs of a training step by part; order: 1e8 samples in "
-                           "order for 1,024 ranks, simulated; half a minute of one core, 2 GB")
-    _file_and_overrides(made, "config", "YAML file, for step, loader, startup and traffic", optional=True)
+    made = verb("bench", verbs.bench, "measure: a training step, the loader, scoring, the start, the kernels, traffic, the data order")
+    made.add_argument("what", choices=tuple(_BENCHES), help="; ".join(f"{name} {text}" for name, text in _BENCHES.items()))
+    _file_and_overrides(made, "config", "YAML file, for step, loader, eval, startup and traffic", optional=True)
     made.add_argument("--batch", type=int, action="append", help="images; kernel: may be given again, default 8 and 32 (2 on a CPU); "
                                                                   "traffic: default 32")
-    made.add_argument("--steps", type=int, default=20, help="step, loader: how many are timed")
-    made.add_argument("--warmup", type=int, default=5, help="step, loader: how many go before")
+    made.add_argument("--steps", type=int, default=20, help="step, loader, eval: how many are timed")
+    made.add_argument("--warmup", type=int, default=5, help="step, loader, eval: how many go before")
     made.add_argument("--random-data", action="store_true", help="step: random samples; data.train need not be there")
     made.add_argument("--trace", type=Path, help="step: write the profiler's trace of three steps, for ui.perfetto.dev")
-    made.add_argument("--out", type=Path, help="step, loader, startup: write the result as JSON")
+    made.add_argument("--out", type=Path, help="step, loader, eval, startup: write the result as JSON")
     made.add_argument("--against", type=Path, metavar="FILE",
-                      help="step, loader, startup: print ratios to an earlier --out of the same machine")
+                      help="step, loader, eval, startup: print ratios to an earlier --out of the same machine")
 
 
 def _add_data_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:

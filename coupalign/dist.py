@@ -73,21 +73,31 @@ def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[
 
 def any_rank(flag: bool, world: World) -> bool:
     """Whether `flag` is true on at least one rank; the same answer on every rank."""
+    return most([float(flag)], world)[0] > 0
+
+
+def most(values: Sequence[float], world: World) -> list[float]:
+    """The largest of everybody's values, one by one; the same answer on every rank."""
     if world.size == 1:
-        return flag
-    count = torch.tensor([int(flag)], device=world.device)
-    td.all_reduce(count, op=td.ReduceOp.MAX)
-    return bool(count.item())
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=world.device)
+    td.all_reduce(largest, op=td.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def gather_vector(values: torch.Tensor, world: World) -> torch.Tensor:
     """float64 [ranks, n] on the CPU: everybody's `values` [n], in the order of the ranks."""
+    return gather_on_device(values, world).cpu()
+
+
+def gather_on_device(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The same where the values are, which waits for nothing."""
     mine = values.detach().to(torch.float64)
     if world.size == 1:
-        return mine.cpu()[None]
+        return mine[None]
     everybody = [torch.empty_like(mine) for _ in range(world.size)]
     td.all_gather(everybody, mine)
-    return torch.stack(everybody).cpu()
+    return torch.stack(everybody)
 
 
 def gather_rows(rows: np.ndarray, world: World) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,40 +236,46 @@ def track(options: argparse.Namespace) -> Any:
 def bench(options: argparse.Namespace) -> Any:
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
-    needs = ("step", "loader", "startup", "traffic")
+    needs = ("step", "loader", "eval", "startup", "traffic")
     if (options.what in needs) != bool(options.config):
         raise InputError(f"bench {', '.join(needs)} need a configuration, the other benches take none: "
                          "coupalign bench step configs/demo.yaml")
-    return {"step": _bench_step, "loader": _bench_loader, "startup": _bench_startup, "kernel": _bench_kernel, "registers": _bench_registers,
-            "traffic": _bench_traffic, "order": _bench_order}[options.what](options)
+    return {"step": _bench_step, "loader": _bench_loader, "eval": _bench_eval, "startup": _bench_startup, "kernel": _bench_kernel,
+            "registers": _bench_registers, "traffic": _bench_traffic, "order": _bench_order}[options.what](options)
 
 
 def _bench_step(options: argparse.Namespace) -> Any:
+    from coupalign.bench.step import bench_step
+
+    return _bench_on_ranks(options, lambda config, world: bench_step(config, world, options.steps, options.warmup, options.random_data,
+                                                                     options.trace))
+
+
+def _bench_eval(options: argparse.Namespace) -> Any:
+    from coupalign.bench.evaluation import bench_eval
+
+    return _bench_on_ranks(options, lambda config, world: bench_eval(config, world, options.steps, options.warmup))
+
+
+def _bench_loader(options: argparse.Namespace) -> Any:
+    from coupalign.bench.loader import bench_loader
+
+    return _bench_on_ranks(options, lambda config, _: bench_loader(config, options.steps, options.warmup))
+
+
+def _bench_on_ranks(options: argparse.Namespace, measure: Callable[[Any, Any], Any]) -> Any:
+    """`measure(configuration, world)`; what it is to be compared with is read before anything is timed."""
     from coupalign import dist
     from coupalign.bench.machine import describe_machine, read_result
-    from coupalign.bench.step import bench_step
     from coupalign.config.load import read_config
 
     if options.steps < 1 or options.warmup < 1:
         raise InputError("--steps and --warmup must be at least 1")
     config = read_config(options.config, options.overrides)
     with dist.session() as world:
-        before = options.against and read_result(options.against, describe_machine(world.device), "step")
-        bench = bench_step(config, world, options.steps, options.warmup, options.random_data, options.trace)
+        before = options.against and read_result(options.against, describe_machine(world.device), options.what)
+        bench = measure(config, world)
     return _show_bench(bench, before, options) if world.is_main else None
-
-
-def _bench_loader(options: argparse.Namespace) -> Any:
-    import torch
-
-    from coupalign.bench.loader import bench_loader
-    from coupalign.bench.machine import describe_machine, read_result
-    from coupalign.config.load import read_config
-
-    if options.steps < 1 or options.warmup < 1:
-        raise InputError("--steps and --warmup must be at least 1")
-    before = options.against and read_result(options.against, describe_machine(torch.device("cpu")), "loader")
-    return _show_bench(bench_loader(read_config(options.config, options.overrides), options.steps, options.warmup), before, options)
 
 
 def _bench_startup(options: argparse.Namespace) -> Any:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from coupalign.bench.machine import Result, describe_machine, resident_gigabytes
+from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
 from coupalign.config.schema import Config, DataConfig
 from coupalign.data import masks
 from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
@@ -37,7 +36,6 @@ from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square
 
-Rates = tuple[float, float, float]     # median, lower and upper quartile
 _WAYS = ("decode", "decode and resize", "file by file", "loader")
 
 
@@ -96,13 +94,13 @@ def bench_loader(config: Config, steps: int = 20, warmup: int = 2) -> LoaderBenc
             seconds, photos, gigabytes = _one_core(loader, config, tokenizer, steps, warmup)
     finally:
         torch.set_num_threads(threads)
-    rates = {name: _rates(config.train.global_batch, values) for name, values in seconds.items()}
+    found = {name: rates(config.train.global_batch, values) for name, values in seconds.items()}
     if config.data.workers:
-        rates[f"loader, {config.data.workers} workers"] = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
-    rates |= _uncached(config, tokenizer, steps)
-    ratios = {f"loader / {name}": rates["loader"][0] / rates[name][0] for name in _WAYS[:-1]}
+        found[f"loader, {config.data.workers} workers"] = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
+    found |= _uncached(config, tokenizer, steps)
+    ratios = {f"loader / {name}": found["loader"][0] / found[name][0] for name in _WAYS[:-1]}
     bytes_, pixels = np.mean(photos, axis=0)
-    return LoaderBench(describe_machine(torch.device("cpu")), config.name, config.data.image_size, config.train.global_batch, steps, rates,
+    return LoaderBench(describe_machine(torch.device("cpu")), config.name, config.data.image_size, config.train.global_batch, steps, found,
                        ratios, float(bytes_) / 1e3, float(pixels) / 1e6, gigabytes)
 
 
@@ -162,7 +160,7 @@ def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: in
     with contextlib.closing(_open(config, data, tokenizer, workers)) as loader:
         running = loader.steps_from(0)
         seconds = [_timed(lambda: next(running))[0] for _ in range(warmup + steps)][warmup:]
-    return _rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)])
+    return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)])
 
 
 def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:
@@ -173,14 +171,14 @@ def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rat
     for folder in folders:
         for shard in Path(folder).glob("*.tar"):
             _forget(shard)
-    rates = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)}
+    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)}
     with contextlib.ExitStack() as stack:
         addresses = [stack.enter_context(_served(Path(folder))) for folder in folders]
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         sources = tuple(source.model_copy(update={"index": address}) for source, address in zip(config.data.train, addresses))
         remote = config.data.model_copy(update={"train": sources, "evaluate": (), "cache_dir": Path(cache)})
-        rates["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)
-    return rates
+        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)
+    return found
 
 
 def _forget(file: Path) -> None:
@@ -209,8 +207,3 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
-
-
-def _rates(samples: int, seconds: Sequence[float]) -> Rates:
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
-    return samples / middle, samples / high, samples / low

@@ -5,9 +5,10 @@ import json
 import os
 import platform
 import resource
+import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +19,9 @@ from coupalign.errors import InputError
 
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
 _SECONDS = 0.2      # that each side is multiplied for
+
+
+Rates = tuple[float, float, float]     # median, lower and upper quartile; a second
 
 
 class Result(ABC):
@@ -55,6 +59,12 @@ def resident_gigabytes() -> float:
     """Memory of this process that is held now, 1e9 bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e9
+
+
+def rates(samples: int, seconds: Sequence[float]) -> Rates:
+    """Samples a second of steps that took so long."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+    return samples / middle, samples / high, samples / low
 
 
 def ratios(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from coupalign.bench.machine import Result, describe_machine, matmul_peak, resident_gigabytes
+from coupalign.bench.machine import Rates, Result, describe_machine, matmul_peak, rates, resident_gigabytes
 from coupalign.bench.traffic import step_traffic
 from coupalign.config.schema import BertText, Config
 from coupalign.data.batch import Batch
@@ -66,7 +66,7 @@ class StepBench(Result):
     precision: str
     engine: str
     steps: int
-    samples_per_second: tuple[float, float, float]
+    samples_per_second: Rates
     milliseconds: dict[str, float]
     flop: int
     matmul_flop_per_s: float
@@ -123,11 +123,11 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
     micro = _micro_batch(config, world)
     flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (config.train.global_batch // micro)
     fastest = matmul_peak(DTYPES[config.precision], world.device)
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    rate = tuple(config.train.global_batch / value for value in (quartiles[1], quartiles[2], quartiles[0]))
+    rate = rates(config.train.global_batch, seconds)
+    share = flop * rate[0] / config.train.global_batch / world.size / fastest
     return StepBench(describe_machine(world.device), config.name, world.size, config.train.global_batch, micro, config.precision,
                      config.engine.kind + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""), steps, rate,
-                     milliseconds, flop, fastest, flop / quartiles[1] / world.size / fastest, {"start": start, "peak": peak}, calls)
+                     milliseconds, flop, fastest, share, {"start": start, "peak": peak}, calls)
 
 
 class _Runner:

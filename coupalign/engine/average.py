@@ -22,10 +22,13 @@ class Average:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the live tensors after optimizer step `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.kept.values()), [tensor.detach() for tensor in self.live.values()], 1 - decay)
+    def update(self, step: Tensor, taken: Tensor) -> None:
+        """Move towards the live tensors after optimizer step `step`, counted from 1, if it was `taken`; both 0-dim, on their device."""
+        decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
+        kept = list(self.kept.values())
+        way = torch._foreach_sub([tensor.detach() for tensor in self.live.values()], kept)
+        torch._foreach_mul_(way, (1 - decay) * taken)
+        torch._foreach_add_(kept, way)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

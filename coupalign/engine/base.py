@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,16 +36,39 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did, averaged over all ranks and micro-batches."""
+    """What one optimizer step did, averaged over all ranks and micro-batches.
 
-    losses: dict[str, float]          # "loss" is the weighted sum; the terms are unweighted
-    grad_norm: float                  # of the whole gradient, before clipping; nan where it is not finite
-    applied: bool                     # False: the weights did not change, since the loss or the gradient was not finite
-    bad_ranks: tuple[int, ...] = ()   # ranks whose loss was not finite
+    The numbers stay on the device until somebody asks for one of them: a step itself makes nobody wait.
+    """
+
+    terms: tuple[str, ...]            # "loss" is the weighted sum; the others are unweighted
+    means: Tensor                     # float64 [ranks, terms]: each rank's means over its micro-batches
+    norm: Tensor                      # of the whole gradient, before clipping; 0-dim
     loss_scale: float = 1.0
     # Of this rank, seconds: "forward" (which no other rank delays but under ZeRO 3), "backward" (with the exchange of gradients that
     # runs beside it), "losses" (averaged over the ranks), "optimizer" (clipping, update, moving average).
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """By term."""
+        return dict(zip(self.terms, self.means.mean(0).tolist()))
+
+    @property
+    def bad_ranks(self) -> tuple[int, ...]:
+        """Ranks whose loss was not finite."""
+        finite = torch.isfinite(self.means[:, self.terms.index("loss")]).tolist()
+        return tuple(rank for rank, is_finite in enumerate(finite) if not is_finite)
+
+    @property
+    def applied(self) -> bool:
+        """False: the weights did not change, since the loss or the gradient was not finite."""
+        return math.isfinite(self.norm.item())
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the whole gradient, before clipping; nan where it is not finite."""
+        return self.norm.item() if self.applied else math.nan
 
 
 class Engine(Protocol):
@@ -136,37 +159,36 @@ class Phases:
         return event
 
 
-@dataclass
 class Updates:
-    """Counts the updates that were applied, and follows fp16's loss scale.
+    """Counts the updates that were applied, on the device, and follows fp16's loss scale.
 
-    The scale halves on overflow and doubles after 2,000 good steps; it is 1 and constant for the other types.
+    The scale halves on overflow and doubles after 2,000 good steps; it is 1 and constant for the other types. It is a number of the
+    host, so fp16 alone waits for each step.
     """
 
-    precision: str
-    applied: int = 0
-    scale: float = field(init=False)
-    good_steps: int = 0
+    def __init__(self, precision: str, device: torch.device | str = "cpu"):
+        self.follows = precision == "fp16"
+        self.applied = torch.zeros((), dtype=torch.int64, device=device)
+        self.scale = 65536.0 if self.follows else 1.0
+        self.good_steps = 0
 
-    def __post_init__(self) -> None:
-        self.scale = 65536.0 if self.precision == "fp16" else 1.0
-
-    def count(self, applied: bool) -> None:
-        """Note a step whose update was applied or refused."""
+    def count(self, applied: Tensor) -> None:
+        """Note a step whose update was applied or refused; bool, 0-dim."""
         self.applied += applied
-        if self.precision != "fp16":
+        if not self.follows:
             return
         self.good_steps = self.good_steps + 1 if applied else 0
-        if not applied:
+        if not self.good_steps:
             self.scale = max(1.0, self.scale / 2)
         elif self.good_steps % 2000 == 0:
             self.scale *= 2
 
     def state(self) -> dict[str, float]:
-        return {"applied": self.applied, "scale": self.scale, "good_steps": self.good_steps}
+        return {"applied": int(self.applied), "scale": self.scale, "good_steps": self.good_steps}
 
     def restore(self, state: dict[str, float]) -> None:
-        self.applied, self.scale, self.good_steps = int(state["applied"]), state["scale"], int(state["good_steps"])
+        self.applied.fill_(int(state["applied"]))
+        self.scale, self.good_steps = state["scale"], int(state["good_steps"])
 
 
 def backward_loss(losses: dict[str, Tensor]) -> Tensor:
@@ -175,13 +197,22 @@ def backward_loss(losses: dict[str, Tensor]) -> Tensor:
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
-def mean_losses(micro_losses: Sequence[dict[str, Tensor]], world: World) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Loss terms averaged over micro-batches and ranks, and the ranks where the loss was not finite."""
-    names = list(micro_losses[0])
-    mine = torch.stack([torch.stack([losses[name].detach().float() for name in names]) for losses in micro_losses]).mean(0)
-    everybody = dist.gather_vector(mine, world)
-    bad = (~torch.isfinite(everybody[:, names.index("loss")])).nonzero().flatten().tolist()
-    return dict(zip(names, everybody.mean(0).tolist())), tuple(bad)
+def end_step(micro_losses: Sequence[dict[str, Tensor]], world: World, phases: Phases, updates: Updates,
+             update: Callable[[], Tensor]) -> StepStats:
+    """What is the same for every engine once the gradients are there.
+
+    Args:
+        update: takes the step where the gradient is finite; the norm of the gradient before clipping, 0-dim, on the device.
+    """
+    terms = tuple(micro_losses[0])
+    with phases("losses"):
+        mine = torch.stack([torch.stack([losses[name].detach().float() for name in terms]) for losses in micro_losses]).mean(0)
+        means = dist.gather_on_device(mine, world)
+    with phases("optimizer"):
+        norm = update()
+    scale = updates.scale
+    updates.count(torch.isfinite(norm))
+    return StepStats(terms, means, norm, scale, phases.read())
 
 
 def agree_on_statistics(model: nn.Module, world: World) -> None:

@@ -14,7 +14,7 @@ from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.batch import Batch
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, mean_losses
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -26,7 +26,7 @@ class Ddp:
         assert isinstance(config.engine, DdpEngine)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.clip = config.optim.clip_norm or float("inf")
-        self.updates = Updates(config.precision)
+        self.updates = Updates(config.precision, world.device)
         self.phases = Phases(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
         if world.size > 1:
@@ -51,24 +51,24 @@ class Ddp:
                 with self.phases("backward"):
                     (backward_loss(losses) * (self.updates.scale / len(micro_batches))).backward()
             micro_losses.append(losses)
-        with self.phases("losses"):
-            losses, bad_ranks = mean_losses(micro_losses, self.world)
-        with self.phases("optimizer"):
-            norm = self._update()
-        applied = norm < float("inf")
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.phases.read())
-        self.updates.count(applied)
-        return stats
+        return end_step(micro_losses, self.world, self.phases, self.updates, self._update)
 
-    def _update(self) -> float:
-        """Clip and step, where the gradient is finite; its norm before clipping. Gradients are equal on every rank."""
+    def _update(self) -> Tensor:
+        """Clip and step, where the gradient is finite; its norm before clipping. Gradients are equal on every rank.
+
+        The decision is taken on the device, by torch's fused AdamW itself; apex's must be told by the host.
+        """
         if self.updates.scale != 1.0:
             torch._foreach_div_([p.grad for p in self.parameters], self.updates.scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
-        if norm < float("inf"):                            # False for nan, too
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        finite = torch.isfinite(norm)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.found_inf = (~finite).float()
             self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.updates.applied + 1)
+        elif finite:
+            self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.updates.applied + 1, finite)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -93,7 +93,7 @@ class Ddp:
     def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
         self.updates.restore(counters)
         load_model_weights(self.model, read_weights(directory / "weights.safetensors"), str(directory))
-        adopt_whole(moments, self.model, self.optimizer, self.updates.applied)
+        adopt_whole(moments, self.model, self.optimizer, int(self.updates.applied))
         if self.ema:
             averages = read_weights(directory / "ema.safetensors")
             self.ema.restore({name: averages[name] for name in self.ema.live})

@@ -22,7 +22,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches, rank_slice
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, mean_losses
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step
 from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -62,7 +62,7 @@ class Zero:
         self.deepspeed = _import_deepspeed(world)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
-        self.updates = Updates(config.precision)
+        self.updates = Updates(config.precision, world.device)
         self.phases = Phases(world.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.engine, *_ = self.deepspeed.initialize(model=MixedPrecision(model, config.precision), optimizer=optimizer,
@@ -81,14 +81,7 @@ class Zero:
             micro_losses.append(self._backward(batch))
             self.engine.step()                               # counts the micro-batch; updates nothing before the last
         micro_losses.append(self._backward(micro_batches[-1]))
-        with self.phases("losses"):
-            losses, bad_ranks = mean_losses(micro_losses, self.world)
-        with self.phases("optimizer"):
-            norm = self._update()
-        applied = norm < float("inf")
-        stats = StepStats(losses, norm if applied else float("nan"), applied, bad_ranks, self.updates.scale, self.phases.read())
-        self.updates.count(applied)
-        return stats
+        return end_step(micro_losses, self.world, self.phases, self.updates, self._update)
 
     @torch.no_grad()
     def infer(self, batch: Batch) -> Tensor:
@@ -126,7 +119,7 @@ class Zero:
         weights = read_weights(directory / "weights.safetensors")
         if self.stage == 0:
             load_model_weights(self.model, weights, str(directory))
-            adopt_whole(moments, self.model, self.optimizer, self.updates.applied)
+            adopt_whole(moments, self.model, self.optimizer, int(self.updates.applied))
         elif self.stage == 3:
             self._adopt_shares(weights, moments)
         else:
@@ -153,11 +146,11 @@ class Zero:
             self.engine.backward(loss * self.updates.scale if self.stage == 0 else loss)
         return losses
 
-    def _update(self) -> float:
+    def _update(self) -> Tensor:
         """Take the step and return the gradient norm before clipping; inf or nan: the step was refused."""
-        norm = self._step()
-        if norm < float("inf") and self.ema:
-            self.ema.update(self.updates.applied + 1)
+        norm = torch.tensor(self._step(), device=self.device)
+        if self.ema:
+            self.ema.update(self.updates.applied + 1, torch.isfinite(norm))
         return norm
 
     def _step(self) -> float:
@@ -191,7 +184,7 @@ class Zero:
         """ZeRO 1 and 2: each group of parameters is one flat tensor, of which a rank keeps fp32 weights and moments of a part."""
         zero = self.engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = fresh_state(flat, self.updates.applied)
+            zero.optimizer.state[flat] = fresh_state(flat, int(self.updates.applied))
         zero._lazy_init_hp_params_optimizer_state()         # what DeepSpeed does after its first step: parameter -> place in the part
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
@@ -205,7 +198,7 @@ class Zero:
         zero = self.engine.optimizer
         self._forget_gathered()
         for flat in zero.fp32_partitioned_groups_flat:
-            zero.optimizer.state[flat] = fresh_state(flat, self.updates.applied)
+            zero.optimizer.state[flat] = fresh_state(flat, int(self.updates.applied))
         for name, buffer in self.model.named_buffers():
             if name in weights:
                 buffer.copy_(weights[name])

@@ -18,7 +18,7 @@ from coupalign.errors import InputError
 
 prepare_torchvision()
 import timm  # noqa: E402
-from timm.models.swin_transformer import SwinTransformer  # noqa: E402
+from timm.models.swin_transformer import SwinTransformer, WindowAttention  # noqa: E402
 
 STRIDES = (4, 8, 16, 32)
 
@@ -129,6 +129,9 @@ def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
     _runner(net)
     if isinstance(net, SwinTransformer):
         net.norm = nn.Identity()    # the readers of the stages have norms of their own
+        for module in net.modules():
+            if isinstance(module, WindowAttention):
+                module.fused_attn = True    # timm's own choice writes the scores of all windows down, a third of the bytes of a step
     return net
 
 

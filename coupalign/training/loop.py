@@ -38,6 +38,7 @@ from coupalign.training.scoring import score_splits
 from coupalign.watch import doing
 
 logger = logging.getLogger("coupalign.training")
+_ASK_EVERY_S = 1.0      # the ranks agree whether to stop
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,29 @@ class Run:
     total: int                       # optimizer steps of the whole run
     trained_on: TrainedOn
 
-    def due(self, every: int | None, step: int) -> bool:
-        """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
-        return step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0 or step == self.total
+    def logs(self, step: int) -> bool:
+        """Whether numbers are logged after `step` steps."""
+        return self._due(self.config.train.log_every, step)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return self._due(self.config.train.save_every or self.config.train.evaluate_every, step)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether scores are due after `step` steps."""
+        return bool(self.config.data.evaluate) and self._due(self.config.train.evaluate_every, step)
+
+    def halts(self, step: int) -> bool:
+        """Whether anything is due after `step` steps."""
+        return self.logs(step) or self.saves(step) or self.evaluates(step)
 
     def owes_evaluation(self, state: TrainState) -> bool:
         """Whether the scores after the step of `state` are due and were not taken."""
-        return (bool(self.config.data.evaluate) and 0 < state.step != state.evaluated
-                and self.due(self.config.train.evaluate_every, state.step))
+        return 0 < state.step != state.evaluated and self.evaluates(state.step)
+
+    def _due(self, every: int | None, step: int) -> bool:
+        """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
+        return step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0 or step == self.total
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
     batches = run.loader.steps_from(state.step)
     saved = state
     while True:
-        stopping = _agreed(stop, state, world)
+        stopping, pause = _agreed(stop, state, meter, world)
         shown = scores is not None or not config.data.evaluate or state.step < run.total
         if not stopping and (run.owes_evaluation(state) or not shown):
             try:
@@ -159,7 +175,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
             except Stopped:
                 stopping = True
             meter.restart()
-        if state != saved and (stopping or run.due(config.train.save_every or config.train.evaluate_every, state.step)):
+        if state != saved and (stopping or run.saves(state.step)):
             saved = _save(run, state, tracker, meter)
         if stopping and (state.step < run.total or run.owes_evaluation(state)):
             bar.close()
@@ -168,12 +184,9 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
             return Outcome(state, False, world.is_main, scores or {})
         if state.step >= run.total:
             break
-        stats, micro_batches = _step(run, state, batches, meter)
-        meter.add(config.train.global_batch, micro_batches, stats.seconds.get("forward", 0.0))
-        lr = lr_scale(state.step, run.total, config.schedule) * config.optim.lr
-        state = _advance(state, stats, config)
-        bar.update()
-        if state.step % config.train.log_every == 0 or state.step == run.total:
+        state, stats = _advance(run, state, batches, meter, bar, state.step + pause)
+        if run.logs(state.step):
+            lr = lr_scale(state.step - 1, run.total, config.schedule) * config.optim.lr
             ranks_row = ranks.note(state.step, meter.own_seconds())
             tracker.log(state.step, {**_row(stats, lr), **ranks_row, **meter.read(), "data/bad_samples": len(run.loader.bad)})
             bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
@@ -182,20 +195,41 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
     return Outcome(state, True, world.is_main, scores or {})
 
 
-def _step(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]], meter: Meter) -> tuple[StepStats, list[Batch]]:
-    doing(f"step {state.step + 1}: reading data", alone=True)
+def _agreed(stop: StopRequest, state: TrainState, meter: Meter, world: World) -> tuple[bool, int]:
+    """Whether to stop, and after how many steps to ask again: as many as the slowest rank does in a second."""
+    doing(f"step {state.step}: agreeing whether to stop")
+    asked, slowest_s = dist.most([float(stop.name is not None), meter.step_seconds], world)
+    return asked > 0, max(1, int(_ASK_EVERY_S / slowest_s)) if slowest_s else 1
+
+
+def _advance(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]], meter: Meter, bar: tqdm,
+             until: int) -> tuple[TrainState, StepStats]:
+    """Train up to step `until`, or to an earlier one after which something is due; the stats of the last step.
+
+    The host waits for no step in between, and looks only then whether each of them was applied.
+    """
+    done: list[StepStats] = []
+    step = state.step
+    while not done or (step < until and not run.halts(step)):
+        stats, micro_batches = _step(run, step, batches, meter)
+        meter.add(run.config.train.global_batch, micro_batches, stats.seconds.get("forward", 0.0))
+        bar.update()
+        done.append(stats)
+        step += 1
+    for stats in done:
+        state = _judged(state, stats, run.config)
+    return state, done[-1]
+
+
+def _step(run: Run, step: int, batches: Iterator[tuple[int, list[Batch]]], meter: Meter) -> tuple[StepStats, list[Batch]]:
+    doing(f"step {step + 1}: reading data", alone=True)
     with meter.waiting():
-        step, micro_batches = next(batches)
-    assert step == state.step
-    doing(f"step {state.step + 1}: forward, backward, update")
+        place, micro_batches = next(batches)
+    assert place == step
+    doing(f"step {step + 1}: forward, backward, update")
     seed_step(run.config.seed, step, run.world.rank)
     scale = lr_scale(step, run.total, run.config.schedule)
     return run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale), micro_batches
-
-
-def _agreed(stop: StopRequest, state: TrainState, world: World) -> bool:
-    doing(f"step {state.step}: agreeing whether to stop")
-    return dist.any_rank(stop.name is not None, world)
 
 
 def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainState:
@@ -240,7 +274,8 @@ def _say(world: World, words: str) -> None:
         print(words, flush=True)
 
 
-def _advance(state: TrainState, stats: StepStats, config: Config) -> TrainState:
+def _judged(state: TrainState, stats: StepStats, config: Config) -> TrainState:
+    """The state after a step, whose update may have been refused."""
     bad = 0 if stats.applied else state.bad_steps + 1
     if bad:
         where = f"the loss on ranks {list(stats.bad_ranks)}" if stats.bad_ranks else "the gradient"

@@ -25,13 +25,15 @@ class Meter:
     """Times of a session on one rank. What `read` gives is since the last look."""
 
     def __init__(self) -> None:
-        self.last_wait = 0.0
+        self.last_wait = self.last_step_s = 0.0
+        self.steps = 0
         self.session_began = time.perf_counter()
         self.saves, self.saving_s = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
         """Forget the time until now: an evaluation or a checkpoint is not training."""
+        self.last_step_s = self.step_seconds
         self.began = time.perf_counter()
         self.waited = self.forward_s = 0.0
         self.steps = self.samples = self.read_here = self.cut_here = 0
@@ -64,6 +66,11 @@ class Meter:
     def saving_share(self) -> float:
         """The share of the session until now that went into saving."""
         return self.saving_s / (time.perf_counter() - self.session_began)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds a step since the last look, or before it where nothing was done since; 0 before the first step."""
+        return (time.perf_counter() - self.began) / self.steps if self.steps else self.last_step_s
 
     def own_seconds(self) -> tuple[float, float]:
         """Seconds a step that this rank waited for data and spent in forward passes: what it does without the other ranks."""

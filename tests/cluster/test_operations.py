@@ -19,7 +19,7 @@ def demo(cluster: Cluster, config: Path) -> Path:
     """The run directory that the page speaks of; its configuration takes so many small steps."""
     text = config.read_text() + "name: demo\n"
     for old, new in (("kind: none", "kind: mlflow"), ("steps: 14", f"steps: {STEPS}"), ("evaluate_every: 7", f"evaluate_every: {STEPS}"),
-                     ("save_every: 3", "save_every: 10"), ("workers: 1", "workers: 0")):
+                     ("save_every: 3", "save_every: 10")):
         assert old in text
         text = text.replace(old, new)
     (cluster.checkout / "configs").mkdir(exist_ok=True)

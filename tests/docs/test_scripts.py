@@ -17,6 +17,7 @@ from coupalign.config.load import read_config
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ["launch/torchrun.sh", "launch/deepspeed.sh"]
 BENCHMARK = "benchmarks/gpu.sh"
+BENCHES = "benchmarks/bench.sh"
 SBATCH = {"slurm/pack.sbatch": ["pack"], "slurm/train.sbatch": ["train"], "slurm/eval.sbatch": ["eval"],
           "slurm/doctor.sbatch": ["doctor", "--distributed"]}
 SWEEP = "slurm/sweep.sbatch"
@@ -41,7 +42,7 @@ def last_line(done: subprocess.CompletedProcess) -> list[str]:
     return shlex.split(done.stdout.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", [*LAUNCHERS, *SBATCH, SWEEP, *SOURCED, BENCHMARK, "tests/cluster/slurm.sh"])
+@pytest.mark.parametrize("script", [*LAUNCHERS, *SBATCH, SWEEP, *SOURCED, BENCHMARK, BENCHES, "tests/cluster/slurm.sh"])
 def test_bash_accepts_every_script(script):
     done = run("bash", "-n", script)
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,7 @@ data:
   evaluate: [{{index: {shards}, split: val}}]
   image_size: 64
   max_tokens: 12
-  workers: 1
+  workers: 0
   augment: {{flip: 0.5, color_jitter: 0.2}}
 model:
   image: {{kind: small, widths: [8, 16, 16, 24]}}

@@ -54,7 +54,7 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_killed_run_goes_on_bit_for_bit(config: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    kill_when(launch(2, "train", config, f"run_dir={run}"), run / "checkpoints" / "step-00000006")
+    kill_when(launch(2, "train", config, f"run_dir={run}", "data.workers=1"), run / "checkpoints" / "step-00000006")
     output = finish(launch(2, "train", config, f"run_dir={run}"))
     assert curve(run) == curve(whole), output[-2000:]
     assert sorted(curve(run)) == list(range(1, 15))

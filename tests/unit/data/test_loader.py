@@ -90,6 +90,19 @@ def test_a_signal_for_the_run_does_not_end_the_workers(packed: Path):
     loader.close()
 
 
+def test_workers_come_from_a_server_that_no_signal_ends(packed: Path):
+    """A fork of the rank itself may find a lock of the interpreter held by one of its threads, for good."""
+    loader = train(config_of(packed, workers=1))
+    next(loader.steps_from(0))
+    server = int(Path(f"/proc/{loader._loader._iterator._workers[0].pid}/stat").read_text().split()[3])
+    assert server != os.getpid()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(server, number)
+    loader.close()
+    assert len(list(evaluate(config_of(packed, workers=1)))) > 0
+    assert Path(f"/proc/{server}").exists()
+
+
 ABANDONED = """
 import sys
 from coupalign.config.schema import DataConfig, Source

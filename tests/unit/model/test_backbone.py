@@ -37,6 +37,26 @@ def test_stages_equal_the_features_of_timm(name, channels):
         torch.testing.assert_close(a, b if name.startswith("swin") else b.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_the_fused_attention_of_windows_has_the_gradients_of_the_plain_one():
+    """Shifted and padded windows included."""
+    torch.manual_seed(0)
+    backbone = StagedBackbone(TimmBackbone(name="swin_tiny_patch4_window7_224"), 96).eval()
+    image = torch.randn(1, 96, 96, 3)
+    windows = [module for module in backbone.net.modules() if hasattr(module, "fused_attn")]
+    assert len(windows) == 12 and all(module.fused_attn for module in windows)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        backbone.zero_grad()
+        sum((stage**2).mean() for stage in run(backbone, image)).backward()
+        return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+    fused = gradients()
+    for module in windows:
+        module.fused_attn = False
+    for name, plain in gradients().items():
+        torch.testing.assert_close(fused[name], plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item() + 1e-9, msg=name)
+
+
 @pytest.mark.parametrize("name, size", [("swin_tiny_patch4_window7_224", 96), ("swin_tiny_patch4_window7_224", 160),
                                         ("swin_base_patch4_window12_384", 416)])
 def test_swin_takes_any_multiple_of_32(name, size):

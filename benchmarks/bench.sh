@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What this machine can measure, and the ratios to what was measured on it before. `make bench` calls it.
+# Results: benchmarks/<date>-<device>/<bench>.json and .txt; each is compared with the newest earlier folder of the same device.
+# SHARDS: packed photographs, which the loader brings to 480 x 480, in place of RefShapes. OUT names another folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python}
+shards=${SHARDS:-data/refshapes/shards}
+
+read -r kind device < <("$python" -c "
+import re, torch
+from coupalign.bench.machine import describe_machine
+kind = 'cuda' if torch.cuda.is_available() else 'cpu'
+print(kind, re.sub('[^a-z0-9]+', '-', describe_machine(torch.device(kind))['device'].lower()).strip('-'))")
+out=${OUT:-benchmarks/$(date +%F)-$device}
+before=$(find benchmarks -maxdepth 1 -name "*-$device" ! -path "$out" | sort | tail -n 1)
+mkdir -p "$out"
+
+bench() {    # name of the result, then the words of `coupalign bench`
+    local name=$1 against=()
+    shift
+    if [[ -n $before && -f $before/$name.json ]]; then against=(--against "$before/$name.json"); fi
+    printf '\n== %s\n' "$name"
+    "$python" -m coupalign bench "$@" --out "$out/$name.json" "${against[@]}" | tee "$out/$name.txt"
+}
+
+if [[ $shards == data/refshapes/shards && ! -f $shards/index.json ]]; then
+    "$python" -m coupalign synth data/refshapes/refshapes --images 6600
+    "$python" -m coupalign pack shards/recipes/refshapes.yaml root=data/refshapes/refshapes --out "$shards"
+fi
+packed=("data.train=[{index: $shards, split: train}]" "data.evaluate=[{index: $shards, split: val}]")
+bench startup startup configs/refshapes.yaml "${packed[@]}"
+bench loader loader configs/refshapes.yaml "${packed[@]}" ${SHARDS:+data.image_size=480} data.workers=2 --steps 10
+if [[ $kind == cpu ]]; then
+    bench step step configs/refshapes.yaml "${packed[@]}"
+    bench step-lavt step configs/refshapes.yaml "${packed[@]}" model.kind=lavt model.decoder.width=64
+    bench eval eval configs/refshapes.yaml "${packed[@]}" evaluate.batch=8 --warmup 2 --steps 10
+    exit
+fi
+# A GPU: the published sizes on random samples, from random weights, so that nothing has to be downloaded.
+bert=$(mktemp -d)
+trap 'rm -rf "$bert"' EXIT
+"$python" -c "import sys, transformers; transformers.BertConfig().save_pretrained(sys.argv[1])" "$bert"
+random=(--random-data engine.kind=ddp "model.text.weights=random:$bert" model.image.weights=null)
+export WEIGHTS=$bert
+bench step step configs/refcoco_swin_b.yaml "${random[@]}"
+bench step-8 step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=8 model.image.checkpointing=true model.text.checkpointing=true
+bench step-lavt step configs/refcoco_lavt_swin_b.yaml "${random[@]}"
+bench step-lavt-fp32 step configs/refcoco_lavt_swin_b.yaml "${random[@]}" precision=fp32
