@@ -68,14 +68,12 @@ class CoupAlign(ReferringModel):
             sentence = sentence_state(words, word_mask, self.config.sma.sentence)            # L_g [B, D]
             pixels = self.sma(masks, sentence, embedding)                                    # Y' [B, d, S/4, S/4]
         logits = F.interpolate(self.head(pixels).float(), scale_factor=4.0, mode="bilinear", align_corners=False)[:, 0]
-        points = None
-        if self.config.refine.points:
-            logits, points = self.refine(logits, pixels, self.normalized(image))
+        refined, points = self.refine(logits, pixels, self.normalized(image)) if self.config.refine.points else (logits, None)
         if target is None:
-            return logits
+            return refined
         losses = referring_losses(logits, embedding, target, self.config.losses)
         if points is not None:
-            again = point_loss(logits, points, target)
+            again = point_loss(refined, points, target)
             losses |= {"loss": losses["loss"] + again, "points": again.detach()}
         return losses
 

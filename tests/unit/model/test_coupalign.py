@@ -184,8 +184,15 @@ def test_refinement_decides_only_the_least_certain_pixels_and_starts_at_nothing(
         changed = (one != other).nonzero().flatten().tolist()
         assert sorted(changed) == sorted(one.abs().topk(7, largest=False).indices.tolist())
         torch.testing.assert_close(other[changed], one[changed] + 1.0)
-    losses = model(image, words, mask, target)
+    losses, others = model(image, words, mask, target), before(image, words, mask, target)
     assert losses["points"] > 0 and set(losses) == {"loss", "mask", "dice", "contrast", "points"}
+    losses["loss"].backward()
+    others["loss"].backward()
+    expected = {name: p.grad for name, p in before.named_parameters()}
+    for name, p in model.named_parameters():
+        if not name.startswith("refine."):
+            torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=0, msg=f"{name} learns from the points")
+    assert model.refine.decide[-1].bias.grad.abs() > 0
 
 
 def test_a_point_sees_the_colors_around_it():
