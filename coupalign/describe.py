@@ -105,6 +105,7 @@ def called_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
 _NAMES = {"decoder": "pixel embedding Y", "proposals": "mask embeddings Q_o", "sma": "sentence-mask aligned Y'",
           "head": "logits at stride 4"}
+_PAIRS = {"refine": (", logits", ", places of its points")}
 
 
 def _note_shapes(model: ReferringModel, shapes: list[tuple[str, tuple[int, ...]]]) -> None:
@@ -112,7 +113,7 @@ def _note_shapes(model: ReferringModel, shapes: list[tuple[str, tuple[int, ...]]
     def noting(name: str):
         def note(_: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
             stage = f" stage {args[0] + 1}" if name in ("image", "text") else ""
-            results = {"": out} if isinstance(out, Tensor) else dict(zip((", pixels", ", words"), out))
+            results = {"": out} if isinstance(out, Tensor) else dict(zip(_PAIRS.get(name, (", pixels", ", words")), out))
             for what, value in results.items():
                 shapes.append((f"{name}{stage}{what}", tuple(value.shape)))
         return note
