@@ -97,11 +97,14 @@ def markdown_table(table: Table, results: Sequence[Result], comparable: bool) ->
 def notes(table: Table, results: Sequence[Result], comparable: bool) -> list[str]:
     """Everything that a reader must know: source, seeds, protocol, leaks, what is missing."""
     scores = [score for result in results for score in result.scores]
-    said = [f"published: {table.source}; ours: mean ± standard deviation over seeds, in percent; blind: the same models with the "
-            "sentences shuffled among the samples"]
+    published = any(result.row.paper for result in results)
+    source = f"published: {table.source}; " if published else ""
+    said = [f"{source}ours: mean ± standard deviation over seeds, in percent; blind: the same models with the sentences shuffled among the "
+            "samples"]
     if not comparable:
-        said.append("ours are of RefShapes, a small generated data set: they stand beside the published numbers only to show that the "
-                    "whole path works, and a difference would mean nothing")
+        said.append("ours are of RefShapes, a small generated data set" + (
+            ": they stand beside the published numbers only to show that the whole path works, and a difference would mean nothing"
+            if published else ""))
     if scores:
         said.append(f"protocol {', '.join(sorted({score.protocol for score in scores}))}: {scores[0].conditions.get('truth', '')}; "
                     f"{scores[0].conditions.get('threshold', '')}")
