@@ -25,10 +25,8 @@ class Average:
     def update(self, step: Tensor, taken: Tensor) -> None:
         """Move towards the live tensors after optimizer step `step`, counted from 1, if it was `taken`; both 0-dim, on their device."""
         decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
-        kept = list(self.kept.values())
-        way = torch._foreach_sub([tensor.detach() for tensor in self.live.values()], kept)
-        torch._foreach_mul_(way, (1 - decay) * taken)
-        torch._foreach_add_(kept, way)
+        weight = (1 - decay) * taken
+        torch._foreach_lerp_(list(self.kept.values()), [tensor.detach() for tensor in self.live.values()], [weight] * len(self.kept))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -134,19 +134,19 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
 def mark_moments(scale: Scale) -> Callable[[], None]:
     """Weigh before and after every forward pass, after the last backward pass, and before each update; returns what ends that."""
     engine, module = scale.engine, zero if hasattr(scale.engine, "stage") else ddp
-    original = module.mean_losses
+    original = module.end_step
 
     def after_backward(*args: Any) -> Any:
         scale.mark("after backward")
         return original(*args)
 
-    module.mean_losses = after_backward
+    module.end_step = after_backward
     hooks = [engine.model.register_forward_pre_hook(lambda *_: scale.mark("before forward")),
              engine.model.register_forward_hook(lambda *_: scale.mark("after forward")),
              engine.optimizer.register_step_pre_hook(lambda *_: scale.mark("update"))]
 
     def undo() -> None:
-        module.mean_losses = original
+        module.end_step = original
         for hook in hooks:
             hook.remove()
     return undo
