@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from coupalign.config.schema import BertText, Config
+from coupalign.config.schema import Config
 from coupalign.model.coupalign import CoupAlign
 from coupalign.model.methods import build_model
-from coupalign.model.referring import ReferringModel
-from coupalign.model.text import bert_vocabulary
-
-SMALL_VOCABULARY = 30522    # assumed for a text encoder of our own, whose tokenizer is made from the data
+from coupalign.model.referring import ReferringModel, called_modules
+from coupalign.model.text import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def describe(config: Config, vocabulary: int | None = None) -> Description:
         InputError: the configuration makes no model; the message names the field.
     """
     if vocabulary is None:
-        vocabulary = bert_vocabulary(config.model.text) if isinstance(config.model.text, BertText) else SMALL_VOCABULARY
+        vocabulary = vocabulary_of(config.model.text)
     size, words = config.data.image_size, config.data.max_tokens
     with torch.device("meta"):
         model = build_model(config.model, vocabulary, size).eval()
@@ -93,14 +91,6 @@ def _measure(model: ReferringModel, flops: dict[str, int], name: str) -> Part:
     parameters = list(getattr(model, name).parameters())
     return Part(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad),
                 sum(flops.get(f"{type(model).__name__}.{called}", 0) for called in called_modules(model, name)))
-
-
-def called_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
-    """A child by its name or, of a list or dictionary of modules, its entries, which are what is called: {"wpa.0": …}."""
-    module = getattr(model, name)
-    if isinstance(module, nn.ModuleDict | nn.ModuleList):
-        return {f"{name}.{key}": inner for key, inner in module.named_children()}
-    return {name: module}
 
 
 _NAMES = {"decoder": "pixel embedding Y", "proposals": "mask embeddings Q_o", "sma": "sentence-mask aligned Y'",

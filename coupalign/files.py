@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def user_cache(name: str) -> Path:
+    """A folder of ours in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coupalign" / name
+
+
 @contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a neighbor of `path` for writing; rename it to `path` when the block ends well, remove it otherwise."""

@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from coupalign.bench.footprint import Footprint, footprint
-from coupalign.config.schema import BertText, Config, DdpEngine
+from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.order import micro_batches, rank_slice
-from coupalign.describe import SMALL_VOCABULARY
 from coupalign.errors import InputError
 from coupalign.model.methods import build_model
-from coupalign.model.text import bert_vocabulary
+from coupalign.model.text import vocabulary_of
 from coupalign.training.optim import parameter_groups
 
 GIB = 2**30
@@ -304,6 +303,6 @@ def _row(way: Way, config: Config, sizes: Sizes, cost: Footprint, ranks: int, ac
 
 
 def _model(config: Config) -> nn.Module:
-    vocabulary = bert_vocabulary(config.model.text) if isinstance(config.model.text, BertText) else SMALL_VOCABULARY
+    vocabulary = vocabulary_of(config.model.text)
     with torch.device("meta"):
         return build_model(config.model, vocabulary, config.data.image_size).train()

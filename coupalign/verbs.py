@@ -330,8 +330,8 @@ def _bench_registers(options: argparse.Namespace) -> Any:
 def _bench_traffic(options: argparse.Namespace) -> Any:
     from dataclasses import asdict
 
-    from coupalign.bench.traffic import step_traffic, traffic_table
     from coupalign.config.load import read_config
+    from coupalign.model.traffic import step_traffic, traffic_table
 
     batch = (options.batch or [32])[-1]
     costs = step_traffic(read_config(options.config, options.overrides), batch)

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from coupalign.bench.traffic import one_operator_attention  # registers the FLOPs of attention, too
 from coupalign.config.schema import Config
 from coupalign.engine.base import DTYPES
+from coupalign.model.traffic import one_operator_attention  # registers the FLOPs of attention, too
 
 # Functions of the models here that CUDA's autocast runs in float32 and the CPU's does not:
 # pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32".

@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import statistics
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,10 +15,6 @@ from typing import Any, ClassVar, Self
 import torch
 
 from coupalign.errors import InputError
-
-_SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
-_SECONDS = 0.2      # that each side is multiplied for
-
 
 Rates = tuple[float, float, float]     # median, lower and upper quartile; a second
 
@@ -48,11 +43,6 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"device": name, "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count()), "torch": torch.__version__,
             "python": platform.python_version()}
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest square matrix product: what a share of the machine's peak is measured against."""
-    return max(_matmul(side, dtype, device) for side in _SIDES[device.type])
 
 
 def resident_gigabytes() -> float:
@@ -89,22 +79,6 @@ def read_result(file: Path, machine: Mapping[str, str], what: str) -> dict[str, 
     if theirs != machine["device"]:
         raise InputError(f"--against {file}: measured on {theirs}, this is {machine['device']}: ratios of times would mean nothing")
     return value
-
-
-def _matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-
-    def seconds(times: int) -> float:
-        began = time.perf_counter()
-        for _ in range(times):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    seconds(3)
-    times = max(1, round(_SECONDS / seconds(1)))
-    return max(2 * side**3 * times / seconds(times) for _ in range(3))
 
 
 def _processor() -> str:

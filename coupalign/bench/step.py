@@ -18,18 +18,19 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from coupalign.bench.machine import Rates, Result, describe_machine, matmul_peak, rates, resident_gigabytes
-from coupalign.bench.traffic import step_traffic
-from coupalign.config.schema import BertText, Config
+from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
+from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.data.loader import build_train_loader, open_tokenizer
 from coupalign.data.order import micro_batches, rank_slice
-from coupalign.describe import SMALL_VOCABULARY, called_modules
 from coupalign.dist import World
 from coupalign.engine.base import DTYPES, Engine, Phases, seed_step
 from coupalign.engine.build import build_engine
 from coupalign.model.methods import build_model
-from coupalign.model.text import bert_vocabulary
+from coupalign.model.referring import called_modules
+from coupalign.model.text import vocabulary_of
+from coupalign.model.traffic import step_traffic
+from coupalign.training.meter import matmul_peak
 from coupalign.training.optim import build_optimizer
 
 Steps = Iterator[list[Batch]]
@@ -235,8 +236,7 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
 
 def _random(config: Config, world: World) -> tuple[int, Steps]:
     """The same few random batches again and again, with a square for a target."""
-    text = config.model.text
-    vocabulary = bert_vocabulary(text) if isinstance(text, BertText) else SMALL_VOCABULARY
+    vocabulary = vocabulary_of(config.model.text)
     size, words, micro = config.data.image_size, config.data.max_tokens, _micro_batch(config, world)
     share = rank_slice(config.train.global_batch, world.rank, world.size)
     target = torch.zeros(micro, size, size, dtype=torch.bool)

@@ -119,6 +119,7 @@ class WpaConfig(Section):
 
 class DecoderConfig(Section):
     width: int = Field(256, ge=8, description="d: channels of the pixel decoder and of the mask embeddings")
+    depth: int = Field(1, ge=1, description="3x3 convolutions a level")
 
 
 class ProposalsConfig(Section):
@@ -332,6 +333,8 @@ class Config(Section):
     run_dir: Path | None = Field(None, description="where everything of the run lies; none: runs/<name>")
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; the weights stay fp32")
+    compile: bool = Field(False, description="torch.compile the parts of the model one by one, for training; the first start takes "
+                                             "minutes, later ones read the cache. Not with ZeRO 3, whose weights are never whole")
     data: DataConfig = DataConfig()
     model: ModelConfig = CoupAlignConfig()
     optim: OptimConfig = OptimConfig()
@@ -351,6 +354,12 @@ class Config(Section):
     def _coupalign_by_default(cls, tree: Any) -> Any:
         model = tree.get("model") if isinstance(tree, Mapping) else None
         return {**tree, "model": {"kind": "coupalign", **model}} if isinstance(model, Mapping) else tree
+
+    @model_validator(mode="after")
+    def _whole_weights_to_compile(self) -> Config:
+        if self.compile and isinstance(self.engine, DeepSpeedEngine) and self.engine.stage == 3:
+            raise ValueError("compile needs whole weights, which ZeRO 3 never has: set engine.stage to 2, or compile to false")
+        return self
 
     @model_validator(mode="after")
     def _some_length(self) -> Config:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from coupalign.data.index import Shard, ShardIndex, read_index
 from coupalign.errors import InputError
-from coupalign.files import sha256_of, whole_file
+from coupalign.files import sha256_of, user_cache, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -76,8 +76,8 @@ def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
 
 
 def default_cache() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coupalign" / "shards"
+    """In the user's cache folder."""
+    return user_cache("shards")
 
 
 class ShardStore:

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from coupalign.config.schema import Config, DdpEngine, DeepSpeedEngine
 from coupalign.dist import World
 from coupalign.engine.base import Engine
+from coupalign.model.compiled import compile_regions
+from coupalign.model.referring import ReferringModel
 
 
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World) -> Engine:
+def build_engine(model: ReferringModel, optimizer: torch.optim.Optimizer, config: Config, world: World) -> Engine:
     """Wrap a model on `world.device` and its optimizer in the engine that the config names."""
+    if config.compile:
+        compile_regions(model)
     match config.engine:
         case DdpEngine():
             from coupalign.engine.ddp import Ddp

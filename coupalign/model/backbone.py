@@ -65,6 +65,16 @@ class StagedBackbone(nn.Module):
             return checkpoint(run, self.net, stage, x, use_reentrant=False)
         return run(self.net, stage, x)
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that the stages are made of, in order."""
+        net = self.net
+        if isinstance(net, SmallNet):
+            return list(net.stages)
+        if isinstance(net, SwinTransformer):
+            return [part for layer in net.layers for part in (layer.downsample, *layer.blocks) if not isinstance(part, nn.Identity)]
+        stages = net.stages if hasattr(net, "stages") else [getattr(net, f"layer{stage}") for stage in range(1, 5)]
+        return [block for stage in stages for block in getattr(stage, "blocks", stage)]
+
     def train(self, mode: bool = True) -> StagedBackbone:
         """As of any module, but frozen BatchNorms stay in evaluation mode."""
         super().train(mode)
@@ -105,6 +115,24 @@ class ResidualBlock(nn.Module):
         return torch.relu(x + self.body(x))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is left out, sample by sample, and scaled up where it stays.
+
+    The probability is a tensor. As a number of the code, like timm's, it would have every block of an encoder compiled by itself.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1 - probability), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> the same shape."""
+        if not self.training:
+            return x
+        kept = torch.bernoulli(self.keep.expand(len(x)))
+        return x * (kept / self.keep).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
 def group_norm(width: int) -> nn.GroupNorm:
     """GroupNorm of eight groups, of fewer where eight does not divide the width; per sample, so no batch split changes it."""
     return nn.GroupNorm(math.gcd(8, width), width)
@@ -129,9 +157,12 @@ def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
     _runner(net)
     if isinstance(net, SwinTransformer):
         net.norm = nn.Identity()    # the readers of the stages have norms of their own
-        for module in net.modules():
+        for module in list(net.modules()):
             if isinstance(module, WindowAttention):
                 module.fused_attn = True    # timm's own choice writes the scores of all windows down, a third of the bytes of a step
+            for name, child in module.named_children():
+                if isinstance(child, timm.layers.DropPath):
+                    setattr(module, name, DropPath(child.drop_prob))
     return net
 
 

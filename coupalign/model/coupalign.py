@@ -40,7 +40,7 @@ class CoupAlign(ReferringModel):
             str(stage): WordPixelAlignment(channels[stage], self.text.width, config.wpa.heads, config.wpa.impl,
                                            update_words=config.proposals.count > 0 or stage + 1 < self.word_stages)
             for stage in range(STAGES) if config.wpa.stages[stage]})
-        self.decoder = PixelDecoder(channels, width)
+        self.decoder = PixelDecoder(channels, width, config.decoder.depth)
         if config.proposals.count:
             self.proposals = MaskProposals([channels[s - 1] for s in config.proposals.stages], width, config.proposals)
             self.sma = SentenceMaskAlignment(width, self.text.width, config.sma.scaled)

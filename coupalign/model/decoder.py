@@ -14,15 +14,15 @@ from coupalign.model.backbone import group_norm
 
 
 class PixelDecoder(nn.Module):
-    """Feature pyramid: per stage a LayerNorm and a projection to d, added to the coarser level, then one 3x3 convolution.
+    """Feature pyramid: per stage a LayerNorm and a projection to d, added to the coarser level, then `depth` 3x3 convolutions.
 
     One convolution a level keeps it at about a tenth of a Swin-B at d = 256.
     """
 
-    def __init__(self, channels: Sequence[int], width: int):
+    def __init__(self, channels: Sequence[int], width: int, depth: int = 1):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in channels)
-        self.smooth = nn.ModuleList(SmoothingConv(width, width) for _ in channels)
+        self.smooth = nn.ModuleList(_smoothing(width, depth) for _ in channels)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
         """Four maps [B, H, W, C], finest first -> pixel embedding Y [B, d, S/4, S/4], not rectified."""
@@ -34,6 +34,12 @@ class PixelDecoder(nn.Module):
             level = self.smooth[i](lateral)
         assert level is not None
         return level
+
+
+def _smoothing(width: int, depth: int) -> nn.Sequential:
+    """`depth` convolutions, rectified in between."""
+    between = [layer for _ in range(depth - 1) for layer in (SmoothingConv(width, width), nn.ReLU())]
+    return nn.Sequential(*between, SmoothingConv(width, width))
 
 
 class MaskHead(nn.Module):

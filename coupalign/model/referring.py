@@ -37,6 +37,12 @@ class ReferringModel(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(_IMAGENET_MEAN), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(_IMAGENET_STD), persistent=False)
 
+    def regions(self) -> list[nn.Module]:
+        """The parts that `compiled.compile_regions` compiles: blocks of the encoders, and every other part as it is called."""
+        others = [name for name, _ in self.named_children() if name not in ("image", "text")]
+        return [*self.image.blocks(), *self.text.bert.encoder.layer,
+                *(module for name in others for module in called_modules(self, name).values())]
+
     def normalized(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float [B, S, S, 3], by ImageNet's mean and deviation."""
         assert image.shape[1:] == (3, self.image_size, self.image_size), f"image {tuple(image.shape)}, model {self.image_size}"
@@ -48,3 +54,11 @@ class ReferringModel(nn.Module):
         for group in range(GROUPS):
             states = self.text(group, states, word_mask)
         return states
+
+
+def called_modules(model: nn.Module, name: str) -> dict[str, nn.Module]:
+    """A child by its name or, of a list or dictionary of modules, its entries, which are what is called: {"wpa.0": …}."""
+    module = getattr(model, name)
+    if isinstance(module, nn.ModuleDict | nn.ModuleList):
+        return {f"{name}.{key}": inner for key, inner in module.named_children()}
+    return {name: module}

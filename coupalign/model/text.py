@@ -18,6 +18,7 @@ prepare_torchvision()
 from transformers import BertConfig, BertModel  # noqa: E402
 
 GROUPS = 4
+_ASSUMED = 30522     # tokens, bert-base-uncased's
 _MASKED = -1e4   # exp() of it is 0 in every type; unlike finfo.min it stays finite when autocast rounds it to half precision
 
 
@@ -90,9 +91,9 @@ def bert_config(config: BertText | SmallText, vocabulary: int) -> BertConfig:
     return sizes
 
 
-def bert_vocabulary(config: BertText) -> int:
-    """How many tokens a published encoder knows."""
-    return _published_config(config.weights).vocab_size
+def vocabulary_of(config: BertText | SmallText) -> int:
+    """How many tokens a published encoder knows; of one of our own, whose tokenizer is made from the data, as many are assumed."""
+    return _published_config(config.weights).vocab_size if isinstance(config, BertText) else _ASSUMED
 
 
 def write_shape(config: BertText, vocabulary: int, folder: Path) -> None:

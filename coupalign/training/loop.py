@@ -28,10 +28,11 @@ from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
 from coupalign.files import remove_debris, whole_file, write_json
 from coupalign.kernels import explain
+from coupalign.model.compiled import explain_compilation
 from coupalign.model.methods import build_model
 from coupalign.model.weights import load_pretrained
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
-from coupalign.training.meter import Meter, RankTimes
+from coupalign.training.meter import Meter, RankTimes, Utilization
 from coupalign.training.optim import build_optimizer
 from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
 from coupalign.training.scoring import score_splits
@@ -163,9 +164,9 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
     scores: dict[str, Score] | None = None                   # none: not evaluated yet; empty on ranks other than 0
     bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not world.is_main,
                mininterval=1.0, dynamic_ncols=True)
-    meter, ranks = Meter(), RankTimes(config.directory, world)
+    meter, ranks, utilization = Meter(), RankTimes(config.directory, world), Utilization(config, world)
     batches = run.loader.steps_from(state.step)
-    saved = state
+    saved, first = state, True
     while True:
         stopping, pause = _agreed(stop, state, meter, world)
         shown = scores is not None or not config.data.evaluate or state.step < run.total
@@ -185,10 +186,16 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
         if state.step >= run.total:
             break
         state, stats = _advance(run, state, batches, meter, bar, state.step + pause)
+        if config.compile and first:
+            _say(world, explain_compilation())
+        first = False
         if run.logs(state.step):
             lr = lr_scale(state.step - 1, run.total, config.schedule) * config.optim.lr
             ranks_row = ranks.note(state.step, meter.own_seconds())
-            tracker.log(state.step, {**_row(stats, lr), **ranks_row, **meter.read(), "data/bad_samples": len(run.loader.bad)})
+            times = meter.read()
+            times |= utilization.of(times["train/samples_per_second"])
+            tracker.log(state.step, {**_row(stats, lr), **ranks_row, **times, "data/bad_samples": len(run.loader.bad)})
+            meter.restart()
             bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
     bar.close()
     _say(world, f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, {meter.saving_share:.1%} of this session")

@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coupalign.bench import kernel
-from coupalign.bench.traffic import Traffic
 from coupalign.cli import main
+from coupalign.model.traffic import Traffic
 
 
 @pytest.mark.parametrize("name", [kernel.EAGER, kernel.ABSORBED, kernel.SDPA, kernel.FUSED])

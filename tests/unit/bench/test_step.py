@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from coupalign.bench.machine import matmul_peak
-from coupalign.bench.traffic import step_traffic
 from coupalign.cli import main
 from coupalign.config.load import read_config
+from coupalign.model.traffic import step_traffic
+from coupalign.training.meter import matmul_peak
 
 TINY = """
 name: tiny

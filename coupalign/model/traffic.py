@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.module_tracker import ModuleTracker
 
-from coupalign.config.schema import BertText, Config
-from coupalign.describe import SMALL_VOCABULARY
+from coupalign.config.schema import Config
 from coupalign.model.methods import build_model
-from coupalign.model.text import bert_vocabulary
+from coupalign.model.text import vocabulary_of
 
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12        # an H200: copy bandwidth and dense bfloat16 products, both measured ones
 
@@ -145,7 +144,7 @@ def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
         config: model, data.image_size and data.max_tokens are read.
         batch: images.
     """
-    vocabulary = bert_vocabulary(config.model.text) if isinstance(config.model.text, BertText) else SMALL_VOCABULARY
+    vocabulary = vocabulary_of(config.model.text)
     size, words = config.data.image_size, config.data.max_tokens
     with torch.device("meta"):      # building asks for a few numbers, which fake tensors do not have
         model = build_model(config.model, vocabulary, size).train()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from coupalign.bench.traffic import Traffic, one_operator_attention, step_traffic, traffic_table
+from coupalign.model.traffic import Traffic, one_operator_attention, step_traffic, traffic_table
 from tests.distributed.jobs import tiny
 
 A, B = (torch.randn(8, 16), torch.randn(16, 4))
