@@ -92,7 +92,7 @@ def _add_bench_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--steps", type=int, default=20, help="step, loader, eval: how many are timed")
     made.add_argument("--warmup", type=int, default=5, help="step, loader, eval: how many go before")
     made.add_argument("--random-data", action="store_true", help="step: random samples; data.train need not be there")
-    made.add_argument("--trace", type=Path, help="step: write the profiler's trace of three steps, for ui.perfetto.dev")
+    made.add_argument("--profile", type=Path, metavar="FILE", help="step: write the profiler's trace of three steps, for ui.perfetto.dev")
     made.add_argument("--out", type=Path, help="step, loader, eval, startup: write the result as JSON")
     made.add_argument("--against", type=Path, metavar="FILE",
                       help="step, loader, eval, startup: print ratios to an earlier --out of the same machine")

@@ -53,7 +53,8 @@ class StepBench(Result):
         flop: forward and backward of a step, all ranks; counted.
         matmul_flop_per_s: the fastest matrix product of this machine in the configuration's precision; measured.
         utilization: flop per second and rank, as a share of that (MFU).
-        gigabytes: "start" (weights, optimizer, average), "peak"; of the GPU, or of the whole process.
+        gigabytes: "weights", "optimizer" and "average" (this rank's share); "other", what is held between steps besides, which on a CPU
+            is mostly libraries; "a step's" own: activations, gradients, workspaces; "peak", the sum. Of the GPU, or of the process.
         calls: a step: kernels launched, waits for the device, numbers read back from it, milliseconds of exchange between ranks.
     """
 
@@ -118,7 +119,7 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
             run.step()
         start = _gigabytes(world, peak=False)
         seconds = run.timed(steps)
-        peak = _gigabytes(world, peak=True)
+        gigabytes = _by_kind(engine, start, _gigabytes(world, peak=True))
         milliseconds = _parts(run, model, statistics.median(seconds))
         calls = _calls(run, trace)
     micro = _micro_batch(config, world)
@@ -128,7 +129,7 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
     share = flop * rate[0] / config.train.global_batch / world.size / fastest
     return StepBench(describe_machine(world.device), config.name, world.size, config.train.global_batch, micro, config.precision,
                      config.engine.kind + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""), steps, rate,
-                     milliseconds, flop, fastest, share, {"start": start, "peak": peak}, calls)
+                     milliseconds, flop, fastest, share, gigabytes, calls)
 
 
 class _Runner:
@@ -260,6 +261,13 @@ def _micro_batch(config: Config, world: World) -> int:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _by_kind(engine: Engine, start: float, peak: float) -> dict[str, float]:
+    """See `StepBench.gigabytes`; what is held between steps, and the most, 1e9 bytes."""
+    kinds = {name: count / 1e9 for name, count in engine.held_bytes().items()}
+    kinds["other"] = start - sum(kinds.values())
+    return {**kinds, "a step's": peak - start, "peak": peak}
 
 
 def _gigabytes(world: World, peak: bool) -> float:

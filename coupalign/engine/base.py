@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from coupalign import dist
 from coupalign.data.batch import Batch
@@ -98,6 +99,9 @@ class Engine(Protocol):
 
     def counters(self) -> dict[str, float]:
         """The few numbers of the optimizer that are the same on every rank, for `load` and `adopt`."""
+
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank keeps between steps: "weights", "optimizer", "average"."""
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         """All weights, fp32 on the CPU, by the model's own names, on rank 0; None elsewhere, or without a moving average."""
@@ -213,6 +217,21 @@ def end_step(micro_losses: Sequence[dict[str, Tensor]], world: World, phases: Ph
     scale = updates.scale
     updates.count(torch.isfinite(norm))
     return StepStats(terms, means, norm, scale, phases.read())
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, average: Iterable[Tensor]) -> dict[str, int]:
+    """Bytes by kind. Under ZeRO the optimizer has copies of a rank's share of the weights, too; they count as its own."""
+    shares = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
+    kinds = {"weights": [*model.parameters(), *model.buffers(), *shares],
+             "optimizer": tree_leaves([[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]),
+             "average": list(average)}
+    counted: set[int] = set()
+    found = {}
+    for kind, tensors in kinds.items():
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
+        found[kind] = sum(size for place, size in storages.items() if place not in counted)
+        counted |= storages.keys()
+    return found
 
 
 def agree_on_statistics(model: nn.Module, world: World) -> None:

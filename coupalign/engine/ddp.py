@@ -14,7 +14,7 @@ from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.batch import Batch
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -100,6 +100,9 @@ class Ddp:
 
     def counters(self) -> dict[str, float]:
         return self.updates.state()
+
+    def held_bytes(self) -> dict[str, int]:
+        return held_bytes(self.model, self.optimizer, self.ema.kept.values() if self.ema else ())
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         if not self.world.is_main or (averaged and not self.ema):

@@ -22,7 +22,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches, rank_slice
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
 from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -129,6 +129,9 @@ class Zero:
 
     def counters(self) -> dict[str, float]:
         return self.updates.state()
+
+    def held_bytes(self) -> dict[str, int]:
+        return held_bytes(self.model, self.optimizer, self.ema.kept.values() if self.ema else ())
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
         if averaged and not self.ema:

@@ -11,6 +11,7 @@ import torch
 
 from coupalign.cli import main
 from coupalign.config.load import read_config
+from coupalign.model.methods import build_model
 from coupalign.model.traffic import step_traffic
 from coupalign.training.meter import matmul_peak
 
@@ -42,7 +43,7 @@ def out(config: Path) -> Path:
     out = config.parent / "results" / "step.json"
     printed = io.StringIO()
     with redirect_stdout(printed):
-        words = ["--random-data", "--trace", str(out.with_name("trace.json")), "--out", str(out), *SHORT]
+        words = ["--random-data", "--profile", str(out.with_name("trace.json")), "--out", str(out), *SHORT]
         assert main(["bench", "step", str(config), *words]) == 0
     out.with_name("table.txt").write_text(printed.getvalue())
     return out
@@ -58,6 +59,14 @@ def test_a_step_by_part(config: Path, out: Path) -> None:
     assert value["flop"] == 2 * sum(cost.flops for cost in costs.values())
     seconds = value["global_batch"] / value["samples_per_second"][0]
     assert value["utilization"] == pytest.approx(value["flop"] / seconds / value["matmul_flop_per_s"])
+    held = value["gigabytes"]
+    model = build_model(read_config(config).model, 30522, 32)
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers())) / 1e9
+    moments = 2 * sum(p.numel() * 4 for p in model.parameters()) / 1e9
+    assert list(held) == ["weights", "optimizer", "average", "other", "a step's", "peak"]
+    assert sum(list(held.values())[:5]) == pytest.approx(held["peak"])
+    assert held["weights"] == pytest.approx(weights, rel=1e-6) and held["optimizer"] == pytest.approx(moments, rel=0.02)
+    assert held["average"] == 0
     median, low, high = value["samples_per_second"]
     assert low <= median <= high and value["calls"]["operators"] > 100
     assert "samples/s (median of 3 steps" in table and "% of the" in table
