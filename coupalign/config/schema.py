@@ -66,6 +66,11 @@ class DataConfig(Section):
 # --------------------------------------------------------------------------------------------------------- model
 
 
+Checkpointing = Literal[False, True, "selective"]
+_CHECKPOINTING = Field(False, description="recompute activations in backward: true, all of them; selective, those that are cheap, so not "
+                                          "matrix products, convolutions and attention")
+
+
 class TimmBackbone(Section):
     """A published image encoder, by its timm name."""
 
@@ -76,7 +81,7 @@ class TimmBackbone(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of Swin, probability at the last block")
     slope: float = Field(0.01, ge=0, lt=1, description="of Darknet's rectifiers below zero: timm's weights 0.01, Darknet's own 0.1")
     freeze_norm: bool = Field(True, description="keep BatchNorm statistics and scales as loaded (ResNet, Darknet)")
-    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, about a third more time")
+    checkpointing: Checkpointing = _CHECKPOINTING
 
 
 class SmallBackbone(Section):
@@ -85,7 +90,7 @@ class SmallBackbone(Section):
     kind: Literal["small"] = "small"
     widths: tuple[int, int, int, int] = Field((32, 64, 96, 128), description="channels of the four stages")
     depths: tuple[int, int, int, int] = Field((1, 1, 1, 1), description="blocks of the four stages")
-    checkpointing: bool = False
+    checkpointing: Checkpointing = _CHECKPOINTING
 
 
 class BertText(Section):
@@ -94,7 +99,7 @@ class BertText(Section):
     kind: Literal["bert"] = "bert"
     weights: str = Field("bert-base-uncased", description="Hugging Face folder or hub name; random:FOLDER_OR_NAME takes only its shape")
     dropout: float = Field(0.1, ge=0, lt=1)
-    checkpointing: bool = False
+    checkpointing: Checkpointing = _CHECKPOINTING
 
 
 class SmallText(Section):
@@ -105,7 +110,7 @@ class SmallText(Section):
     layers: int = Field(4, ge=4, description="cut into four groups, one an image stage")
     heads: int = Field(4, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    checkpointing: bool = False
+    checkpointing: Checkpointing = _CHECKPOINTING
 
 
 class WpaConfig(Section):
@@ -359,6 +364,13 @@ class Config(Section):
     def _whole_weights_to_compile(self) -> Config:
         if self.compile and isinstance(self.engine, DeepSpeedEngine) and self.engine.stage == 3:
             raise ValueError("compile needs whole weights, which ZeRO 3 never has: set engine.stage to 2, or compile to false")
+        return self
+
+    @model_validator(mode="after")
+    def _one_who_chooses(self) -> Config:
+        if self.compile and "selective" in (self.model.image.checkpointing, self.model.text.checkpointing):
+            raise ValueError("checkpointing: selective is for models that are not compiled; the compiler chooses by itself what to "
+                             "recompute: set it to true or false, or compile to false")
         return self
 
     @model_validator(mode="after")

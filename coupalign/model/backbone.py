@@ -10,11 +10,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from coupalign.compat import prepare_torchvision
 from coupalign.config.schema import SmallBackbone, TimmBackbone
 from coupalign.errors import InputError
+from coupalign.model import recompute
 
 prepare_torchvision()
 import timm  # noqa: E402
@@ -60,10 +60,7 @@ class StagedBackbone(nn.Module):
 
     def forward(self, stage: int, x: Tensor) -> Tensor:
         """Run one stage, 0 to 3: the image [B, S, S, 3] or the pixels of the stage before -> [B, H, W, C]."""
-        run = _runner(self.net)
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run, self.net, stage, x, use_reentrant=False)
-        return run(self.net, stage, x)
+        return recompute.run(_runner(self.net), self.net, stage, x, checkpointing=self.training and self.checkpointing)
 
     def blocks(self) -> list[nn.Module]:
         """The modules that the stages are made of, in order."""

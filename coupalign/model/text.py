@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from coupalign.compat import prepare_torchvision
 from coupalign.config.schema import BertText, SmallText
 from coupalign.errors import InputError
+from coupalign.model import recompute
 
 prepare_torchvision()
 from transformers import BertConfig, BertModel  # noqa: E402
@@ -53,9 +53,7 @@ class StagedText(nn.Module):
 
     def forward(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
         """Run the layers of one group on states [B, T, D]; padded words neither act nor change from zero."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._run, group, words, word_mask, use_reentrant=False)
-        return self._run(group, words, word_mask)
+        return recompute.run(self._run, group, words, word_mask, checkpointing=self.training and self.checkpointing)
 
     def _run(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
         bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[:, None, None]    # [B, 1, 1, T]

@@ -63,10 +63,12 @@ def test_the_lines_hold_for_other_sizes(precision: str) -> None:
 
 
 def test_half_precision_saves_memory_and_checkpointing_too() -> None:
-    full, half, again = (footprint(model_of(config), config) for config in (
-        tiny(), tiny("precision=bf16"), tiny("model.image.checkpointing=true", "model.text.checkpointing=true")))
+    full, half, again, some = (footprint(model_of(config), config) for config in (
+        tiny(), tiny("precision=bf16"), *(tiny(f"model.image.checkpointing={how}", f"model.text.checkpointing={how}")
+                                          for how in ("true", "selective"))))
     assert half.saved.slope < full.saved.slope and again.saved.slope < full.saved.slope
     assert again.flops.slope > full.flops.slope == half.flops.slope, "what is thrown away is computed again"
+    assert again.saved.slope < some.saved.slope < full.saved.slope and some.flops.slope == full.flops.slope, "products are kept"
 
 
 def test_memory_that_is_freed_or_shared_counts_once() -> None:

@@ -38,6 +38,8 @@ def test_every_shipped_config_is_valid_and_has_a_header(path: Path, monkeypatch:
     ("engine: {kind: deepsped}", ["run.yaml", "engine", "deepsped", "'deepspeed'"]),
     ("train: {steps: 1}\ntrain: {steps: 2}", ["run.yaml", "train", "twice"]),
     ("train: {epochs: null}", ["run.yaml", "how long to train"]),
+    ("compile: true\nengine: {kind: deepspeed, stage: 3}", ["run.yaml", "ZeRO 3", "engine.stage to 2"]),
+    ("compile: true\nmodel: {text: {checkpointing: selective}}", ["run.yaml", "selective", "compile to false"]),
     ("- a list", ["run.yaml", "mapping"]),
     ("a: [", ["run.yaml", "YAML"]),
     ("data: {train: [{index: $NO_SUCH_PLACE/x, split: train}]}", ["NO_SUCH_PLACE", "not set"]),

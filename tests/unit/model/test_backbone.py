@@ -74,10 +74,11 @@ def test_batch_norms_are_frozen_as_loaded(weights, frozen):
     assert backbone.net.layer1.training and backbone.net.conv1.weight.requires_grad
 
 
-def test_checkpointing_changes_nothing_and_the_small_net_needs_no_batch():
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_checkpointing_changes_nothing_and_the_small_net_needs_no_batch(checkpointing):
     torch.manual_seed(0)
     plain = StagedBackbone(SmallBackbone(widths=(8, 8, 16, 16)), 64)
-    saving = StagedBackbone(SmallBackbone(widths=(8, 8, 16, 16), checkpointing=True), 64)
+    saving = StagedBackbone(SmallBackbone(widths=(8, 8, 16, 16), checkpointing=checkpointing), 64)
     saving.load_state_dict(plain.state_dict())
     image = torch.randn(2, 64, 64, 3)
     for backbone in (plain, saving):

@@ -40,10 +40,11 @@ def test_a_sentence_of_padding_stays_finite_in_every_type():
     assert all(p.grad.isfinite().all() for p in text.parameters())
 
 
-def test_checkpointing_changes_nothing():
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_checkpointing_changes_nothing(checkpointing):
     torch.manual_seed(0)
     plain = StagedText(SMALL, 50)
-    saving = StagedText(SMALL.model_copy(update={"checkpointing": True}), 50)
+    saving = StagedText(SMALL.model_copy(update={"checkpointing": checkpointing}), 50)
     saving.load_state_dict(plain.state_dict())
     words, mask = torch.randint(0, 50, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     for text in (plain, saving):

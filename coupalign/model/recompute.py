@@ -1,0 +1,28 @@
+"""Activation checkpointing: what a part of the model does again in the backward pass instead of keeping its results."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from coupalign.config.schema import Checkpointing
+
+_PRODUCTS = ("mm", "addmm", "bmm", "convolution")
+
+
+def run(function: Callable[..., Tensor], *inputs: Any, checkpointing: Checkpointing) -> Tensor:
+    """`function(*inputs)`, of whose results the backward pass keeps all, none (true), or those that are dear to compute (selective)."""
+    if not checkpointing or not torch.is_grad_enabled():
+        return function(*inputs)
+    more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if checkpointing == "selective" else {}
+    return checkpoint(function, *inputs, use_reentrant=False, **more)
+
+
+def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """Matrix products, convolutions and attention are kept; norms, activations, sums and copies are computed again."""
+    name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
+    return CheckpointPolicy.MUST_SAVE if name in _PRODUCTS or "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
