@@ -39,7 +39,7 @@ def test_every_shipped_config_is_valid_and_has_a_header(path: Path, monkeypatch:
     ("train: {steps: 1}\ntrain: {steps: 2}", ["run.yaml", "train", "twice"]),
     ("train: {epochs: null}", ["run.yaml", "how long to train"]),
     ("compile: true\nengine: {kind: deepspeed, stage: 3}", ["run.yaml", "ZeRO 3", "engine.stage to 2"]),
-    ("compile: true\nmodel: {text: {checkpointing: selective}}", ["run.yaml", "selective", "compile to false"]),
+    ("compile: true\nmodel: {text: {kind: bert, checkpointing: selective}}", ["run.yaml", "selective", "compile to false"]),
     ("- a list", ["run.yaml", "mapping"]),
     ("a: [", ["run.yaml", "YAML"]),
     ("data: {train: [{index: $NO_SUCH_PLACE/x, split: train}]}", ["NO_SUCH_PLACE", "not set"]),
