@@ -162,7 +162,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--device", help="cpu, cuda …; default: the GPU where there is one")
 
     made = verb("reproduce", verbs.reproduce, "bring about the runs of a table of the paper, and print it beside ours")
-    made.add_argument("table", help="table1, table2, table3, main, methods, additions (configs/tables/), or a YAML file of that kind")
+    made.add_argument("table", help="table1, table2, table3, main, methods, additions, decoder (configs/tables/), or a YAML file of that kind")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of every run's configuration")
     made.add_argument("--data", choices=("real", "refshapes"), default="real", help="refshapes: the generated data, made where needed")
     made.add_argument("--scale", choices=("small", "tiny"), default="small", help="of refshapes: small takes minutes a run, tiny proves "
