@@ -31,19 +31,20 @@ fi
 packed=("data.train=[{index: $shards, split: train}]" "data.evaluate=[{index: $shards, split: val}]")
 bench startup startup configs/refshapes.yaml "${packed[@]}"
 bench loader loader configs/refshapes.yaml "${packed[@]}" ${SHARDS:+data.image_size=480} data.workers=2 --steps 10
-if [[ $kind == cpu ]]; then
-    bench step step configs/refshapes.yaml "${packed[@]}"
-    bench step-lavt step configs/refshapes.yaml "${packed[@]}" model.kind=lavt model.decoder.width=64
-    bench eval eval configs/refshapes.yaml "${packed[@]}" evaluate.batch=8 --warmup 2 --steps 10
-    exit
-fi
-# A GPU: the published sizes on random samples, from random weights, so that nothing has to be downloaded.
+# The published sizes on random samples, from random weights, so that nothing has to be downloaded.
 bert=$(mktemp -d)
 trap 'rm -rf "$bert"' EXIT
 "$python" -c "import sys, transformers; transformers.BertConfig().save_pretrained(sys.argv[1])" "$bert"
 random=(--random-data engine.kind=ddp "model.text.weights=random:$bert" model.image.weights=null)
 export WEIGHTS=$bert
-bench step step configs/refcoco_swin_b.yaml "${random[@]}"
-bench step-8 step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=8 model.image.checkpointing=true model.text.checkpointing=true
-bench step-lavt step configs/refcoco_lavt_swin_b.yaml "${random[@]}"
-bench step-lavt-fp32 step configs/refcoco_lavt_swin_b.yaml "${random[@]}" precision=fp32
+if [[ $kind == cpu ]]; then
+    bench step step configs/refshapes.yaml "${packed[@]}" --beside model.kind=lavt --beside model.decoder.width=64
+    bench step-swin-b step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=2 --beside precision=fp32 --warmup 1 --steps 5
+    bench eval eval configs/refshapes.yaml "${packed[@]}" evaluate.batch=8 --warmup 2 --steps 10
+    exit
+fi
+bench step step configs/refcoco_swin_b.yaml "${random[@]}" --beside compile=true
+bench step-8 step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=8 model.{image,text}.checkpointing=selective
+lavt=(--beside model.kind=lavt --beside model.decoder.width=512)
+bench step-lavt step configs/refcoco_swin_b.yaml "${random[@]}" "${lavt[@]}"
+bench step-lavt-fp32 step configs/refcoco_swin_b.yaml "${random[@]}" "${lavt[@]}" --beside precision=fp32

@@ -93,6 +93,8 @@ def _add_bench_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--warmup", type=int, default=5, help="step, loader, eval: how many go before")
     made.add_argument("--random-data", action="store_true", help="step: random samples; data.train need not be there")
     made.add_argument("--profile", type=Path, metavar="FILE", help="step: write the profiler's trace of three steps, for ui.perfetto.dev")
+    made.add_argument("--beside", action="append", default=[], metavar="KEY=VALUE",
+                      help="step: measure it in turn with the same configuration, changed like this; may be given again")
     made.add_argument("--out", type=Path, help="step, loader, eval, startup: write the result as JSON")
     made.add_argument("--against", type=Path, metavar="FILE",
                       help="step, loader, eval, startup: print ratios to an earlier --out of the same machine")
@@ -162,7 +164,8 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--device", help="cpu, cuda …; default: the GPU where there is one")
 
     made = verb("reproduce", verbs.reproduce, "bring about the runs of a table of the paper, and print it beside ours")
-    made.add_argument("table", help="table1, table2, table3, main, methods, additions, decoder (configs/tables/), or a YAML file of that kind")
+    made.add_argument("table", help="table1, table2, table3, main, methods, additions, decoder (configs/tables/), or a YAML "
+                                      "file of that kind")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="changes of every run's configuration")
     made.add_argument("--data", choices=("real", "refshapes"), default="real", help="refshapes: the generated data, made where needed")
     made.add_argument("--scale", choices=("small", "tiny"), default="small", help="of refshapes: small takes minutes a run, tiny proves "

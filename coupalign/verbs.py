@@ -248,7 +248,7 @@ def _bench_step(options: argparse.Namespace) -> Any:
     from coupalign.bench.step import bench_step
 
     return _bench_on_ranks(options, lambda config, world: bench_step(config, world, options.steps, options.warmup, options.random_data,
-                                                                     options.profile))
+                                                                     options.profile, options.beside))
 
 
 def _bench_eval(options: argparse.Namespace) -> Any:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import resource
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
+from coupalign.config.load import override
 from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.data.loader import build_train_loader, open_tokenizer
@@ -56,6 +58,8 @@ class StepBench(Result):
         gigabytes: "weights", "optimizer" and "average" (this rank's share); "other", what is held between steps besides, which on a CPU
             is mostly libraries; "a step's" own: activations, gradients, workspaces; "peak", the sum. Of the GPU, or of the process.
         calls: a step: kernels launched, waits for the device, numbers read back from it, milliseconds of exchange between ranks.
+        beside: another configuration, whose steps took turns with this one's: the overrides that make it, its samples per second, and how
+            many times its samples per second this one reached, step by step; empty where none was asked for.
     """
 
     bench: ClassVar[str] = "step"
@@ -75,6 +79,7 @@ class StepBench(Result):
     utilization: float
     gigabytes: dict[str, float]
     calls: dict[str, float]
+    beside: dict[str, Any]
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
@@ -95,33 +100,34 @@ class StepBench(Result):
                   for name, value in self.milliseconds.items()]
         lines += ["", "  ".join(f"{name} {value:.2f} GB" for name, value in self.gigabytes.items()),
                   "  ".join(f"{name} {value:,.1f}" for name, value in self.calls.items()) + "  (a step)"]
+        if self.beside:
+            ratio, low, high = self.beside["ratio"]
+            lines += ["", f"{ratio:.2f} times the samples/s of the same with {self.beside['overrides']} "
+                      f"({self.beside['samples_per_second'][0]:,.2f}), steps in turn; quartiles {low:.2f} … {high:.2f}"]
         return "\n".join(lines)
 
 
 def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, random: bool = False,
-               trace: Path | None = None) -> StepBench:
+               trace: Path | None = None, beside: Sequence[str] = ()) -> StepBench:
     """Time training steps; collective.
 
     Args:
         random: random samples in place of data.train, which then need not be there.
         trace: where the profiler's trace is written, for ui.perfetto.dev.
+        beside: overrides that make another configuration, to be measured in turn with this one.
 
     Raises:
         InputError: the configuration cannot be trained here.
     """
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
-        vocabulary, batches = _random(config, world) if random else _read(config, world, stack)
-        model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
-        engine = build_engine(model, build_optimizer(model, config.optim), config, world)
-        run = _Runner(engine, batches, config, world)
-        for _ in range(warmup):
-            run.step()
+        run = _start(config, world, stack, random, warmup)
         start = _gigabytes(world, peak=False)
         seconds = run.timed(steps)
-        gigabytes = _by_kind(engine, start, _gigabytes(world, peak=True))
-        milliseconds = _parts(run, model, statistics.median(seconds))
+        gigabytes = _by_kind(run.engine, start, _gigabytes(world, peak=True))
+        milliseconds = _parts(run, run.engine.model, statistics.median(seconds))
         calls = _calls(run, trace)
+        in_turn = _beside(run, _start(override(config, beside), world, stack, random, warmup), beside, steps) if beside else {}
     micro = _micro_batch(config, world)
     flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (config.train.global_batch // micro)
     fastest = matmul_peak(DTYPES[config.precision], world.device)
@@ -129,7 +135,27 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
     share = flop * rate[0] / config.train.global_batch / world.size / fastest
     return StepBench(describe_machine(world.device), config.name, world.size, config.train.global_batch, micro, config.precision,
                      config.engine.kind + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""), steps, rate,
-                     milliseconds, flop, fastest, share, gigabytes, calls)
+                     milliseconds, flop, fastest, share, gigabytes, calls, in_turn)
+
+
+def _start(config: Config, world: World, stack: ExitStack, random: bool, warmup: int) -> _Runner:
+    """Everything that a configuration's steps need, and its first ones."""
+    vocabulary, batches = _random(config, world) if random else _read(config, world, stack)
+    model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
+    run = _Runner(build_engine(model, build_optimizer(model, config.optim), config, world), batches, config, world)
+    for _ in range(warmup):
+        run.step()
+    return run
+
+
+def _beside(run: _Runner, other: _Runner, overrides: Sequence[str], steps: int) -> dict[str, Any]:
+    """Steps of two configurations in turn, see `StepBench.beside`."""
+    pairs = [(run.timed(1)[0], other.timed(1)[0]) for _ in range(steps)]
+    samples = other.config.train.global_batch
+    gain = samples / run.config.train.global_batch      # a step of the other may be of another size
+    low, median, high = np.quantile([theirs / own / gain for own, theirs in pairs], (0.25, 0.5, 0.75)).tolist()
+    return {"overrides": " ".join(overrides), "samples_per_second": rates(samples, [theirs for _, theirs in pairs]),
+            "ratio": (median, low, high)}
 
 
 class _Runner:

@@ -78,11 +78,14 @@ def test_real_data_and_another_method_against_an_earlier_result(config: Path, ou
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     data = f"data.train=[{{index: {shards}, split: train}}]"
     capsys.readouterr()
-    words = [str(config), data, "model.kind=lavt", "model.decoder.width=8", "--against", str(out)]
+    words = [str(config), data, "model.kind=lavt", "model.decoder.width=8", "--against", str(out), "--beside", "train.global_batch=2"]
     assert main(["bench", "step", *words, *SHORT, "--json"]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     value, before = json.loads(line), json.loads(out.read_text())
     assert value["milliseconds"]["data"] > 0 and value["milliseconds"]["decoder"] > 0 and "proposals" not in value["milliseconds"]
+    beside = value["beside"]
+    assert beside["overrides"] == "train.global_batch=2" and beside["ratio"][1] <= beside["ratio"][0] <= beside["ratio"][2]
+    assert any("times the samples/s of the same with train.global_batch=2" in line for line in table)
     assert value["against"]["samples/s"] == pytest.approx(value["samples_per_second"][0] / before["samples_per_second"][0])
     assert f"ratios to {out}" in table and "ms proposals" not in value["against"]
 
