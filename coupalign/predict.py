@@ -248,7 +248,8 @@ def write_prediction(folder: Path, name: str, image: Picture, prediction: Predic
     """Write <name>.mask.png and <name>.overlay.png into `folder`; returns their names, {"mask": …, "overlay": …}."""
     files = {"mask": f"{name}.mask.png", "overlay": f"{name}.overlay.png"}
     save_png(folder / files["mask"], Image.fromarray(prediction.mask.astype(np.uint8) * 255))
-    save_png(folder / files["overlay"], Image.fromarray(overlay(np.asarray(open_image(image)), prediction.mask)))
+    # A photograph hardly shrinks any further: level 6 takes 2.4 times as long for 4 % less.
+    save_png(folder / files["overlay"], Image.fromarray(overlay(np.asarray(open_image(image)), prediction.mask)), level=1)
     return files
 
 
@@ -285,7 +286,7 @@ def _write(pair: Pair, asked: _Asked | InputError, output: Path) -> dict[str, An
 
 def _threads() -> int:
     """For opening and writing images, which leave the interpreter to others most of the time."""
-    return min(8, os.cpu_count() or 1)
+    return min(16, os.cpu_count() or 1)
 
 
 def _device(name: str | None) -> torch.device:

@@ -397,10 +397,10 @@ def test_images_are_opened_ahead_and_files_written_behind_the_model(run: Path, p
         else:
             second_asked.set()
 
-    def save_late(path, picture):
+    def save_late(path, picture, **options):
         if path.name.startswith("gray"):
             overlapped.append(second_asked.wait(30))
-        save(path, picture)
+        save(path, picture, **options)
 
     monkeypatch.setattr(predict, "_threads", lambda: 2)
     monkeypatch.setattr(predict, "open_image", open_and_tell)
