@@ -367,10 +367,7 @@ def test_images_are_opened_ahead_and_files_written_behind_the_model(run: Path, p
 
     def forward(*_):
         asked.append(len(asked))
-        if len(asked) == 1:
-            overlapped.append(second_open.wait(30))
-        else:
-            second_asked.set()
+        overlapped.append(second_open.wait(30)) if len(asked) == 1 else second_asked.set()
 
     def save_late(path, picture, **options):
         if path.name.startswith("gray"):
@@ -387,14 +384,9 @@ def test_images_are_opened_ahead_and_files_written_behind_the_model(run: Path, p
 
 def test_work_ahead_is_bounded_and_in_order():
     begun: list[int] = []
-
-    def items():
-        for number in range(20):
-            begun.append(number)
-            yield number
-
+    items = (begun.append(number) or number for number in range(20))
     with ThreadPoolExecutor(4) as pool:
-        for place, value in enumerate(in_order(pool, lambda number: -number, items(), 3)):
+        for place, value in enumerate(in_order(pool, lambda number: -number, items, 3)):
             assert value == -place and len(begun) <= place + 4
         assert list(in_order(pool, abs, [], 3)) == []
         with pytest.raises(ZeroDivisionError):
