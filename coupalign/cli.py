@@ -157,10 +157,10 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
     made = verb("predict", verbs.predict, "segment what a sentence refers to")
     made.add_argument("checkpoint", type=Path, help="run directory or checkpoint")
-    made.add_argument("image", type=Path, help="image file, or a .csv or .jsonl file of image,sentence pairs")
+    made.add_argument("image", type=Path, help="image file, a folder of images, or a .csv or .jsonl file of image,sentence pairs")
     made.add_argument("sentence", nargs="?", help="left out for a file of pairs")
     made.add_argument("--out", type=Path, default=Path("predictions"), help="folder for masks, overlays and results.jsonl")
-    made.add_argument("--batch", type=int, default=16)
+    made.add_argument("--batch", type=int, default=16, help="images that the model sees at a time; default 16")
     made.add_argument("--device", help="cpu, cuda …; default: the GPU where there is one")
 
     made = verb("reproduce", verbs.reproduce, "bring about the runs of a table of the paper, and print it beside ours")

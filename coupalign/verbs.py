@@ -157,16 +157,21 @@ def compare(options: argparse.Namespace) -> Any:
 def predict(options: argparse.Namespace) -> Any:
     from coupalign.predict import Predictor
 
-    predictor = Predictor.from_checkpoint(options.checkpoint, options.device)
+    if options.batch < 1:
+        raise InputError("--batch must be at least 1")
     if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl"):
-        raise InputError(f"{options.image}: a sentence is expected after an image (a .csv or .jsonl file of pairs needs none)")
+        raise InputError(f"{options.image}: a sentence is expected after an image or a folder (a .csv or .jsonl file of pairs needs none)")
+    predictor = Predictor.from_checkpoint(options.checkpoint, options.device)
     if options.sentence is None:
         results = predictor.predict_file(options.image, options.out, options.batch)
+    elif options.image.is_dir():
+        results = predictor.predict_folder(options.image, options.sentence, options.out, options.batch)
     else:
         results = predictor.predict_to(options.image, options.sentence, options.out)
     if not options.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
-    return results
+    unreadable = isinstance(results, list) and any("error" in result for result in results)
+    return (1 if unreadable else 0), results
 
 
 def reproduce(options: argparse.Namespace) -> Any:

@@ -138,10 +138,10 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def save_png(path: Path, picture: Image.Image) -> None:
-    """Write a PNG that appears whole or not at all."""
+def save_png(path: Path, picture: Image.Image, level: int = 6) -> None:
+    """Write a PNG that appears whole or not at all; `level` is zlib's, 1 (quick) to 9 (small)."""
     with files.whole_file(Path(path)) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", compress_level=level)
 
 
 def wrap(text: str, width: float, size: int) -> list[str]:

@@ -6,23 +6,28 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.profiler import profile, record_function
 
 from coupalign import dist
+from coupalign.bench.calls import activities, count_calls
 from coupalign.bench.machine import Rates, Result, describe_machine, rates
 from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.data.loader import EvalLoader, build_eval_loader, open_tokenizer
 from coupalign.dist import World
-from coupalign.engine.base import MixedPrecision
+from coupalign.engine.base import MixedPrecision, Phases
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import evaluate
 from coupalign.evaluation.protocols import find_protocol
 from coupalign.model.methods import build_model
 
+_MODEL = "bench eval: model"      # what the profiler calls it
+_PROFILED = 3                     # batches
 
 @dataclass(frozen=True)
 class EvalBench(Result):
@@ -31,7 +36,10 @@ class EvalBench(Result):
     Attributes:
         samples_per_second: of all ranks: median, lower and upper quartile over the batches.
         milliseconds: of a batch, medians: "batch"; "data", waiting for the loader; "model", to the device and through the model;
-            "counting", the pixels at the original resolution.
+            "counting", the pixels at the original resolution, and reading the integers of the batch before. On a GPU the last two are
+            the time of its stream, which goes on while the host waits for data: the parts may be more than the whole.
+        calls: a sample, counted in a few other batches: operators, those of counting among them, numbers read back; on a GPU kernels
+            launched and waits for it.
     """
 
     bench: ClassVar[str] = "eval"
@@ -45,10 +53,12 @@ class EvalBench(Result):
     protocol: str
     samples_per_second: Rates
     milliseconds: dict[str, float]
+    calls: dict[str, float]
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
-        return {"samples/s": self.samples_per_second[0], **{f"ms {name}": value for name, value in self.milliseconds.items()}}
+        return {"samples/s": self.samples_per_second[0], **{f"ms {name}": value for name, value in self.milliseconds.items()},
+                **self.calls}
 
     def table(self) -> str:
         """The same for people."""
@@ -57,7 +67,8 @@ class EvalBench(Result):
                  "  ".join(f"{name} {value}" for name, value in self.machine.items()), "",
                  f"{median:,.2f} samples/s (median of {self.batches} batches; quartiles {low:,.2f} … {high:,.2f}); RefCOCO val, 10,834 "
                  f"sentences, would take {10_834 / median:,.0f} s (calculated)", "", f"{'part':<14}{'ms':>10}"]
-        return "\n".join([*lines, *(f"{name:<14}{value:>10.2f}" for name, value in self.milliseconds.items())])
+        lines += [f"{name:<14}{value:>10.2f}" for name, value in self.milliseconds.items()]
+        return "\n".join([*lines, "", "  ".join(f"{name} {value:,.2f}" for name, value in self.calls.items()) + "  (a sample)"])
 
 
 def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5) -> EvalBench:
@@ -73,22 +84,47 @@ def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5)
     if loader.samples < wanted:
         raise InputError(f"{source[0].index} has {loader.samples:,} samples to score, {wanted:,} are asked for: lower --steps, --warmup or "
                          "evaluate.batch")
-    model = MixedPrecision(build_model(config.model, len(tokenizer), config.data.image_size).to(world.device).eval(), config.precision)
-    watched = _Watched(loader)
-    evaluate(partial(watched.infer, model, world), watched, [find_protocol(config.evaluate.protocol)],
-             gather=partial(dist.gather_rows, world=world), rank=world.rank, bootstrap=0, title="bench eval")
+    model = MixedPrecision(build_model(config.model, len(tokenizer), config.data.image_size).to(world.device), config.precision).eval()
+    watched = _Watched(loader, model, world.device)
+    _score(watched, config, world)
     parts = {name: values[warmup:] for name, values in watched.parts().items()}
+    few = build_eval_loader(config.data, source, batch, world.rank, world.size, tokenizer, limit=_PROFILED * batch * world.size)
     return EvalBench(describe_machine(world.device), config.name, world.size, batch, batches, config.precision,
                      config.evaluate.protocol, rates(batch * world.size, parts["batch"]),
-                     {name: 1e3 * statistics.median(values) for name, values in parts.items()})
+                     {name: 1e3 * statistics.median(values) for name, values in parts.items()},
+                     _calls(_Watched(few, model, world.device), config, world))
+
+
+def _score(watched: _Watched, config: Config, world: World) -> None:
+    evaluate(watched.infer, watched, [find_protocol(config.evaluate.protocol)], gather=partial(dist.gather_rows, world=world),
+             rank=world.rank, bootstrap=0, title="bench eval")
+
+
+def _calls(watched: _Watched, config: Config, world: World) -> dict[str, float]:
+    """What the profiler counts, a sample of this rank."""
+    with profile(activities=activities(world.device)) as profiler:
+        _score(watched, config, world)
+    samples = len(watched) * config.evaluate.batch
+    events = list(profiler.events())
+    calls = count_calls(events, samples, world.device)
+    counting = count_calls((event for event in events if not _within(event, _MODEL)), samples, world.device)["operators"]
+    return {"operators": calls.pop("operators"), "operators of counting": counting, **calls}
+
+
+def _within(event: Any, name: str) -> bool:
+    """Whether an event of a profile began inside one of that name."""
+    while event is not None and event.name != name:
+        event = event.cpu_parent
+    return event is not None
 
 
 class _Watched:
-    """An EvalLoader that notes when a batch is asked for, handed out, and through the model."""
+    """An EvalLoader and a model that note when a batch is asked for and handed out, and how long it is in the model."""
 
-    def __init__(self, loader: EvalLoader) -> None:
-        self.loader = loader
-        self.times: list[float] = []
+    def __init__(self, loader: EvalLoader, model: torch.nn.Module, device: torch.device) -> None:
+        self.loader, self.model, self.device = loader, model, device
+        self.phases = Phases(device)
+        self.times: list[tuple[float, float]] = []      # asked for, handed out
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -97,26 +133,25 @@ class _Watched:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        self.times.append(time.perf_counter())
+        asked = time.perf_counter()
         for batch in self.loader:
-            self.times.append(time.perf_counter())
-            yield batch
-            self.times.append(time.perf_counter())
+            self.times.append((asked, time.perf_counter()))
+            with self.phases("used"):
+                yield batch
+            asked = time.perf_counter()
+        self.times.append((asked, asked))
 
     @torch.no_grad()
-    def infer(self, model: torch.nn.Module, world: World, batch: Batch) -> Tensor:
-        """Logits float32 [B, S, S], which are there when it returns."""
-        batch = batch.to(world.device)
-        logits = model(batch.image, batch.words, batch.word_mask).float()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        self.times.append(time.perf_counter())
-        return logits
+    def infer(self, batch: Batch) -> Tensor:
+        """Logits float32 [B, S, S]."""
+        with self.phases("model"), record_function(_MODEL):
+            batch = batch.to(self.device)
+            return self.model(batch.image, batch.words, batch.word_mask).float()
 
     def parts(self) -> dict[str, list[float]]:
         """Seconds of each batch: whole, and by part."""
-        asked, given, through, asked_again = (self.times[first::3] for first in (0, 1, 2, 3))
-        return {"batch": [end - begin for begin, end in zip(asked, asked_again)],
-                "data": [end - begin for begin, end in zip(asked, given)],
-                "model": [end - begin for begin, end in zip(given, through)],
-                "counting": [end - begin for begin, end in zip(through, asked_again)]}
+        used, model = ([self.phases.between(begin, end) for name, begin, end in self.phases.marks if name == wanted]
+                       for wanted in ("used", "model"))
+        return {"batch": [after - asked for (asked, _), (after, _) in pairwise(self.times)],
+                "data": [given - asked for asked, given in self.times[:-1]],
+                "model": model, "counting": [whole - part for whole, part in zip(used, model)]}

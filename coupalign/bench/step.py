@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
+from coupalign.bench.calls import activities, count_calls
 from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
 from coupalign.config.load import override
 from coupalign.config.schema import Config
@@ -37,8 +38,6 @@ from coupalign.training.optim import build_optimizer
 
 Steps = Iterator[list[Batch]]
 _LOOKED_AT, _PROFILED = 5, 3
-_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _EXCHANGES = ("nccl", "gloo:", "c10d::")
 
 
@@ -233,7 +232,7 @@ def _hooks(model: nn.Module, phases: Phases) -> Iterator[None]:
 def _calls(run: _Runner, trace: Path | None) -> dict[str, float]:
     """What the profiler counts, a step."""
     cuda = run.world.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+    with profile(activities=activities(run.world.device)) as profiler:
         for _ in range(_PROFILED):
             run.step()
         _wait(run.world.device)
@@ -241,16 +240,9 @@ def _calls(run: _Runner, trace: Path | None) -> dict[str, float]:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
     events = profiler.events()
-
-    def count(wanted: Callable[[str], bool]) -> float:
-        return sum(wanted(event.name) for event in events) / _PROFILED
-
     exchange = sum(event.device_time_total if cuda else event.cpu_time_total for event in events if event.name.startswith(_EXCHANGES))
-    calls = {"numbers read back": count(lambda name: name == "aten::_local_scalar_dense"), "ms of exchange": exchange / 1e3 / _PROFILED}
-    if cuda:
-        # The last wait is ours.
-        calls |= {"kernels launched": count(lambda name: name in _LAUNCHES), "waits": count(lambda name: name in _WAITS) - 1 / _PROFILED}
-    return {"operators": count(lambda name: name.startswith("aten::")), **calls}
+    # The last wait is ours.
+    return {**count_calls(events, _PROFILED, run.world.device, own_waits=1), "ms of exchange": exchange / 1e3 / _PROFILED}
 
 
 def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -186,6 +186,7 @@ class SampleReader:
         self.table = table
         self._tokenizer = tokenizer
         self._stores = [ShardStore(index, config.cache_dir, config.cache_gb * 1e9) for index in table.indexes]
+        self._latest: dict[str, tuple[tuple[int, ...], Any]] = {}     # of the evaluation sample before, see `_shared`
 
     def train_sample(self, seed: int, epoch: int, number: int) -> Sample:
         """A sample with its random changes, which depend on seed, epoch and number only."""
@@ -208,10 +209,13 @@ class SampleReader:
         name, sentence = self._words(number, ref, int(self.table.sentence[number]))
         if other is not None:
             _, sentence = self._words(other, self._record(other), int(self.table.sentence[other]))
-        image, frame = self._picture(number, ref), self._frame(ref)
-        info = SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"],
-                          truth=self._mask(number, ref), image=np.asarray(image) if picture else None)
-        return transforms.image_to_square(image, frame), None, info
+        frame, photograph = self._frame(ref), (int(self.table.index[number]), int(self.table.image[number]))
+        image = self._shared("image", photograph, lambda: self._picture(number, ref))
+        square = self._shared("square", photograph, lambda: transforms.image_to_square(image, frame))
+        truth = self._shared("truth", (*photograph, int(self.table.ref[number])), lambda: self._mask(number, ref))
+        info = SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"], truth=truth,
+                          image=np.asarray(image) if picture else None)
+        return square, None, info
 
     def words(self, number: int) -> tuple[str, str]:
         """The full name of an evaluation sample and its own sentence."""
@@ -232,6 +236,13 @@ class SampleReader:
         target = None if targets[0] is None else torch.from_numpy(np.stack(targets))
         infos = tuple(replace(info, cut=True) if too_long else info for info, too_long in zip(infos, cut))
         return Batch(torch.from_numpy(image), words, word_mask, target, infos, tuple(bad))
+
+    def _shared(self, part: str, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave for the same key just before, else what it gives now. In the order of scoring, sentences about a
+        photograph stand side by side; nobody changes what they share."""
+        if part not in self._latest or self._latest[part][0] != key:
+            self._latest[part] = key, make()
+        return self._latest[part][1]
 
     def _record(self, number: int) -> Record:
         store, image = self._place(number)

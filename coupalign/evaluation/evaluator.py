@@ -1,10 +1,11 @@
 """Scores a model on a data set over any number of ranks, in one pass for all protocols and sentence rules.
 
-Each rank counts pixels, the integers are gathered, repeats removed, and one rank does the sums.
+Each rank counts pixels where the logits lie (`counting`); the integers of a batch are read once the next batch is under way, so that
+nobody waits for the device. They are gathered, repeats removed, and one rank does the sums.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coupalign.errors import InputError
+from coupalign.evaluation.counting import Counted, count_batch, row_width, rows_under
 from coupalign.evaluation.facts import WIDTH
 from coupalign.evaluation.metrics import Score, boundary_ious, deduplicate, ious, summarize
 from coupalign.evaluation.pictures import Picture, prune
-from coupalign.evaluation.protocols import Protocol, count, logits_at_original_size
+from coupalign.evaluation.protocols import Protocol
+from coupalign.evaluation.transfer import one_behind
 from coupalign.watch import doing
 
 if TYPE_CHECKING:
-    from coupalign.data.batch import Batch, SampleInfo
+    from coupalign.data.batch import Batch
     from coupalign.data.loader import EvalLoader
     from coupalign.data.samples import Rule
 
-_COUNTED = 4       # integers of a sample under one protocol: I, U, bI, bU
-_KNOWN = 6         # integers of a sample under all of them: image id, area, pixels, same class, cut, broken
 _GPU_SLACK = 0.01  # share of the union by which a sample that two ranks scored may differ on a GPU
 
 
@@ -79,26 +80,27 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocols: Se
     """
     if not loader.samples:
         raise InputError("nothing to score: the split holds no samples")
-    shown = set(next(iter(loader.members.values())).tolist()) if pictures else set()
-    rows: list[tuple[int, ...]] = []
+    shown = frozenset(next(iter(loader.members.values())).tolist()) if pictures else frozenset()
+    rows: list[np.ndarray] = []
     shelf: list[Picture] = []
     slack = 0.0
-    for place, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)):
-        if stopped():
-            raise Stopped
-        doing(f"{title}: batch {place + 1}")
-        logits = infer(batch if device is None else batch.to(device))
-        slack = _GPU_SLACK if logits.is_cuda else slack
-        for info, one in zip(batch.info, logits):
-            rows.append(_score_sample(one, info, protocols))
-            if info.number in shown:
-                shelf.append(_picture(one, info, rows[-1], protocols[0]))
-        shelf = prune(shelf, pictures)
+
+    def counted() -> Iterator[Counted]:
+        for place, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)):
+            if stopped():
+                raise Stopped
+            doing(f"{title}: batch {place + 1}")
+            yield count_batch(infer(batch if device is None else batch.to(device)), batch.info, protocols, shown)
+
+    for batch in one_behind(counted()):
+        rows.append(batch.rows())
+        slack = _GPU_SLACK if batch.on_gpu else slack
+        shelf = prune([*shelf, *_pictures(batch, rows[-1], protocols[0])], pictures)
     doing(f"{title}: gathering the rows")
-    gathered = gather(np.asarray(rows, dtype=np.int64).reshape(-1, 1 + _KNOWN + _COUNTED * len(protocols)))
+    gathered = gather(np.concatenate(rows) if rows else np.empty((0, row_width(len(protocols))), np.int64))
     results: dict[tuple[str, Rule], Evaluation] = {}
     for place, protocol in enumerate(protocols):
-        kept = deduplicate(_under(gathered, place), slack)
+        kept = deduplicate(rows_under(gathered, place), slack)
         _check_complete(kept, loader)
         for rule, numbers in loader.members.items():
             words = conditions(protocol, rule)
@@ -114,27 +116,15 @@ def with_language_blind(score: Score, blind: Score) -> Score:
     return replace(score, language_blind=blind)
 
 
-def _score_sample(logits: Tensor, info: SampleInfo, protocols: Sequence[Protocol]) -> tuple[int, ...]:
-    """(number, image id, area, pixels, same class, whether the sentence was cut, whether the logits are broken), then I, U, bI, bU
-    under each protocol."""
-    assert info.truth is not None, f"{info.name}: the loader gave no truth"
-    counted = [pixels for protocol in protocols for pixels in count(*protocol.masks(logits, info.frame, info.truth))]
-    return (info.number, info.image_id, int(info.truth.sum()), info.truth.size, info.same_class, int(info.cut),
-            int(not torch.isfinite(logits).all()), *counted)
-
-
-def _under(rows: np.ndarray, place: int) -> np.ndarray:
-    """The rows of the protocol at that place, [n, 11]: number, I, U, bI, bU, then what is known of the sample."""
-    first = 1 + _KNOWN + _COUNTED * place
-    return np.hstack([rows[:, :1], rows[:, first:first + _COUNTED], rows[:, 1:1 + _KNOWN]])
-
-
-def _picture(logits: Tensor, info: SampleInfo, row: tuple[int, ...], protocol: Protocol) -> Picture:
-    assert info.image is not None, f"{info.name}: pictures need a loader with images=True"
-    prediction = (logits_at_original_size(logits, info.frame) > 0).cpu().numpy()
-    counts = _under(np.asarray([row], dtype=np.int64), 0)[:, :5]
-    iou, boundary = float(ious(counts, protocol.empty)[0]), float(boundary_ious(counts, protocol.empty)[0])
-    return Picture(info.number, info.name, info.sentence, iou, info.image, info.truth, prediction, info.same_class, boundary)
+def _pictures(batch: Counted, rows: np.ndarray, protocol: Protocol) -> Iterator[Picture]:
+    """Those of the batch that were asked for; `rows` are its rows, `protocol` is the first."""
+    counts = rows_under(rows, 0)[:, :5]
+    values, boundaries = ious(counts, protocol.empty).tolist(), boundary_ious(counts, protocol.empty).tolist()
+    for place, prediction in batch.predictions.items():
+        info = batch.infos[place]
+        assert info.image is not None, f"{info.name}: pictures need a loader with images=True"
+        yield Picture(info.number, info.name, info.sentence, values[place], info.image, info.truth, prediction.numpy(), info.same_class,
+                      boundaries[place])
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:

@@ -1,10 +1,11 @@
-"""The three ways the field turns logits into a mask that meets the truth, each a small function of one sample.
+"""The three ways the field turns logits into a mask that meets the truth, each a small function of the samples of one frame.
 
     ris-v1   the default: everything at the photograph's own resolution
     lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others score
     cris     probabilities bicubic back to the photograph's resolution, a threshold of 0.35, as CRIS, ETRIS, DETRIS score
 
-Legend: S side of the square input; H, W the photograph's size. `Frame` says where the photograph lies in the square.
+Legend: n samples; S side of the square input; H, W the photograph's size; h, w that at which a protocol counts. `Frame` says where
+the photograph lies in the square. Every number of a sample is that of the sample alone, bit for bit, whatever it is counted with.
 Pixel centers lie at half integers throughout: column x of a photograph W wide is found at (x + 0.5) * inner_width / W - 0.5
 + left in the square.
 """
@@ -36,39 +37,39 @@ _CRIS_THRESHOLD = 0.35
 class Protocol:
     """A named way to score.
 
-    `masks(logits float [S, S], frame, truth bool [H, W]) -> (prediction, truth)`, bool [h, w] at the resolution that the
-    protocol counts at, both on the device of the logits. `truth`, `prediction` and `threshold` are the words printed with
-    every score.
+    `predict(logits float [n, S, S], frame) -> bool [n, h, w]` works where the logits lie, `place(truth bool [H, W], frame) ->
+    bool [h, w]` on the host. `truth`, `prediction` and `threshold` are the words printed with every score.
     """
 
     name: str
-    masks: Callable[[Tensor, Frame, np.ndarray], tuple[Tensor, Tensor]]
+    predict: Callable[[Tensor, Frame], Tensor]
+    place: Callable[[np.ndarray, Frame], np.ndarray]
     empty: Empty
     truth: str
     prediction: str
     threshold: str
 
 
-def count(prediction: Tensor, truth: Tensor) -> tuple[int, int, int, int]:
-    """Pixels in the intersection and in the union of two masks bool [h, w], and in those of their boundary bands."""
-    pairs = ((prediction, truth), (boundary(prediction), boundary(truth)))
-    sums = [part.sum(dtype=torch.int32) for a, b in pairs for part in (a & b, a | b)]
-    inside, union, band_inside, band_union = torch.stack(sums).tolist()
-    return inside, union, band_inside, band_union
+def count(prediction: Tensor, truth: Tensor) -> Tensor:
+    """int32 [n, 4]: pixels in the intersection and in the union of masks bool [n, h, w], and in those of their boundary bands."""
+    assert prediction.shape == truth.shape, f"prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
+    masks = torch.stack([prediction, truth])                                       # [2, n, h, w]
+    sums = [part.sum(dim=(-2, -1), dtype=torch.int32) for a, b in (masks, boundary(masks)) for part in (a & b, a | b)]
+    return torch.stack(sums, dim=1)
 
 
 def boundary(mask: Tensor) -> Tensor:
-    """The band of a mask bool [h, w] along its contour: the mask without what is left of it after an erosion.
+    """The band of masks bool [..., h, w] along their contour: the mask without what is left of it after an erosion.
 
     The erosion is by a 3x3 square, d = max(1, round(0.02 * diagonal)) times, the diagonal in pixels of the mask; beyond the edge
     of the image lies background, so an object that the image cuts off has a band there, too. That is `mask_to_boundary` of
     Cheng et al., Boundary IoU, CVPR 2021 (github.com/bowenc0221/boundary-iou-api). d times the 3x3 square is once a square of
-    2d + 1, and a square is its rows and then its columns. Measured: 0.8 ms a mask of 640x480 on one core.
+    2d + 1, and a square is its rows and then its columns.
     """
-    height, width = mask.shape
+    height, width = mask.shape[-2:]
     d = max(1, round(0.02 * math.hypot(height, width)))
     padded = functional.pad(mask, (d, d, d, d))
-    return mask & ~_all_of(_all_of(padded, 2 * d + 1, 0), 2 * d + 1, 1)
+    return mask & ~_all_of(_all_of(padded, 2 * d + 1, -2), 2 * d + 1, -1)
 
 
 def _all_of(mask: Tensor, width: int, dim: int) -> Tensor:
@@ -83,45 +84,60 @@ def _all_of(mask: Tensor, width: int, dim: int) -> Tensor:
 
 
 def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
-    """[S, S] -> float32 [H, W]: the part of the square that shows the photograph, bilinear with align_corners=False."""
+    """[..., S, S] -> float32 [..., H, W]: the part of the square that shows the photograph, bilinear with align_corners=False."""
     inner = _inside_frame(logits, frame).float()
     size = (frame.height, frame.width)
-    return functional.interpolate(inner[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+    # One channel each: so every sample takes the path through torch that it would take alone.
+    alone = inner.reshape(-1, 1, frame.inner_height, frame.inner_width)
+    return functional.interpolate(alone, size=size, mode="bilinear", align_corners=False).view(*logits.shape[:-2], *size)
 
 
-def masks_ris_v1(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
+def predict_ris_v1(logits: Tensor, frame: Frame) -> Tensor:
     """At the photograph's size; p > 0.5 is logit > 0, without the rounding of a sigmoid."""
-    return _same_place(logits_at_original_size(logits, frame) > 0, truth)
+    return logits_at_original_size(logits, frame) > 0
 
 
-def masks_lavt(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
-    """At the input size, inside the frame; one logit is the difference of two channels, so argmax is logit > 0.
-
-    Pillow resizes the truth, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to
-    480) its rounding decides.
-    """
-    small = Image.fromarray(truth.astype(np.uint8)).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
-    return _same_place(_inside_frame(logits, frame) > 0, np.asarray(small) > 0)
+def predict_lavt(logits: Tensor, frame: Frame) -> Tensor:
+    """At the input size, inside the frame; one logit is the difference of two channels, so argmax is logit > 0."""
+    return _inside_frame(logits, frame) > 0
 
 
-def masks_cris(logits: Tensor, frame: Frame, truth: np.ndarray) -> tuple[Tensor, Tensor]:
+def predict_cris(logits: Tensor, frame: Frame) -> Tensor:
     """At the photograph's size: probabilities, bicubic through the inverse of the frame's map, p > 0.35."""
-    return _same_place(_warp_back(torch.sigmoid(logits.float()), frame) > _CRIS_THRESHOLD, truth)
+    # One after another: on a CPU the last bit of torch's sigmoid depends on how the threads share the pixels.
+    probabilities = torch.stack([torch.sigmoid(one) for one in logits.float()])
+    return _warp_back(probabilities, frame) > _CRIS_THRESHOLD
+
+
+def place_original(truth: np.ndarray, frame: Frame) -> np.ndarray:
+    """The truth as it is."""
+    assert truth.shape == (frame.height, frame.width), f"truth {truth.shape} of a photograph {(frame.height, frame.width)}"
+    return truth
+
+
+def place_lavt(truth: np.ndarray, frame: Frame) -> np.ndarray:
+    """The truth at the input size, inside the frame.
+
+    Pillow resizes it, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to 480) its
+    rounding decides.
+    """
+    small = Image.fromarray(truth.view(np.uint8)).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
+    return np.asarray(small) > 0
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("ris-v1", masks_ris_v1, "one",
+        Protocol("ris-v1", predict_ris_v1, place_original, "one",
                  truth="original resolution, union of polygons",
                  prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
                  threshold="p > 0.5"),
-        Protocol("lavt", masks_lavt, "zero",
+        Protocol("lavt", predict_lavt, place_lavt, "zero",
                  truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
                        "overlap; shards hold the union only)",
                  prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
                  threshold="logit > 0, which is the argmax of two channels"),
-        Protocol("cris", masks_cris, "zero",
+        Protocol("cris", predict_cris, place_original, "zero",
                  truth="original resolution, union of polygons",
                  prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
                             "input's affine map to the original resolution",
@@ -170,26 +186,25 @@ def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[
     return conditions
 
 
-def _inside_frame(square: Tensor, frame: Frame) -> Tensor:
-    assert square.shape == (frame.size, frame.size), f"a square of {tuple(square.shape)} for an input of {frame.size} pixels"
-    return square[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+def _inside_frame(squares: Tensor, frame: Frame) -> Tensor:
+    _check_size(squares, frame)
+    return squares[..., frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
 
 
-def _warp_back(square: Tensor, frame: Frame) -> Tensor:
-    """[S, S] -> [H, W], bicubic; the neighbors of the frame take part, and zero lies outside the square."""
-    assert square.shape == (frame.size, frame.size), f"logits {tuple(square.shape)} for an input of {frame.size} pixels"
+def _warp_back(squares: Tensor, frame: Frame) -> Tensor:
+    """[n, S, S] -> [n, H, W], bicubic; the neighbors of the frame take part, and zero lies outside the square."""
+    _check_size(squares, frame)
 
     def places(length: int, inner: int, offset: int) -> Tensor:
         """Where each pixel center lies in the square, in grid_sample's -1 … 1."""
-        centers = (torch.arange(length, device=square.device, dtype=torch.float64) + 0.5) * (inner / length) + offset
-        return (2 * centers / frame.size - 1).to(square.dtype)
+        centers = (torch.arange(length, device=squares.device, dtype=torch.float64) + 0.5) * (inner / length) + offset
+        return (2 * centers / frame.size - 1).to(squares.dtype)
 
     y = places(frame.height, frame.inner_height, frame.top)
     x = places(frame.width, frame.inner_width, frame.left)
     grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-    return functional.grid_sample(square[None, None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False)[0, 0]
+    return functional.grid_sample(squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False)[0]
 
 
-def _same_place(prediction: Tensor, truth: np.ndarray) -> tuple[Tensor, Tensor]:
-    assert prediction.shape == truth.shape, f"prediction {tuple(prediction.shape)}, truth {truth.shape}"
-    return prediction, torch.from_numpy(np.ascontiguousarray(truth, dtype=bool)).to(prediction.device)
+def _check_size(squares: Tensor, frame: Frame) -> None:
+    assert squares.shape[-2:] == (frame.size, frame.size), f"squares {tuple(squares.shape)} for an input of {frame.size} pixels"

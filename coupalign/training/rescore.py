@@ -13,7 +13,7 @@ from coupalign.config.load import override
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
 from coupalign.data.samples import RULES
-from coupalign.engine.base import DTYPES
+from coupalign.engine.base import MixedPrecision
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
 from coupalign.engine.stop import StopRequest
 from coupalign.errors import InputError
@@ -91,10 +91,11 @@ def publish_scores(config: Config) -> None:
 
 
 def _inference(model: ReferringModel, precision: str) -> Infer:
+    net = MixedPrecision(model, precision).eval()
+
     @torch.no_grad()
     def infer(batch: Batch) -> Tensor:
-        with torch.autocast(batch.image.device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return model(batch.image, batch.words, batch.word_mask).float()
+        return net(batch.image, batch.words, batch.word_mask).float()
     return infer
 
 

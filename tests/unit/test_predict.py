@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import coupalign
+from coupalign import predict
+from coupalign.cli import main
 from coupalign.config.load import dump
-from coupalign.config.schema import Config
+from coupalign.config.schema import Config, Source
+from coupalign.data.loader import build_eval_loader
 from coupalign.data.tokenizer import Tokenizer, train_vocabulary
 from coupalign.engine.restore import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
+from coupalign.evaluation.facts import read_rows
 from coupalign.model.methods import build_model
 from coupalign.model.weights import write_weights
-from coupalign.predict import Predictor, open_image, read_pairs
+from coupalign.predict import Predictor, in_order, open_image
+from coupalign.training.rescore import rescore
 
 WORDS = ["small red star", "the blue square on the left", "second circle from the right"]
 
@@ -151,6 +159,25 @@ def test_the_end_of_a_sentence_does_not_matter_but_its_length_is_told(predictor:
     assert predictor.predict(image, "star " * 30).cut
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, precision: str):
+    config = tiny_config()
+    data = config.data.model_copy(update={"evaluate": (Source(index=str(shards), split="val"),), "workers": 0})
+    evaluate = config.evaluate.model_copy(update={"batch": 3, "bootstrap": 0})
+    config = config.model_copy(update={"data": data, "precision": precision, "evaluate": evaluate})
+    run = write_checkpoint(tmp_path / "run" / "checkpoints" / "best", config).parents[1]
+    rescore(run, protocol="ris-v1")
+    rows = read_rows(run / "scores" / "val-ris-v1.csv").counts[:, 1:3].tolist()
+    predictor = Predictor.from_checkpoint(run, "cpu")
+    infos = [info for batch in build_eval_loader(config.data, data.evaluate, 3, 0, 1, predictor.tokenizer, images=True)
+             for info in batch.info]
+    masks = [result.mask for result in predictor.predict_many([(info.image, info.sentence) for info in infos], 3)]
+    assert rows == [[(mask & info.truth).sum(), (mask | info.truth).sum()] for mask, info in zip(masks, infos)]
+    other = Predictor(config.model_copy(update={"precision": "fp32"}), predictor.model, predictor.tokenizer, predictor.device)
+    same_masks = all((other.predict(info.image, info.sentence).mask == mask).all() for info, mask in zip(infos, masks))
+    assert same_masks is (precision == "fp32"), "the precision would make no difference"
+
+
 # -------------------------------------------------------------------------------------------------- bad arguments
 
 
@@ -270,27 +297,6 @@ def test_one_pair_to_files(predictor: Predictor, photos: Path, tmp_path: Path):
     assert result["height"], result["width"] == (70, 30)
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("p.csv", "", "line 1: no column image and sentence"),
-    ("p.csv", "image,text\n", "line 1: no column sentence; the columns are image,text"),
-    ("p.csv", "image,sentence\n", "holds no pairs"),
-    ("p.csv", "image,sentence\na.png,red\na.png\n", "line 3: the sentence is missing"),
-    ("p.csv", "image,sentence\na.png,red\n,star\n", "line 3: the image is missing"),
-    ("p.csv", "image,sentence\na.png,star, left\n", "line 2: more fields than columns; a sentence with a comma needs quotes"),
-    ("p.csv", "image,sentence\na.png,red\nb.png,red\n", "line 3: no such image: .*b.png"),
-    ("p.csv", "image,sentence\na.png,...\n", "line 2: .*holds no words"),
-    ("p.jsonl", '{"image": "a.png", "sentence": "red"}\n{"image"\n', "line 2: not valid JSON"),
-    ("p.jsonl", '["a.png", "red"]\n', "line 1: an object"),
-    ("p.jsonl", '{"image": "a.png", "sentence": 3}\n', "line 1: the sentence is missing"),
-    ("p.txt", "a.png red\n", "pairs are read from .csv or .jsonl, not from .txt"),
-])
-def test_bad_lines_name_file_and_line(tmp_path: Path, name: str, text: str, message: str):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=rf"{name}: {message}"):
-        read_pairs(tmp_path / name)
-
-
 def test_a_damaged_image_names_the_line_and_no_results_are_written(predictor: Predictor, photos: Path, tmp_path: Path):
     (tmp_path / "bad.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (tmp_path / "wide.jpg").symlink_to(photos / "wide.jpg")
@@ -298,6 +304,93 @@ def test_a_damaged_image_names_the_line_and_no_results_are_written(predictor: Pr
     with pytest.raises(InputError, match=r"pairs\.csv: line 3: .*bad\.jpg: cannot be read"):
         predictor.predict_file(pairs, tmp_path / "out")
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def lines_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_and_a_sentence(predictor: Predictor, photos: Path, tmp_path: Path):
+    results = predictor.predict_folder(photos, WORDS[0], tmp_path / "out", batch=2)
+    assert results == lines_of(tmp_path / "out") and [result["image"] for result in results] == ["gray.png", "tall.png", "wide.jpg"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", *(
+        f"{stem}.{kind}.png" for stem in ("gray", "tall", "wide") for kind in ("mask", "overlay"))}
+    for result in results:
+        again = predictor.predict(photos / result["image"], WORDS[0])
+        assert (np.asarray(Image.open(tmp_path / "out" / result["mask"])) == again.mask * 255).all()
+
+
+def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(run: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                                                capsys: pytest.CaptureFixture[str]):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "c.JPG", ".hidden.png", "notes.txt"):
+        (folder / name).symlink_to(photos / "wide.jpg")
+    (folder / "b.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
+    (folder / "deeper.png").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert main(["predict", str(run), str(folder), WORDS[0], "--out", str(out), "--batch", "1", "--device", "cpu", "--json"]) == 1
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results == lines_of(out) and [result["image"] for result in results] == ["a.jpg", "a.png", "b.jpg", "c.JPG"]
+    assert [result.get("mask") for result in results] == ["a.jpg.mask.png", "a.png.mask.png", None, "c.mask.png"]
+    assert set(results[2]) == {"image", "sentence", "error"} and "b.jpg: cannot be read as an image" in results[2]["error"]
+    [warning] = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert "b.jpg" in warning and "repair or remove it" in warning
+    assert len(list(out.iterdir())) == 7
+
+
+def test_a_folder_for_its_own_masks_or_without_a_sentence_is_refused(predictor: Predictor, run: Path, photos: Path,
+                                                                   capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(InputError, match="give another folder with --out"):
+        predictor.predict_folder(photos, WORDS[0], photos / ".." / photos.name)
+    assert main(["predict", str(run), str(photos)]) == 2
+    assert "a sentence is expected after an image or a folder" in capsys.readouterr().err
+    assert main(["predict", str(run), str(photos), WORDS[0], "--batch", "0"]) == 2
+
+
+def test_images_are_opened_ahead_and_files_written_behind_the_model(run: Path, photos: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch):
+    """The model's first batch is not done before the second image is open, nor the first file before the second batch was asked."""
+    predictor = Predictor.from_checkpoint(run, "cpu")
+    second_open, second_asked = threading.Event(), threading.Event()
+    opened, asked, overlapped = [], [], []
+    open_one, save = predict.open_image, predict.save_png
+
+    def open_and_tell(image):
+        opened.append(image)
+        if len(set(map(str, opened))) == 2:
+            second_open.set()
+        return open_one(image)
+
+    def forward(*_):
+        asked.append(len(asked))
+        overlapped.append(second_open.wait(30)) if len(asked) == 1 else second_asked.set()
+
+    def save_late(path, picture, **options):
+        if path.name.startswith("gray"):
+            overlapped.append(second_asked.wait(30))
+        save(path, picture, **options)
+
+    monkeypatch.setattr(predict, "_threads", lambda: 2)
+    monkeypatch.setattr(predict, "open_image", open_and_tell)
+    monkeypatch.setattr(predict, "save_png", save_late)
+    predictor.model.register_forward_hook(forward)
+    predictor.predict_folder(photos, WORDS[0], tmp_path / "out", batch=1)
+    assert overlapped == [True, True, True] and len(asked) == 3
+
+
+def test_work_ahead_is_bounded_and_in_order():
+    begun: list[int] = []
+    items = (begun.append(number) or number for number in range(20))
+    with ThreadPoolExecutor(4) as pool:
+        for place, value in enumerate(in_order(pool, lambda number: -number, items, 3)):
+            assert value == -place and len(begun) <= place + 4
+        assert list(in_order(pool, abs, [], 3)) == []
+        with pytest.raises(ZeroDivisionError):
+            list(in_order(pool, lambda number: 1 / number, [2, 1, 0], 1))
 
 
 def test_real_photographs(predictor: Predictor, real_data: Path, tmp_path: Path):

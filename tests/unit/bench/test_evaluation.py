@@ -25,6 +25,8 @@ def test_the_parts_make_up_a_batch(config: Path, tmp_path: Path, capsys: pytest.
     parts = value["milliseconds"]
     assert list(parts) == ["batch", "data", "model", "counting"] and all(one > 0 for one in parts.values())
     assert max(parts["data"], parts["model"], parts["counting"]) <= parts["batch"] <= 3 * sum(list(parts.values())[1:])
+    calls = value["calls"]
+    assert 0 < calls["operators of counting"] < calls["operators"] and calls["numbers read back"] <= 1 / 6, "one, the DataLoader's seed"
     median, low, high = value["samples_per_second"]
     assert low <= median <= high and median == pytest.approx(2 / (parts["batch"] / 1e3))
     assert "median of 3 batches" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The table of samples, its subset, and the permutation of the language-blind control."""
+"""The table of samples, its subset, the permutation of the language-blind control; and what samples share when they are read."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coupalign.config.schema import Source
+from coupalign.config.schema import DataConfig, Source
+from coupalign.data import transforms
 from coupalign.data.index import read_index
-from coupalign.data.samples import ALL, RULES, build_table, evaluation_table, other_sentences, spread
+from coupalign.data.loader import open_tokenizer
+from coupalign.data.samples import ALL, RULES, SampleReader, build_table, evaluation_table, other_sentences, spread
+from coupalign.data.shards import open_index
 from coupalign.errors import InputError
 
 
@@ -79,3 +82,24 @@ def test_the_control_exchanges_joined_sentences_among_themselves(packed: Path):
     assert sorted(other) == list(range(len(table)))
     for rule in ("each", "concatenated"):
         assert set(other[members[rule]]) == set(members[rule])
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_sentences_about_a_photograph_share_its_decoding_and_nothing_else(packed: Path, resize: str, monkeypatch: pytest.MonkeyPatch):
+    config = DataConfig(train=[Source(index=str(packed), split="train")], image_size=64, resize=resize)
+    table = build_table(config.train, [open_index(str(packed))], "sentence")
+    tokenizer, decoded = open_tokenizer(config), []
+    decode = transforms.decode_image
+    monkeypatch.setattr(transforms, "decode_image", lambda data: decoded.append(len(data)) or decode(data))
+    numbers = [*range(len(table)), *np.random.default_rng(0).integers(len(table), size=40).tolist()]
+    shared = SampleReader(config, table, tokenizer)
+    found = [shared.eval_sample(number, None, picture=True) for number in numbers]
+    in_a_row = 1 + np.count_nonzero(np.diff(table.image[numbers]))
+    assert len(decoded) == in_a_row < len(numbers)
+    for number, (pixels, _, info) in zip(numbers, found):
+        expected, _, alone = SampleReader(config, table, tokenizer).eval_sample(number, None, picture=True)
+        assert np.array_equal(pixels, expected) and np.array_equal(info.image, alone.image) and np.array_equal(info.truth, alone.truth)
+        assert replace(info, image=None, truth=None) == replace(alone, image=None, truth=None)

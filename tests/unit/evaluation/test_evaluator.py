@@ -13,7 +13,8 @@ import torch
 from coupalign.data.batch import Batch, SampleInfo
 from coupalign.data.transforms import frame_of
 from coupalign.errors import InputError
-from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
+from coupalign.evaluation.counting import Counted
+from coupalign.evaluation.evaluator import Evaluation, Stopped, evaluate, with_language_blind
 from coupalign.evaluation.facts import COLUMNS, Rows, read_rows, write_rows
 from coupalign.evaluation.metrics import ious, summarize
 from coupalign.evaluation.pictures import choose_pictures
@@ -120,7 +121,8 @@ def test_rows_are_those_of_the_protocol_sample_by_sample():
     loader = Loader()
     for number, *counted, image, area, pixels, same_class in evaluate_one(loader).rows.tolist():
         info = loader.info(number)
-        assert tuple(counted) == count(*RIS.masks(infer(loader.collate([number]))[0], info.frame, info.truth))
+        prediction = RIS.predict(infer(loader.collate([number])), info.frame)
+        assert counted == count(prediction, torch.from_numpy(info.truth)[None])[0].tolist()
         assert (image, area, pixels, same_class) == (number // 4, info.truth.sum(), info.truth.size, number % 3 - 1)
 
 
@@ -141,6 +143,41 @@ def test_one_pass_gives_what_a_pass_for_each_protocol_gives_and_asks_the_model_o
         assert first.rows.tolist() == alone.rows[::2].tolist()
         assert (first.score.sentences, first.score.protocol, first.score.samples) == ("first", name, 12)
         assert first.score.metrics["bIoU"] == pytest.approx(summarize(alone.rows[::2, :5], 0)["bIoU"], abs=1e-12)
+
+
+def test_a_batch_is_read_once_the_next_one_is_under_way(monkeypatch: pytest.MonkeyPatch):
+    """So that a GPU has work while the host waits for the numbers of the batch before."""
+    told: list[str] = []
+    read = Counted.rows
+
+    def infer_and_tell(batch: Batch) -> torch.Tensor:
+        told.append(f"infer {batch.info[0].number}")
+        return infer(batch)
+
+    def read_and_tell(counted: Counted) -> np.ndarray:
+        told.append(f"read {min(info.number for info in counted.infos)}")
+        return read(counted)
+
+    monkeypatch.setattr(Counted, "rows", read_and_tell)
+    evaluate_one(Loader(samples=12), answer=infer_and_tell)
+    assert told == ["infer 0", "infer 4", "read 0", "infer 8", "read 4", "read 8"]
+
+
+def test_a_stop_is_asked_for_before_each_batch():
+    asked: list[str] = []
+    answers = iter([False, False, True])
+
+    def answer(batch: Batch) -> torch.Tensor:
+        asked.append("batch")
+        return infer(batch)
+
+    def stopped() -> bool:
+        asked.append("stopped?")
+        return next(answers)
+
+    with pytest.raises(Stopped):
+        evaluate_one(Loader(), answer=answer, stopped=stopped)
+    assert asked == ["stopped?", "batch", "stopped?", "batch", "stopped?"]
 
 
 def test_conditions_are_printed_with_the_score():

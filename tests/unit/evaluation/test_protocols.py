@@ -20,7 +20,13 @@ SHAPES = [(7, 11), (11, 7), (24, 24), (33, 50), (5, 64), (1, 9)]
 
 def count(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
     """Intersection and union under a protocol."""
-    return count_pixels(*PROTOCOLS[name].masks(logits, frame, truth))[:2]
+    return tuple(count_alone(name, logits, frame, truth)[:2])
+
+
+def count_alone(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> list[int]:
+    """All four counts of one sample."""
+    protocol = PROTOCOLS[name]
+    return count_pixels(protocol.predict(logits[None], frame), torch.from_numpy(protocol.place(truth, frame))[None])[0].tolist()
 
 
 def noise(size: int, seed: int = 0, smooth: int = 1) -> torch.Tensor:
@@ -220,7 +226,7 @@ def test_a_boundary_by_hand():
     assert boundary(mask)[2:7, 2:6].int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     other = torch.zeros(7, 8, dtype=torch.bool)
     other[2:7, 1:6] = True
-    assert count_pixels(mask, other) == (20, 25, 14 - 3, 14 + 16 - 11)
+    assert count_pixels(mask[None], other[None]).tolist() == [[20, 25, 14 - 3, 14 + 16 - 11]]
 
 
 # --------------------------------------------------------------------------------------------------------- words
