@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from coupalign.config.schema import Config
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.data.transforms import decode_image, frame_of, image_to_square
+from coupalign.data.transforms import frame_of, image_to_square
 from coupalign.engine.restore import open_checkpoint
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import logits_at_original_size
@@ -140,8 +140,8 @@ class Predictor:
     def _predict_batch(self, images: list[Image.Image], sentences: list[str]) -> list[Prediction]:
         data = self.config.data
         frames = [frame_of(image.height, image.width, data.image_size, data.resize) for image in images]
-        squares = np.stack([image_to_square(image, frame) for image, frame in zip(images, frames)])  # [B, S, S, 3]
-        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous().to(self.device)
+        squares = np.stack([image_to_square(np.asarray(image), frame) for image, frame in zip(images, frames)])  # [B, S, S, 3]
+        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).to(self.device)
         words, word_mask, cut = self.tokenizer.encode([_tidy(sentence) for sentence in sentences], data.max_tokens)
         logits = self.model(pixels, words.to(self.device), word_mask.to(self.device))
         return [_prediction(logits_at_original_size(one, frame), sentence, was_cut)
@@ -197,8 +197,8 @@ def open_image(image: Picture) -> Image.Image:
                 raise InputError(f"image array {found}: uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected")
             return Image.fromarray(image).convert("RGB")
     try:
-        return ImageOps.exif_transpose(decode_image(Path(image).read_bytes()))
-    except (OSError, ValueError) as error:
+        return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: cannot be read as an image: {error}") from None
 
 

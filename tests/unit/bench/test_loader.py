@@ -9,7 +9,7 @@ import pytest
 
 from coupalign.cli import main
 
-ONE_CORE = ("decode", "decode and resize", "file by file", "loader")
+ONE_CORE = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
 TINY = """
 name: tiny
 data: {{train: [{{index: {shards}, split: train}}], image_size: 32, max_tokens: 8, workers: 1}}
