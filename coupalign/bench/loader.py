@@ -50,7 +50,8 @@ class LoaderBench(Result):
         ratios: of the medians, of "loader" to what stands behind the slash.
         kilobytes: of a stored photograph, mean.
         megapixels: the same.
-        gigabytes: memory of this process before the first and after the last step.
+        gigabytes: memory of this process before the first and after the last step ("start", "end"), and of its largest worker process
+            ("worker start", "worker end") where there are workers.
     """
 
     bench: ClassVar[str] = "loader"
@@ -79,6 +80,9 @@ class LoaderBench(Result):
         lines += [f"{name:<28}{median:>10,.1f}{low:>10,.1f}{high:>18,.1f}" for name, (median, low, high) in self.samples_per_second.items()]
         lines += ["", *(f"{name:<36}{value:>10.2f}" for name, value in self.ratios.items()), "",
                   f"memory of this process: {self.gigabytes['start']:.2f} GB before, {self.gigabytes['end']:.2f} GB after"]
+        if "worker end" in self.gigabytes:
+            before, after = self.gigabytes["worker start"], self.gigabytes["worker end"]
+            lines.append(f"of the largest worker process: {before:.3f} GB before, {after:.3f} GB after")
         return "\n".join(lines)
 
 
@@ -98,7 +102,9 @@ def bench_loader(config: Config, steps: int = 20, warmup: int = 2) -> LoaderBenc
         torch.set_num_threads(threads)
     found = {name: rates(config.train.global_batch, values) for name, values in seconds.items()}
     if config.data.workers:
-        found[f"loader, {config.data.workers} workers"] = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
+        name = f"loader, {config.data.workers} workers"
+        found[name], held = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
+        gigabytes |= held
     found |= _uncached(config, tokenizer, steps)
     ratios = {f"loader / {name}": found["loader"][0] / found[name][0] for name in _WAYS[:-1]}
     bytes_, pixels = np.mean(photos, axis=0)
@@ -163,12 +169,18 @@ def _pillow(file: Path | io.BytesIO, square: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB").resize(square, Image.Resampling.BILINEAR))
 
 
-def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int, steps: int, warmup: int) -> Rates:
-    """The loader alone; with workers, which run ahead, the mean over all steps in place of each rate."""
+def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int, steps: int,
+             warmup: int) -> tuple[Rates, dict[str, float]]:
+    """The loader alone: its rates, with workers, which run ahead, the mean over all steps; and the memory of the largest worker."""
+    seconds, gigabytes = [], {}
     with contextlib.closing(_open(config, data, tokenizer, workers)) as loader:
         running = loader.steps_from(0)
-        seconds = [_timed(lambda: next(running))[0] for _ in range(warmup + steps)][warmup:]
-    return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)])
+        for step in range(warmup + steps):
+            seconds.append(_timed(lambda: next(running))[0])
+            if workers and step in (warmup, warmup + steps - 1):
+                gigabytes["worker start" if step == warmup else "worker end"] = max(map(resident_gigabytes, loader.worker_pids))
+    seconds = seconds[warmup:]
+    return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)]), gigabytes
 
 
 def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:
@@ -179,13 +191,13 @@ def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rat
     for folder in folders:
         for shard in Path(folder).glob("*.tar"):
             _forget(shard)
-    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)}
+    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)[0]}
     with contextlib.ExitStack() as stack:
         addresses = [stack.enter_context(_served(Path(folder))) for folder in folders]
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         sources = tuple(source.model_copy(update={"index": address}) for source, address in zip(config.data.train, addresses))
         remote = config.data.model_copy(update={"train": sources, "evaluate": (), "cache_dir": Path(cache)})
-        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)
+        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)[0]
     return found
 
 

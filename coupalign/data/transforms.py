@@ -106,9 +106,14 @@ def image_to_square(pixels: np.ndarray, frame: Frame, mirrored: bool = False, ji
     if jitter is not None:
         inner[:] = _jittered(inner, jitter)
     if mirrored:
-        view = torch.from_numpy(inner)
-        view.copy_(view.flip(1))          # numpy would walk backwards byte by byte, twenty times slower
+        _mirror(inner)
     return square
+
+
+def _mirror(array: np.ndarray) -> None:
+    """Exchange left and right in place, [H, W, …]; numpy would walk backwards byte by byte, twenty times slower."""
+    view = torch.from_numpy(array)
+    view.copy_(view.flip(1))
 
 
 def _resize(pixels: np.ndarray, out: np.ndarray, scales: tuple[float, float] | None) -> None:
@@ -147,7 +152,9 @@ def rle_to_square(rle: dict[str, Any], frame: Frame, mirrored: bool, out: np.nda
     inner = masks.sample(rle, _nearest(frame.height, frame.inner_height), _nearest(frame.width, frame.inner_width))
     if inner.shape != out.shape:
         out[:] = False
-    out[_inside(frame)] = inner[:, ::-1] if mirrored else inner
+    out[_inside(frame)] = inner
+    if mirrored:
+        _mirror(out[_inside(frame)])
 
 
 def mask_to_square(mask: np.ndarray, frame: Frame, mirrored: bool = False) -> np.ndarray:
