@@ -34,6 +34,7 @@ setup(
         "fsspec[http]",
         "numpy>=2",
         "pillow>=10",
+        "simplejpeg>=1.8,<2",
         "tqdm",
     ],
     extras_require={

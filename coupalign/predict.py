@@ -35,7 +35,7 @@ from tqdm import tqdm
 from coupalign.config.schema import Config
 from coupalign.data.batch import Frame
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.data.transforms import decode_image, frame_of, image_to_square
+from coupalign.data.transforms import frame_of, image_to_square
 from coupalign.engine.base import MixedPrecision
 from coupalign.engine.restore import open_checkpoint
 from coupalign.errors import InputError
@@ -194,7 +194,7 @@ class Predictor:
     def _open(self, image: Picture, sentence: str) -> _Opened:
         opened = open_image(image)
         frame = frame_of(opened.height, opened.width, self.config.data.image_size, self.config.data.resize)
-        return _Opened(opened, sentence, frame, image_to_square(opened, frame).transpose(2, 0, 1))
+        return _Opened(opened, sentence, frame, image_to_square(np.asarray(opened), frame).transpose(2, 0, 1))
 
     def _open_line(self, pair: Pair) -> _Opened:
         try:
@@ -268,8 +268,8 @@ def open_image(image: Picture) -> Image.Image:
                 raise InputError(f"image array {found}: uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected")
             return Image.fromarray(image).convert("RGB")
     try:
-        return ImageOps.exif_transpose(decode_image(Path(image).read_bytes()))
-    except (OSError, ValueError) as error:
+        return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: cannot be read as an image: {error}") from None
 
 

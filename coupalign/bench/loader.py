@@ -3,15 +3,17 @@
 The ways take turns over the same samples of data.train, step by step, in one process and on one thread, so that their ratios hold
 whatever else the machine does:
 
-    decode               the stored JPEG, in memory already, to RGB
-    decode and resize    and to the square of the model
-    file by file         how the public repositories do it: open a file by its name, decode it, decode the mask at full size, resize
-                         both, number the words of one sentence, for each sample. Their floating-point normalization is left out.
-    loader               the whole of ours: bytes from the shards, records, sentences, augmentation, batches
+    decode                       the stored JPEG, in memory already, to RGB at its full size: libjpeg-turbo alone, as the loader calls it
+    decode and resize            and to the square of the model, the loader's way
+    decode and resize, Pillow    the same two with Pillow, as the public repositories have them
+    file by file                 how the public repositories do it: open a file by its name, decode it, decode the mask at full size, resize
+                                 both, number the words of one sentence, for each sample. Their floating-point normalization is left out.
+    loader                       the whole of ours: bytes from the shards, records, sentences, augmentation, batches
 """
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -36,7 +38,7 @@ from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square
 
-_WAYS = ("decode", "decode and resize", "file by file", "loader")
+_WAYS = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class LoaderBench(Result):
         ratios: of the medians, of "loader" to what stands behind the slash.
         kilobytes: of a stored photograph, mean.
         megapixels: the same.
-        gigabytes: memory of this process before the first and after the last step.
+        gigabytes: memory of this process before the first and after the last step ("start", "end"), and of its largest worker process
+            ("worker start", "worker end") where there are workers.
     """
 
     bench: ClassVar[str] = "loader"
@@ -75,8 +78,11 @@ class LoaderBench(Result):
                  f"{self.image_size}, {self.steps} steps of {self.global_batch}", "",
                  f"{'samples/s':<28}{'median':>10}{'lower':>10}{'upper quartile':>18}"]
         lines += [f"{name:<28}{median:>10,.1f}{low:>10,.1f}{high:>18,.1f}" for name, (median, low, high) in self.samples_per_second.items()]
-        lines += ["", *(f"{name:<28}{value:>10.2f}" for name, value in self.ratios.items()), "",
+        lines += ["", *(f"{name:<36}{value:>10.2f}" for name, value in self.ratios.items()), "",
                   f"memory of this process: {self.gigabytes['start']:.2f} GB before, {self.gigabytes['end']:.2f} GB after"]
+        if "worker end" in self.gigabytes:
+            before, after = self.gigabytes["worker start"], self.gigabytes["worker end"]
+            lines.append(f"of the largest worker process: {before:.3f} GB before, {after:.3f} GB after")
         return "\n".join(lines)
 
 
@@ -96,7 +102,9 @@ def bench_loader(config: Config, steps: int = 20, warmup: int = 2) -> LoaderBenc
         torch.set_num_threads(threads)
     found = {name: rates(config.train.global_batch, values) for name, values in seconds.items()}
     if config.data.workers:
-        found[f"loader, {config.data.workers} workers"] = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
+        name = f"loader, {config.data.workers} workers"
+        found[name], held = _through(config, config.data, tokenizer, config.data.workers, steps, warmup)
+        gigabytes |= held
     found |= _uncached(config, tokenizer, steps)
     ratios = {f"loader / {name}": found["loader"][0] / found[name][0] for name in _WAYS[:-1]}
     bytes_, pixels = np.mean(photos, axis=0)
@@ -140,8 +148,10 @@ def _ways(folder: Path, stored: Sequence[tuple[bytes, dict[str, Any]]], sentence
     names = [folder / f"{place}.jpg" for place in range(len(stored))]
     for name, (jpeg, _) in zip(names, stored):
         name.write_bytes(jpeg)
-    return {"decode": lambda: [decode_image(jpeg).size for jpeg, _ in stored],
-            "decode and resize": lambda: [image_to_square(decode_image(jpeg), frame) for (jpeg, _), frame in zip(stored, frames)],
+    square = (data.image_size, data.image_size)
+    return {"decode": lambda: [decode_image(jpeg).shape for jpeg, _ in stored],
+            "decode and resize": lambda: [image_to_square(decode_image(jpeg, frame), frame) for (jpeg, _), frame in zip(stored, frames)],
+            "decode and resize, Pillow": lambda: [_pillow(io.BytesIO(jpeg), square) for jpeg, _ in stored],
             "file by file": lambda: [_one_by_name(name, ref["rle"], sentence, data, tokenizer)
                                      for name, (_, ref), sentence in zip(names, stored, sentences)]}
 
@@ -149,18 +159,28 @@ def _ways(folder: Path, stored: Sequence[tuple[bytes, dict[str, Any]]], sentence
 def _one_by_name(name: Path, rle: dict[str, Any], sentence: str, data: DataConfig, tokenizer: Tokenizer) -> tuple[torch.Tensor, ...]:
     """A sample as the public repositories make it: uint8 [3, S, S], bool [S, S], words [T]."""
     square = (data.image_size, data.image_size)
-    image = np.asarray(Image.open(name).convert("RGB").resize(square, Image.Resampling.BILINEAR))
+    image = _pillow(name, square)
     mask = np.asarray(Image.fromarray(masks.decode(rle)).resize(square, Image.Resampling.NEAREST))
     words, _, _ = tokenizer.encode([sentence], data.max_tokens)
     return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(mask.copy()), words[0]
 
 
-def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int, steps: int, warmup: int) -> Rates:
-    """The loader alone; with workers, which run ahead, the mean over all steps in place of each rate."""
+def _pillow(file: Path | io.BytesIO, square: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB").resize(square, Image.Resampling.BILINEAR))
+
+
+def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int, steps: int,
+             warmup: int) -> tuple[Rates, dict[str, float]]:
+    """The loader alone: its rates, with workers, which run ahead, the mean over all steps; and the memory of the largest worker."""
+    seconds, gigabytes = [], {}
     with contextlib.closing(_open(config, data, tokenizer, workers)) as loader:
         running = loader.steps_from(0)
-        seconds = [_timed(lambda: next(running))[0] for _ in range(warmup + steps)][warmup:]
-    return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)])
+        for step in range(warmup + steps):
+            seconds.append(_timed(lambda: next(running))[0])
+            if workers and step in (warmup, warmup + steps - 1):
+                gigabytes["worker start" if step == warmup else "worker end"] = max(map(resident_gigabytes, loader.worker_pids))
+    seconds = seconds[warmup:]
+    return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)]), gigabytes
 
 
 def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:
@@ -171,13 +191,13 @@ def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rat
     for folder in folders:
         for shard in Path(folder).glob("*.tar"):
             _forget(shard)
-    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)}
+    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)[0]}
     with contextlib.ExitStack() as stack:
         addresses = [stack.enter_context(_served(Path(folder))) for folder in folders]
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         sources = tuple(source.model_copy(update={"index": address}) for source, address in zip(config.data.train, addresses))
         remote = config.data.model_copy(update={"train": sources, "evaluate": (), "cache_dir": Path(cache)})
-        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)
+        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)[0]
     return found
 
 

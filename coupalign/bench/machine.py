@@ -45,9 +45,9 @@ def describe_machine(device: torch.device) -> dict[str, str]:
             "python": platform.python_version()}
 
 
-def resident_gigabytes() -> float:
-    """Memory of this process that is held now, 1e9 bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident_gigabytes(process: int | str = "self") -> float:
+    """Memory of a process that is held now, 1e9 bytes."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e9
 
 

@@ -51,7 +51,8 @@ class SampleInfo:
 class Batch:
     """image uint8 [B, 3, S, S] (RGB; the model normalizes), words int64 [B, T], word_mask bool [B, T], target bool [B, S, S].
 
-    `target` is None in evaluation. `bad` names the unreadable samples that were replaced, with the reason.
+    The image's channels lie innermost in memory: a picture is decoded and resized that way, and the device turns it faster than the
+    loader would. `target` is None in evaluation. `bad` names the unreadable samples that were replaced, with the reason.
     """
 
     image: Tensor

@@ -23,11 +23,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from coupalign.config.schema import DataConfig, Source
-from coupalign.data.batch import Batch
+from coupalign.data.batch import Batch, SampleInfo
 from coupalign.data.index import ShardIndex
 from coupalign.data.leak import Photo, TrainedOn, guard, scored_photos, trained_on
 from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
-from coupalign.data.samples import BadSample, Rule, Sample, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
+from coupalign.data.samples import BadSample, Rule, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
@@ -170,6 +170,12 @@ class TrainLoader:
         self._keys.first_step = step
         self._running = self._steps(self._loader, step)
         return self._running
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Of the worker processes, once an iteration has begun."""
+        items = self._loader._iterator if self._loader is not None and self._loader.num_workers else None
+        return [] if items is None else [worker.pid for worker in items._workers]
 
     def close(self) -> None:
         """End the worker processes."""
@@ -350,16 +356,18 @@ class _TrainSamples(Dataset):
     def __getitem__(self, keys: Sequence[Key]) -> Batch | _Failure:
         bad: list[str] = []
         try:
-            return self.reader.collate([self._readable(epoch, number, bad) for epoch, number in keys], bad)
+            canvas = self.reader.canvas(len(keys), target=True)
+            rows = zip(keys, canvas.image.numpy(), canvas.target.numpy())
+            return self.reader.collate(canvas, [self._readable(key, image, target, bad) for key, image, target in rows], bad)
         except InputError as error:
             return _Failure(str(error))
 
-    def _readable(self, epoch: int, number: int, bad: list[str]) -> Sample:
-        """The sample, or with `skip` the next one that can be read: the size of a batch does not change."""
-        total = len(self.reader.table)
+    def _readable(self, key: Key, image: np.ndarray, target: np.ndarray, bad: list[str]) -> SampleInfo:
+        """Write the sample, or with `skip` the next one that can be read: the size of a batch does not change."""
+        (epoch, number), total = key, len(self.reader.table)
         for step in range(min(total, _MOST_REPLACEMENTS)):
             try:
-                return self.reader.train_sample(self._seed, epoch, (number + step) % total)
+                return self.reader.train_sample(self._seed, epoch, (number + step) % total, image, target)
             except BadSample as error:
                 if self.reader.config.bad_samples == "fail":
                     raise InputError(f"unreadable sample {error}. Pack the shard again, or set data.bad_samples=skip") from error
@@ -378,7 +386,9 @@ class _EvalSamples(Dataset):
     def __getitem__(self, numbers: Sequence[int]) -> Batch | _Failure:
         others = [None if self._others is None else int(self._others[number]) for number in numbers]
         try:
-            return self.reader.collate([self.reader.eval_sample(n, other, self._images) for n, other in zip(numbers, others)])
+            canvas = self.reader.canvas(len(numbers), target=False)
+            rows = zip(numbers, others, canvas.image.numpy())
+            return self.reader.collate(canvas, [self.reader.eval_sample(n, other, self._images, image) for n, other, image in rows])
         except BadSample as error:
             return _Failure(f"unreadable sample {error}. An evaluation leaves no sample out: pack the shard again")
         except InputError as error:

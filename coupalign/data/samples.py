@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import masks, transforms
@@ -19,7 +21,6 @@ from coupalign.data.shards import ShardStore
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 
-Sample = tuple[np.ndarray, np.ndarray | None, SampleInfo]      # image [S, S, 3], target [S, S] in training, the rest
 Record = dict[str, Any]                                        # a ref as packed, with image_id, height, width of its image
 
 _TEXT = {"cleaned": "sent", "raw": "raw"}      # what the configuration calls it -> its field in the record
@@ -175,6 +176,22 @@ def _exchange(images: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class Canvas:
+    """What the samples of a batch are written into, each in its row: image uint8 [B, S, S, 3], target bool [B, S, S] in training."""
+
+    image: Tensor
+    target: Tensor | None
+
+
+def _room(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory without values; in a worker process it is shared with the main one, so that handing it over copies nothing."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)        # as torch's own default_collate does
+    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)
+
+
 class SampleReader:
     """Turns a sample's number into arrays; can be pickled and forked.
 
@@ -188,8 +205,11 @@ class SampleReader:
         self._stores = [ShardStore(index, config.cache_dir, config.cache_gb * 1e9) for index in table.indexes]
         self._latest: dict[str, tuple[tuple[int, ...], Any]] = {}     # of the evaluation sample before, see `_shared`
 
-    def train_sample(self, seed: int, epoch: int, number: int) -> Sample:
-        """A sample with its random changes, which depend on seed, epoch and number only."""
+    def train_sample(self, seed: int, epoch: int, number: int, image: np.ndarray, target: np.ndarray) -> SampleInfo:
+        """Write a sample into `image`, uint8 [S, S, 3], and `target`, bool [S, S].
+
+        Its random changes depend on seed, epoch and number only.
+        """
         dice = np.random.default_rng(np.random.SeedSequence([seed, epoch, number]))
         ref, chosen = self._record(number), int(self.table.sentence[number])
         drawn, coin = int(dice.integers(len(ref["sentences"]))), dice.random()
@@ -199,23 +219,30 @@ class SampleReader:
         mirrored, sentence = mirror is not None, mirror or sentence
         jitter = transforms.draw_jitter(sentence, self.config.augment.color_jitter, dice)
         frame = self._frame(ref)
-        pixels = transforms.image_to_square(self._picture(number, ref), frame, mirrored, jitter)
-        target = transforms.mask_to_square(self._mask(number, ref), frame, mirrored)
-        return pixels, target, SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"])
+        with self._reading(number, "jpg"):
+            transforms.image_to_square(transforms.decode_image(self._stored(number), frame), frame, mirrored, jitter, image)
+        with self._reading(number, "json"):
+            transforms.rle_to_square(ref["rle"], frame, mirrored, target)
+        return SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"])
 
-    def eval_sample(self, number: int, other: int | None, picture: bool) -> Sample:
-        """A sample as it is, with its truth; with the sentence of the sample `other` where that is given."""
+    def eval_sample(self, number: int, other: int | None, picture: bool, image: np.ndarray) -> SampleInfo:
+        """Write a sample as it is into `image`, uint8 [S, S, 3]; its truth, and its picture if asked for, are in what is returned.
+
+        It has the sentence of the sample `other` where that is given.
+        """
         ref = self._record(number)
         name, sentence = self._words(number, ref, int(self.table.sentence[number]))
         if other is not None:
             _, sentence = self._words(other, self._record(other), int(self.table.sentence[other]))
         frame, photograph = self._frame(ref), (int(self.table.index[number]), int(self.table.image[number]))
-        image = self._shared("image", photograph, lambda: self._picture(number, ref))
-        square = self._shared("square", photograph, lambda: transforms.image_to_square(image, frame))
+        with self._reading(number, "jpg"):
+            pixels = self._shared("pixels", photograph, lambda: transforms.decode_image(self._stored(number), frame))
+            image[:] = self._shared("square", photograph, lambda: transforms.image_to_square(pixels, frame))
+            if picture and transforms.reduction(frame.height, frame.width, frame) > 1:
+                pixels = self._shared("whole", photograph, lambda: transforms.decode_image(self._stored(number)))
         truth = self._shared("truth", (*photograph, int(self.table.ref[number])), lambda: self._mask(number, ref))
-        info = SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"], truth=truth,
-                          image=np.asarray(image) if picture else None)
-        return square, None, info
+        return SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"], truth=truth,
+                          image=pixels if picture else None)
 
     def words(self, number: int) -> tuple[str, str]:
         """The full name of an evaluation sample and its own sentence."""
@@ -223,19 +250,18 @@ class SampleReader:
 
     def stored(self, number: int) -> tuple[bytes, Record]:
         """The photograph of a sample as it is stored, and its record."""
-        store, image = self._place(number)
-        return store.read(image.shard, *image.jpg), self._record(number)
+        return self._stored(number), self._record(number)
 
-    def collate(self, samples: Sequence[Sample], bad: Sequence[str] = ()) -> Batch:
-        """Stack samples and number their words."""
-        images, targets, infos = zip(*samples)
+    def canvas(self, samples: int, target: bool) -> Canvas:
+        """Room for that many samples, with or without their targets."""
+        size = self.config.image_size
+        return Canvas(_room(samples, size, size, 3, dtype=torch.uint8), _room(samples, size, size, dtype=torch.bool) if target else None)
+
+    def collate(self, canvas: Canvas, infos: Sequence[SampleInfo], bad: Sequence[str] = ()) -> Batch:
+        """The batch of the samples that were written; their words are numbered."""
         words, word_mask, cut = self._tokenizer.encode([info.sentence for info in infos], self.config.max_tokens)
-        image = np.empty((len(samples), 3, self.config.image_size, self.config.image_size), np.uint8)
-        for row, pixels in zip(image, images):
-            row[:] = pixels.transpose(2, 0, 1)
-        target = None if targets[0] is None else torch.from_numpy(np.stack(targets))
         infos = tuple(replace(info, cut=True) if too_long else info for info, too_long in zip(infos, cut))
-        return Batch(torch.from_numpy(image), words, word_mask, target, infos, tuple(bad))
+        return Batch(canvas.image.permute(0, 3, 1, 2), words, word_mask, canvas.target, infos, tuple(bad))
 
     def _shared(self, part: str, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
         """What `make` gave for the same key just before, else what it gives now. In the order of scoring, sentences about a
@@ -264,13 +290,9 @@ class SampleReader:
             sentence = ref["sentences"][chosen]
             return f"{self.table.label(number)}/{sentence['sent_id']}", sentence[text]
 
-    def _picture(self, number: int, ref: Record) -> Image.Image:
+    def _stored(self, number: int) -> bytes:
         store, image = self._place(number)
-        with self._reading(number, "jpg"):
-            picture = transforms.decode_image(store.read(image.shard, *image.jpg))
-            if picture.size != (ref["width"], ref["height"]):
-                raise ValueError(f"the picture is {picture.size}, its annotation says {(ref['width'], ref['height'])}")
-            return picture
+        return store.read(image.shard, *image.jpg)
 
     def _mask(self, number: int, ref: Record) -> np.ndarray:
         with self._reading(number, "json"):

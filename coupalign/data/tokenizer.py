@@ -176,15 +176,11 @@ class Tokenizer:
         """
         import torch
 
-        words = torch.full((len(sentences), max_tokens), self._pad, dtype=torch.int64)
-        mask = torch.zeros((len(sentences), max_tokens), dtype=torch.bool)
-        cut = []
-        for row, sentence in enumerate(sentences):
-            ids = self._backend.encode(sentence, add_special_tokens=False).ids
-            cut.append(len(ids) > max_tokens - 2)
-            ids = [self._start, *ids[:max_tokens - 2], self._end]
-            words[row, :len(ids)] = torch.tensor(ids)
-            mask[row, :len(ids)] = True
+        numbers = [self._backend.encode(sentence, add_special_tokens=False).ids for sentence in sentences]
+        rows = [[self._start, *ids[:max_tokens - 2], self._end] for ids in numbers]
+        words = torch.tensor([row + [self._pad] * (max_tokens - len(row)) for row in rows], dtype=torch.int64).view(-1, max_tokens)
+        mask = torch.arange(max_tokens) < torch.tensor([len(row) for row in rows], dtype=torch.int64)[:, None]
+        cut = [len(ids) > max_tokens - 2 for ids in numbers]
         return words, mask, cut
 
     def tokens(self, sentence: str) -> list[str]:

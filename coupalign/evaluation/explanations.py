@@ -35,7 +35,7 @@ def explainer(model: nn.Module, tokenizer: Tokenizer, data: DataConfig,
     """
     def draw(picture: Picture) -> Image.Image | None:
         frame = frame_of(*picture.truth.shape, data.image_size, data.resize)
-        square = image_to_square(Image.fromarray(picture.image), frame)
+        square = image_to_square(picture.image, frame)
         pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())[None]
         words, word_mask, _ = tokenizer.encode([picture.sentence], data.max_tokens)
         found = explain(model, pixels.to(device), words.to(device), word_mask.to(device), _PROPOSALS)

@@ -46,6 +46,7 @@ class ReferringModel(nn.Module):
     def normalized(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float [B, S, S, 3], by ImageNet's mean and deviation."""
         assert image.shape[1:] == (3, self.image_size, self.image_size), f"image {tuple(image.shape)}, model {self.image_size}"
+        image = image.contiguous()       # the loader's is channels last; what lies how decides which convolutions run, and so the rounding
         return (image.permute(0, 2, 3, 1) - self.mean) / self.std
 
     def read(self, words: Tensor, word_mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 
 from coupalign.cli import main
 
-ONE_CORE = ("decode", "decode and resize", "file by file", "loader")
+ONE_CORE = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
 TINY = """
 name: tiny
 data: {{train: [{{index: {shards}, split: train}}], image_size: 32, max_tokens: 8, workers: 1}}
@@ -30,7 +30,9 @@ def test_every_way_delivers(shards: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert value["ratios"] == {f"loader / {name}": rates["loader"][0] / rates[name][0] for name in ONE_CORE[:-1]}
     assert f"{rates['loader'][0]:,.1f}" in table and "3 steps of 4" in table
     assert value["megapixels"] == pytest.approx(64 * 64 / 1e6) and 0 < value["gigabytes"]["start"] <= 2 * value["gigabytes"]["end"]
-    assert not any(scratch.iterdir())
+    assert 0 < value["gigabytes"]["worker start"] <= 2 * value["gigabytes"]["worker end"] and "of the largest worker" in table
+    # what the server of the worker processes has there goes with this process
+    assert not [path for path in scratch.iterdir() if not path.name.startswith("pymp-")]
 
 
 def test_a_configuration_without_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,8 @@ def test_a_long_sentence_is_marked_as_cut(packed: Path):
 
 def test_a_batch_moves_as_a_whole(packed: Path):
     _, [batch] = next(train(config_of(packed)).steps_from(0))
-    assert batch.image.dtype == torch.uint8 and batch.image.shape == (6, 3, 32, 32) and batch.image.is_contiguous()
+    assert batch.image.dtype == torch.uint8 and batch.image.shape == (6, 3, 32, 32) and batch.target.is_contiguous()
     assert batch.words.shape == batch.word_mask.shape == (6, 8) and batch.target.dtype == torch.bool and len(batch) == 6
     moved = batch.to("meta")
     assert moved.image.device.type == moved.target.device.type == "meta" and moved.info is batch.info
+    assert moved.image.stride() == batch.image.stride()

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from coupalign.data import masks
 from coupalign.data.masks import area, check_segmentation, decode, encode, rle_from_segmentation
 
 MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -117,3 +118,24 @@ def test_real_pool_areas(real_data: Path) -> None:
     ratios = [area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]])) / max(found["area"], 1)
               for found in instances["annotations"] if not found["iscrowd"]]
     assert 0.99 < np.median(ratios) < 1.01   # `area` is the polygon's, not the pixels': small objects differ by up to a half
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 0.02, 0.5, 1]))
+def test_run_lengths_are_read_without_a_loop_as_with_one(height: int, width: int, share: float):
+    text = masks.encode(np.random.default_rng(height * 61 + width).random((height, width)) < share)["counts"]
+    assert masks._read_runs(text).tolist() == masks._unpack_runs(text.encode())
+
+
+@pytest.mark.parametrize("counts, words", [("", "cut short"), ("o", "cut short"), ("0 ", "foreign"), ("0~~", "foreign"), ("0é", "cover"),
+                                           ("50", "cover 5 of"), ("0O", "cover .* of 100000 pixels")])
+def test_damaged_run_lengths_are_not_sampled(counts: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        masks.sample({"size": [400, 250], "counts": counts}, np.arange(400), np.arange(250))
+
+
+@pytest.mark.parametrize("rows, columns", [(np.arange(400), np.arange(250)), (np.arange(0, 400, 7), np.repeat(np.arange(250), 2)),
+                                           (np.array([399]), np.array([0, 0, 249]))])
+def test_pixels_of_a_large_mask(rows: np.ndarray, columns: np.ndarray):
+    mask = np.zeros((400, 250), bool)
+    mask[100:300, 50:] = mask[:, :3] = mask[399, 249] = True
+    assert np.array_equal(masks.sample(masks.encode(mask), rows, columns), mask[rows][:, columns])

@@ -207,3 +207,11 @@ def test_a_point_sees_the_colors_around_it():
             expected = [colors[b, min(max(int(y[b, k]) + i, 0), 4), min(max(int(x[b, k]) + j, 0), 4)]
                         for i in (-1, 0, 1) for j in (-1, 0, 1)]
             torch.testing.assert_close(found[b, k], torch.cat(expected))
+
+
+def test_how_the_image_lies_in_memory_changes_no_bit():
+    """The loader's batches are channels last."""
+    torch.manual_seed(0)
+    model = build_model(config(), VOCABULARY, SIDE).eval()
+    image, words, mask, _ = inputs()
+    assert torch.equal(model(image, words, mask), model(image.to(memory_format=torch.channels_last), words, mask))
