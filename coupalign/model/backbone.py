@@ -16,10 +16,6 @@ from coupalign.compat import prepare_torchvision
 from coupalign.config.schema import SmallBackbone, TimmBackbone
 from coupalign.errors import InputError
 
-prepare_torchvision()
-import timm  # noqa: E402
-from timm.models.swin_transformer import SwinTransformer, WindowAttention  # noqa: E402
-
 STRIDES = (4, 8, 16, 32)
 
 
@@ -117,6 +113,10 @@ def _conv_norm(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> l
 
 
 def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
+    prepare_torchvision()
+    import timm  # here, since the small encoder does not need it
+    from timm.models.swin_transformer import SwinTransformer, WindowAttention
+
     options: dict = {}
     if config.name.startswith("swin"):
         options = {"img_size": image_size, "drop_path_rate": config.drop_path}
@@ -139,6 +139,8 @@ def _runner(net: nn.Module) -> Callable[[nn.Module, int, Tensor], Tensor]:
     """How the stages of this family are run."""
     if isinstance(net, SmallNet):
         return _run_small
+    from timm.models.swin_transformer import SwinTransformer
+
     if isinstance(net, SwinTransformer):
         return _run_swin
     if hasattr(net, "layer4") and hasattr(net, "maxpool"):

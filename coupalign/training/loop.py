@@ -30,6 +30,7 @@ from coupalign.files import remove_debris, whole_file, write_json
 from coupalign.kernels import explain
 from coupalign.model.methods import build_model
 from coupalign.model.weights import load_pretrained
+from coupalign.start import without_collection
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
 from coupalign.training.meter import Meter, RankTimes
 from coupalign.training.optim import build_optimizer
@@ -110,6 +111,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
             run.loader.close()
 
 
+@without_collection()
 def _prepare(config: Config, world: World) -> Run:
     """Everything that is built once; wrong input shows here, before any time is spent."""
     doing("opening the data", alone=True)
