@@ -5,17 +5,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
-from coupalign.compat import prepare_torchvision
-
-prepare_torchvision()
-
-from transformers import BertConfig, BertModel  # noqa: E402
-
-from coupalign.config.schema import BertText, SmallText  # noqa: E402
-from coupalign.errors import InputError  # noqa: E402
-from coupalign.model.bert import Bert, BertShape  # noqa: E402
-from coupalign.model.text import StagedText, _bounds, bert_config, write_shape  # noqa: E402
+from coupalign.config.schema import BertText, SmallText
+from coupalign.errors import InputError
+from coupalign.model.bert import Bert, BertShape
+from coupalign.model.text import StagedText, _bounds, bert_config, write_shape
 
 SMALL = SmallText(width=16, layers=5, heads=2)
 
