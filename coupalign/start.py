@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,3 +20,16 @@ def without_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+@contextmanager
+def absent(package: str) -> Iterator[None]:
+    """Let what is imported meanwhile believe that a package is not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None          # documented: an import of it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules[package]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.start import without_collection
+from coupalign.start import absent, without_collection
 from tests.unit.bench.test_step import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,3 +60,24 @@ def test_the_collector_is_as_it_was_also_after_an_error() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_package_is_absent_for_a_while_unless_it_is_imported_already() -> None:
+    sys.modules.pop("this", None)
+    with absent("this"), pytest.raises(ModuleNotFoundError):
+        __import__("this")
+    import colorsys
+
+    with absent("colorsys"):
+        assert sys.modules["colorsys"] is colorsys
+    assert sys.modules["colorsys"] is colorsys and "this" not in sys.modules
+
+
+def test_deepspeed_does_not_bring_mlflow() -> None:
+    code = """
+import torch
+from coupalign.dist import World
+from coupalign.engine.zero import _import_deepspeed
+_import_deepspeed(World(0, 1, 0, 1, torch.device("cpu")))
+"""
+    assert imported(code, "deepspeed mlflow pandas") == {"deepspeed"}
