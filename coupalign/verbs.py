@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coupalign.errors import InputError
+from coupalign.start import without_collection
 
 STOPPED = 75      # EX_TEMPFAIL: asked to stop, can go on; slurm/job.sh puts the job back into the queue
 
@@ -97,10 +98,14 @@ def train(options: argparse.Namespace) -> Any:
     from coupalign.engine.stop import StopRequest
 
     with StopRequest() as stop:
-        from coupalign.config.load import read_config
-        from coupalign.training.loop import train
+        with without_collection():
+            from coupalign.config.load import read_config
+            from coupalign.data.server import fork_server
 
-        config = read_config(options.config, options.overrides)
+            config = read_config(options.config, options.overrides)
+            if config.data.workers:
+                fork_server()         # imports torch beside this process
+            from coupalign.training.loop import train
         outcome = train(config, stop)
     status = 0 if outcome.finished else STOPPED
     if not outcome.is_main:
@@ -117,9 +122,10 @@ def evaluate(options: argparse.Namespace) -> Any:
     from coupalign.engine.stop import StopRequest
 
     with StopRequest() as stop:
-        from coupalign.engine.restore import find_checkpoint
-        from coupalign.evaluation.evaluator import Stopped
-        from coupalign.training.rescore import rescore, run_directory
+        with without_collection():
+            from coupalign.engine.restore import find_checkpoint
+            from coupalign.evaluation.evaluator import Stopped
+            from coupalign.training.rescore import rescore, run_directory
 
         try:
             scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
@@ -155,7 +161,8 @@ def compare(options: argparse.Namespace) -> Any:
 
 
 def predict(options: argparse.Namespace) -> Any:
-    from coupalign.predict import Predictor
+    with without_collection():
+        from coupalign.predict import Predictor
 
     if options.batch < 1:
         raise InputError("--batch must be at least 1")

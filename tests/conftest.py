@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from coupalign.cli import main
-from coupalign.data import loader
+from coupalign.compat import prepare_torchvision
+from coupalign.data import server
 
 # Without a GPU the kernels run in Triton's interpreter. It must be asked for before anything imports Triton, which
 # DeepSpeed does; `impl: auto` does not care.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+prepare_torchvision()      # tests import timm and transformers themselves
+
 # The one server of worker processes and of ranks (distributed/ranks.py) has imported what either needs.
-loader.PRELOADED[:] = ["tests.distributed.preload"]
+server.PRELOADED[:] = ["tests.distributed.preload"]
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,7 +1,8 @@
 """`coupalign bench startup CONFIG`: what passes before a training's first step, and before a person sees `--help`.
 
 A training says what it begins (`watch.doing`), which is an audit event: a child process that listens to them trains one step in a
-folder that is thrown away. Import times are Python's own (`-X importtime`), added up by package.
+folder that is thrown away. A second child does the same under `-X importtime`, Python's own times of imports, which are added up by
+package until that step ends; what they do not explain of the phase "imports" is said.
 """
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ from coupalign.errors import InputError
 
 _HELPS = 5
 _SHOWN = 12      # packages
-_TRAIN = """
+_MARK = "phase: "
+_TRAIN = f"""
 import json, sys, time
 times = [("python itself", float(sys.argv[1]))]
-sys.addaudithook(lambda event, words: times.append((words[0], time.time())) if event == "coupalign.doing" else None)
-times.append(("imports", time.time()))
+def note(name):
+    times.append((name, time.time()))
+    print("{_MARK}" + name, file=sys.stderr, flush=True)
+sys.addaudithook(lambda event, words: note(words[0]) if event == "coupalign.doing" else None)
+note("imports")
 from coupalign.cli import main
 status = main(sys.argv[3:])
 times.append(("the end", time.time()))
@@ -46,7 +51,9 @@ class StartBench(Result):
     Attributes:
         help: of `coupalign --help`, the median of a few.
         phases: from the start of the process to the end of the first step, in order.
-        imports: by top-level package, what a training imports; each without what it imports from others.
+        imports: by top-level package, what a training imports until then; each without what it imports from others.
+        unaccounted: of the phase "imports" of that second run, what is no import: above all the reading of the
+            configuration and the end of a collection.
     """
 
     bench: ClassVar[str] = "startup"
@@ -56,6 +63,7 @@ class StartBench(Result):
     help: float
     phases: dict[str, float]
     imports: dict[str, float]
+    unaccounted: float
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
@@ -68,9 +76,11 @@ class StartBench(Result):
                  f"from nothing to the end of the first step of {self.config}"]
         lines += [f"  {name:<40}{value:>8.2f} s" for name, value in {**self.phases, "together": sum(self.phases.values())}.items()]
         most = sorted(self.imports.items(), key=lambda item: -item[1])
-        lines += ["", "imports of a training, by package, each without what it imports itself"]
-        lines += [f"  {name:<40}{value:>8.2f} s" for name, value in most[:_SHOWN]]
-        return "\n".join([*lines, f"  {f'{len(most) - _SHOWN} more':<40}{sum(value for _, value in most[_SHOWN:]):>8.2f} s"])
+        lines += ["", "imports until then, by package, each without what it imports itself (timed one by one, which makes them slower)"]
+        lines += [f"  {name:<40}{value:>8.2f} s" for name, value in
+                  [*most[:_SHOWN], (f"{len(most) - _SHOWN} more", sum(value for _, value in most[_SHOWN:])),
+                   ("together", sum(self.imports.values())), ("of the phase, no import", self.unaccounted)]]
+        return "\n".join(lines)
 
 
 def bench_startup(config: Path, overrides: Sequence[str]) -> StartBench:
@@ -79,20 +89,31 @@ def bench_startup(config: Path, overrides: Sequence[str]) -> StartBench:
     Raises:
         InputError: the configuration cannot be trained here; the message ends with what the training said.
     """
-    phases = _phases(config, overrides)
+    phases = _until_first_step(_train(config, overrides)[0])
     helps = [_seconds([sys.executable, "-m", "coupalign", "--help"]) for _ in range(_HELPS)]
-    imports = _imports("coupalign.verbs, coupalign.training.loop, coupalign.engine.build, coupalign.tracking, transformers, timm")
-    return StartBench(describe_machine(torch.device("cpu")), config.stem, statistics.median(helps), phases, imports)
+    times, said = _train(config, overrides, "-X", "importtime")
+    imports = _imports(said)
+    together: dict[str, float] = defaultdict(float)
+    for of_phase in imports.values():
+        for name, value in of_phase.items():
+            together[name] += value
+    unaccounted = _until_first_step(times)["imports"] - sum(imports["imports"].values())
+    return StartBench(describe_machine(torch.device("cpu")), config.stem, statistics.median(helps), phases, dict(together), unaccounted)
 
 
-def _phases(config: Path, overrides: Sequence[str]) -> dict[str, float]:
+def _train(config: Path, overrides: Sequence[str], *options: str) -> tuple[list[tuple[str, float]], str]:
+    """Train one step; when each phase began, seconds since 1970, and what was printed to standard error."""
     with tempfile.TemporaryDirectory() as folder:
         found, run = Path(folder) / "times.json", Path(folder) / "run"
         words = ["train", str(config), *overrides, f"run_dir={run}", "train.steps=1", "tracking.kind=none", "data.evaluate=[]"]
-        done = subprocess.run([sys.executable, "-c", _TRAIN, str(time.time()), str(found), *words], capture_output=True, text=True)
+        command = [sys.executable, *options, "-c", _TRAIN, str(time.time()), str(found), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{config}: its training ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-        times = json.loads(found.read_text())
+        return json.loads(found.read_text()), done.stderr
+
+
+def _until_first_step(times: Sequence[tuple[str, float]]) -> dict[str, float]:
     phases: dict[str, float] = defaultdict(float)
     for (name, began), (_, ended) in zip(times, times[1:]):
         if name.startswith("step 1:") or not name.startswith("step "):
@@ -102,13 +123,18 @@ def _phases(config: Path, overrides: Sequence[str]) -> dict[str, float]:
     return dict(phases)
 
 
-def _imports(modules: str) -> dict[str, float]:
-    """Seconds by top-level package, from the lines "import time: self | cumulative | name"; microseconds."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {modules}"], capture_output=True, text=True, check=True)
-    found: dict[str, float] = defaultdict(float)
-    for own, name in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)", done.stderr, re.MULTILINE):
-        found[name.partition(".")[0]] += int(own) / 1e6
-    return dict(found)
+def _imports(said: str) -> dict[str, dict[str, float]]:
+    """By phase and top-level package, from the lines "import time: self | cumulative | name", µs; to the end of the first step."""
+    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    phase = "python itself"
+    for line in said.splitlines():
+        if line.startswith(_MARK):
+            if phase.startswith("step 1: forward"):
+                break
+            phase = line.removeprefix(_MARK)
+        elif timed := re.match(r"import time: +(\d+) \| +\d+ \| +([\w.]+)", line):
+            found[phase][timed[2].partition(".")[0]] += int(timed[1]) / 1e6
+    return found
 
 
 def _seconds(command: Sequence[str]) -> float:

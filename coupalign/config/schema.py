@@ -94,7 +94,7 @@ class SmallBackbone(Section):
 
 
 class BertText(Section):
-    """A published BERT, read by `transformers`."""
+    """A published BERT, by its Hugging Face files."""
 
     kind: Literal["bert"] = "bert"
     weights: str = Field("bert-base-uncased", description="Hugging Face folder or hub name; random:FOLDER_OR_NAME takes only its shape")

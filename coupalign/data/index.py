@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def read_index(location: str | Path, text: bytes | None = None) -> ShardIndex:
             raise InputError(f"{file}: no such file; is {base} a packed (and finished) shard directory?") from None
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error}") from None
+    return _read(text, base, file)
+
+
+@lru_cache(maxsize=8)      # by content: a start reads the same index for the vocabulary, for training and for each split to be scored
+def _read(text: bytes, base: str, file: str) -> ShardIndex:
     try:
         tree = json.loads(text)
     except ValueError as error:

@@ -9,14 +9,12 @@ import atexit
 import hashlib
 import json
 import logging
-import multiprocessing
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from multiprocessing import forkserver, resource_tracker
 
 import numpy as np
 import torch
@@ -28,6 +26,7 @@ from coupalign.data.index import ShardIndex
 from coupalign.data.leak import Photo, TrainedOn, guard, scored_photos, trained_on
 from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
 from coupalign.data.samples import BadSample, Rule, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
+from coupalign.data.server import SIGNALS, fork_server
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
@@ -37,8 +36,6 @@ log = logging.getLogger(__name__)
 Key = tuple[int, int]             # epoch, sample number
 _FEWEST_DRAWS = 100               # before the share of bad samples is judged
 _MOST_REPLACEMENTS = 100          # bad samples in a row
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PRELOADED = ["coupalign.data.loader"]      # by the server of the worker processes
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -252,25 +249,7 @@ def _data_loader(dataset: Dataset, keys: object, workers: int, persistent: bool)
     # its own generator: the seed that a DataLoader draws for its workers must not move the global random state
     return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
                       pin_memory=torch.cuda.is_available(), persistent_workers=persistent and workers > 0,
-                      worker_init_fn=_start_worker, multiprocessing_context=_fork_server() if workers else None)
-
-
-def _fork_server() -> multiprocessing.context.BaseContext:
-    """Where worker processes come from: a server that does nothing else, and that begins to import what they need.
-
-    A rank itself has threads (collectives, the watch, the progress bar), and a fork at the moment in which one of them holds a lock
-    of the interpreter never comes up (CPython 3.11, seen in a worker that was forked right after a collective). Signals meant for the
-    run pass the server by: it inherits that they are blocked.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()       # or it would be started below, and unblock signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
+                      worker_init_fn=_start_worker, multiprocessing_context=fork_server() if workers else None)
 
 
 def _same(item: object) -> object:
@@ -308,7 +287,7 @@ def _end(items: Iterator) -> None:
 def _start_worker(_: int) -> None:
     """One thread each; a signal meant for the run is the main process's to answer, which then ends its workers."""
     torch.set_num_threads(1)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -22,6 +22,7 @@ from coupalign.dist import World
 from coupalign.engine.manifest import find_damage, write_manifest
 from coupalign.errors import InputError
 from coupalign.files import whole_directory
+from coupalign.start import absent
 
 Moments = Callable[[str], dict[str, Tensor] | None]
 """Name of a parameter -> its `exp_avg` and `exp_avg_sq`, fp32 on the CPU, perhaps flat and padded at the end; none where the
@@ -84,7 +85,8 @@ def make_universal(checkpoint: Path, said: Callable[[str], None]) -> None:
     if made_before or (checkpoint / WHOLE).is_file():
         return
     said(f"{checkpoint}: making DeepSpeed's universal checkpoint of it, once")
-    from deepspeed.checkpoint import ds_to_universal
+    with absent("mlflow"):        # as in engine/zero.py
+        from deepspeed.checkpoint import ds_to_universal
 
     words = io.StringIO()         # it prints a page
     try:

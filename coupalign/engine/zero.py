@@ -25,6 +25,7 @@ from coupalign.engine.average import Average
 from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
 from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
+from coupalign.start import absent
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
@@ -238,8 +239,9 @@ def _import_deepspeed(world: World) -> Any:
         os.environ.setdefault(name, str(value))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    with absent("mlflow"):        # its autotuner, which nobody calls here, would import it: nearly half of the time
+        import deepspeed
+        import deepspeed.ops
 
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -7,7 +7,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,20 @@ from coupalign.kernels.plan import refusal
 Impl = Literal["auto", "reference", "fused"]
 OLDEST_GPU = (8, 0)      # Ampere: the first with bfloat16 tensor cores and asynchronous copies
 
+F = TypeVar("F", bound=Callable)
+
 log = logging.getLogger("coupalign.kernels")
 _said: set[str] = set()
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: F) -> F:
+    """Mark for torch.compile that the answer never changes. `torch.compiler.assume_constant_result` does the same, but it imports the
+    compiler, half as long as all of torch, where nothing is compiled."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def choose(impl: str) -> Literal["reference", "fused"]:
     """The path that `impl` means on this machine; a shape that it cannot run takes the reference all the same.
 
@@ -65,7 +75,7 @@ def obstacle() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def interpreting() -> bool:
     """Whether Triton runs kernels on the CPU, step by step: TRITON_INTERPRET=1, for tests and debugging."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

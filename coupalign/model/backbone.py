@@ -16,10 +16,6 @@ from coupalign.config.schema import SmallBackbone, TimmBackbone
 from coupalign.errors import InputError
 from coupalign.model import recompute
 
-prepare_torchvision()
-import timm  # noqa: E402
-from timm.models.swin_transformer import SwinTransformer, WindowAttention  # noqa: E402
-
 STRIDES = (4, 8, 16, 32)
 
 
@@ -67,7 +63,7 @@ class StagedBackbone(nn.Module):
         net = self.net
         if isinstance(net, SmallNet):
             return list(net.stages)
-        if isinstance(net, SwinTransformer):
+        if _runner(net) is _run_swin:
             return [part for layer in net.layers for part in (layer.downsample, *layer.blocks) if not isinstance(part, nn.Identity)]
         stages = net.stages if hasattr(net, "stages") else [getattr(net, f"layer{stage}") for stage in range(1, 5)]
         return [block for stage in stages for block in getattr(stage, "blocks", stage)]
@@ -142,6 +138,10 @@ def _conv_norm(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> l
 
 
 def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
+    prepare_torchvision()
+    import timm  # here, since the small encoder does not need it
+    from timm.models.swin_transformer import SwinTransformer, WindowAttention
+
     options: dict = {}
     if config.name.startswith("swin"):
         options = {"img_size": image_size, "drop_path_rate": config.drop_path}
@@ -167,6 +167,8 @@ def _runner(net: nn.Module) -> Callable[[nn.Module, int, Tensor], Tensor]:
     """How the stages of this family are run."""
     if isinstance(net, SmallNet):
         return _run_small
+    from timm.models.swin_transformer import SwinTransformer
+
     if isinstance(net, SwinTransformer):
         return _run_swin
     if hasattr(net, "layer4") and hasattr(net, "maxpool"):

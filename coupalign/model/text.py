@@ -1,21 +1,22 @@
-"""StagedText: a Hugging Face BERT run in four consecutive groups of layers, one beside each image stage.
+"""StagedText: a BERT run in four consecutive groups of layers, one beside each image stage.
 
 Shape legend: B batch, T words, D text width.
 """
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coupalign.compat import prepare_torchvision
 from coupalign.config.schema import BertText, SmallText
 from coupalign.errors import InputError
+from coupalign.files import write_json
 from coupalign.model import recompute
-
-prepare_torchvision()
-from transformers import BertConfig, BertModel  # noqa: E402
+from coupalign.model.bert import Bert, BertShape
 
 GROUPS = 4
 _ASSUMED = 30522     # tokens, bert-base-uncased's
@@ -25,7 +26,7 @@ _MASKED = -1e4   # exp() of it is 0 in every type; unlike finfo.min it stays fin
 class StagedText(nn.Module):
     """BERT's layers in four groups, as equal as possible (12 layers: 3-3-3-3; earlier groups take the remainder).
 
-    Padded words are zero after every group. The module keeps the names of `BertModel` below `self.bert`.
+    Padded words are zero after every group. The module keeps the names of Hugging Face's files below `self.bert`.
 
     Args:
         config: a published BERT or a small one with a random start; weights are loaded elsewhere.
@@ -39,7 +40,7 @@ class StagedText(nn.Module):
 
     def __init__(self, config: BertText | SmallText, vocabulary: int, groups: int = GROUPS):
         super().__init__()
-        self.bert = BertModel(bert_config(config, vocabulary), add_pooling_layer=False)
+        self.bert = Bert(bert_config(config, vocabulary))
         self.width: int = self.bert.config.hidden_size
         self.checkpointing = config.checkpointing
         bounds = _bounds(len(self.bert.encoder.layer))
@@ -49,7 +50,7 @@ class StagedText(nn.Module):
 
     def embed(self, words: Tensor, word_mask: Tensor) -> Tensor:
         """Token numbers int64 [B, T] -> states [B, T, D], zero where `word_mask` (bool [B, T]) is false."""
-        return self.bert.embeddings(input_ids=words) * word_mask[..., None]
+        return self.bert.embeddings(words) * word_mask[..., None]
 
     def forward(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
         """Run the layers of one group on states [B, T, D]; padded words neither act nor change from zero."""
@@ -59,13 +60,12 @@ class StagedText(nn.Module):
         bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[:, None, None]    # [B, 1, 1, T]
         first, last = self.spans[group]
         for layer in self.bert.encoder.layer[first:last]:
-            out = layer(words, bias)
-            words = out[0] if isinstance(out, tuple) else out    # transformers 4 returns a tuple
+            words = layer(words, bias)
         return words * word_mask[..., None]
 
 
-def bert_config(config: BertText | SmallText, vocabulary: int) -> BertConfig:
-    """The sizes of the encoder; `bert-base-uncased` needs no file or network, because it is the class's default.
+def bert_config(config: BertText | SmallText, vocabulary: int) -> BertShape:
+    """The sizes of the encoder; `bert-base-uncased` needs no file or network, because it is the default.
 
     Raises:
         InputError: see `StagedText`.
@@ -74,8 +74,8 @@ def bert_config(config: BertText | SmallText, vocabulary: int) -> BertConfig:
         case SmallText():
             if config.width % config.heads:
                 raise InputError(f"model.text.width = {config.width} is not a multiple of model.text.heads = {config.heads}")
-            sizes = BertConfig(vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-                               num_attention_heads=config.heads, intermediate_size=4 * config.width)
+            sizes = BertShape(vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
+                              num_attention_heads=config.heads, intermediate_size=4 * config.width)
         case BertText():
             sizes = _published_config(config.weights)
             if sizes.vocab_size != vocabulary:
@@ -84,9 +84,7 @@ def bert_config(config: BertText | SmallText, vocabulary: int) -> BertConfig:
             if sizes.num_hidden_layers < GROUPS:
                 raise InputError(f"model.text.weights = {config.weights} has {sizes.num_hidden_layers} layers; "
                                  f"at least {GROUPS} are needed")
-    sizes.hidden_dropout_prob = sizes.attention_probs_dropout_prob = config.dropout
-    sizes._attn_implementation = "sdpa"
-    return sizes
+    return replace(sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
 
 
 def vocabulary_of(config: BertText | SmallText) -> int:
@@ -96,23 +94,31 @@ def vocabulary_of(config: BertText | SmallText) -> int:
 
 def write_shape(config: BertText, vocabulary: int, folder: Path) -> None:
     """Write config.json of a published encoder, so that `weights: random:<folder>` builds it where the original is absent."""
-    bert_config(config, vocabulary).save_pretrained(folder)
+    write_json(folder / "config.json", {"model_type": "bert", "architectures": ["BertModel"], **asdict(bert_config(config, vocabulary))})
 
 
-def _published_config(weights: str) -> BertConfig:
+def _published_config(weights: str) -> BertShape:
     weights = weights.removeprefix("random:")
     if weights == "bert-base-uncased" and not Path(weights).is_dir():
-        return BertConfig()
+        return BertShape()
     try:
-        sizes, _ = BertConfig.get_config_dict(weights)
+        sizes = _read_config(weights)
+        # An empty folder gives no error but an empty configuration, which would mean bert-base.
+        if sizes.get("model_type", "bert") != "bert" or "hidden_size" not in sizes:
+            raise ValueError(f"config.json: model_type {sizes.get('model_type', 'none')}")
+        return BertShape.of(sizes)
     except (OSError, ValueError) as error:
         raise InputError(f"model.text.weights = {weights}: no BERT configuration there; give a folder with config.json, "
                          f"or a hub name that can be reached or is cached ({error})") from error
-    # An empty folder gives no error but an empty configuration, which would mean bert-base.
-    if sizes.get("model_type", "bert") != "bert" or "hidden_size" not in sizes:
-        kind = sizes.get("model_type", "none")
-        raise InputError(f"model.text.weights = {weights}: no BERT configuration there (config.json: model_type {kind})")
-    return BertConfig.from_dict(sizes)
+
+
+def _read_config(weights: str) -> dict[str, Any]:
+    """What a folder's config.json says, or that of a hub name."""
+    if Path(weights).is_dir():
+        return json.loads((Path(weights) / "config.json").read_text(encoding="utf-8"))
+    from huggingface_hub import hf_hub_download  # here, since its import takes long
+
+    return json.loads(Path(hf_hub_download(weights, "config.json")).read_text(encoding="utf-8"))
 
 
 def _bounds(layers: int) -> list[int]:

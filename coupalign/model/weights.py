@@ -94,7 +94,7 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
     """Load a Hugging Face BERT from its folder, one of its files, or by its hub name.
 
     Args:
-        bert: `transformers.BertModel`, with or without pooler.
+        bert: `Bert` or `transformers.BertModel`, with or without pooler.
         source: folder with model.safetensors or pytorch_model.bin, such a file, weights of ours, or a hub name.
 
     Raises:

@@ -31,6 +31,7 @@ from coupalign.kernels import explain
 from coupalign.model.compiled import explain_compilation
 from coupalign.model.methods import build_model
 from coupalign.model.weights import load_pretrained
+from coupalign.start import without_collection
 from coupalign.tracking.base import Tracker, git_revision, open_tracker
 from coupalign.training.meter import Meter, RankTimes, Utilization
 from coupalign.training.optim import build_optimizer
@@ -111,6 +112,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
             run.loader.close()
 
 
+@without_collection()
 def _prepare(config: Config, world: World) -> Run:
     """Everything that is built once; wrong input shows here, before any time is spent."""
     doing("opening the data", alone=True)

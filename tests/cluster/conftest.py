@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from coupalign.tracking import read_rows
 from tests.e2e.conftest import TINY
+
+if TYPE_CHECKING:
+    from tests.cluster.outage import Outage
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "tests" / "cluster" / "slurm.sh"
@@ -197,3 +201,13 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("configs") / "tiny.yaml"
     file.write_text(TINY.format(shards=shards))
     return file
+
+
+@pytest.fixture(scope="session")
+def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    """It begins with the first file that asks for it; test_outage.py, which comes later, looks at the end."""
+    from tests.cluster.outage import Outage  # which needs this file
+
+    away = Outage(config, tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("away"))
+    yield away
+    away.close()

@@ -5,21 +5,16 @@ The variable KILLS is how often the ranks of one run are killed (30).
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import wait_until
-from tests.cluster.faults import OUTPUT, broken, happened, random_faults, remains, start, tracked
-from tests.unit.tracking.test_mlflow import Server
+from tests.cluster.faults import broken, happened, random_faults, remains, tracked
+from tests.cluster.outage import Outage
 
 KILLS = int(os.environ.get("KILLS", 30))
 STEPS = 40 + 4 * KILLS
@@ -28,40 +23,9 @@ LONG = [f"train.steps={STEPS}", "train.save_every=4", "train.evaluate_every=10",
 SEED = 4
 
 
-AWAY_S = 300
-
-
-@dataclass
-class Outage:
-    """A slow training run whose MLflow server goes away for five minutes while the tests of this file run."""
-
-    server: Server
-    folder: Path
-    training: subprocess.Popen[bytes]
-
-    def go_away(self) -> None:
-        journal = self.folder / "run" / "metrics.jsonl"
-        wait_until("the first steps", lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
-        self.server.kill()
-        time.sleep(AWAY_S)
-        self.server.start()
-
-
 @pytest.fixture(scope="module", autouse=True)
-def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Outage, threading.Thread]]:
-    """At two seconds a step the run outlasts the outage, and takes no processor from the other tests."""
-    server, folder = Server(tmp_path_factory.mktemp("server")), tmp_path_factory.mktemp("away")
-    server.start()
-    slow = {"rank": 0, "event": "coupalign.doing", "match": "reading data", "do": "slow", "after_s": 2.0}
-    training = start(folder, [slow], "train", config, f"run_dir={folder / 'run'}", f"train.steps={40 + AWAY_S // 2}",
-                     "train.evaluate_every=1000", "data.workers=0", "tracking.kind=mlflow", f"tracking.uri={server.uri}", ranks=1)
-    away = Outage(server, folder, training)
-    thread = threading.Thread(target=away.go_away, daemon=True)
-    thread.start()
-    yield away, thread
-    for process in (training, server.process):
-        if process and process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+def beside(outage: Outage) -> None:
+    """The tracking server is away while these tests and those of the next files run."""
 
 
 def test_thirty_kills_leave_no_trace(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
@@ -187,18 +151,3 @@ def test_a_clock_that_jumps(config: Path, tmp_path: Path, survived: Callable[[st
     sent = tracked(tmp_path / "b" / "mlflow.db", "jumped")
     assert sent == tracked(tmp_path / "a" / "mlflow.db", "whole") and all(len(values) == 1 for values in sent.values())
     survived("clock a day back")
-
-
-def test_a_tracking_server_that_is_away_for_five_minutes(outage: tuple[Outage, threading.Thread], survived: Callable[[str], None]) -> None:
-    """It is away while the other tests of this file run; this one only waits for the end."""
-    away, thread = outage
-    away.training.wait(AWAY_S + 200)
-    thread.join(60)
-    output = (away.folder / OUTPUT).read_text(errors="replace")
-    assert not thread.is_alive()
-    assert "cannot be reached" in output and "is back and has everything" in output, output[-4000:]
-    sent = tracked(away.server.folder / "server.db", "coupalign")
-    mine = remains(away.folder / "run")["metrics"]
-    assert {key for key in sent if key[1] == "train/loss"} == {key for key in mine if key[1] == "train/loss"}
-    assert all(values == [mine[key]] for key, values in sent.items() if key in mine)
-    survived(f"tracking server away for {AWAY_S} s")

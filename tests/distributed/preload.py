@@ -3,6 +3,11 @@ import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-import deepspeed  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401  or the first optimizer of each rank would
 
+import coupalign.engine.ddp  # noqa: E402, F401
 import coupalign.training.loop  # noqa: E402, F401
+from coupalign.start import absent  # noqa: E402
+
+with absent("mlflow"):
+    import deepspeed  # noqa: F401

@@ -18,7 +18,8 @@ def test_what_passes_before_the_first_step(shards: Path, tmp_path: Path) -> None
     assert list(found.phases) == ["python itself", "imports", "joining the job", "opening the data", "building the model",
                                   "building the engine", "first step: reading data", "first step: forward, backward, update"]
     assert all(seconds > 0 for seconds in (*found.phases.values(), found.help)) and not list(Path(tmp_path).glob("run*"))
-    assert {"torch", "transformers", "coupalign"} <= set(found.imports) and found.imports["torch"] > found.imports["pydantic"]
+    assert {"torch", "coupalign"} <= set(found.imports) and "timm" not in found.imports
+    assert found.imports["torch"] > found.imports["pydantic"] and "no import" in found.table()
     assert f"{sum(found.phases.values()):8.2f} s" in found.table()
     assert StartBench.from_json(json.loads(json.dumps(found.to_json()))) == found
 
