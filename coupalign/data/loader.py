@@ -78,8 +78,9 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
 def build_eval_loader(config: DataConfig, sources: Sequence[Source], batch: int, rank: int, ranks: int, tokenizer: Tokenizer,
                       limit: int | None = None, shuffle_sentences: bool = False, images: bool = False,
                       rules: Sequence[Rule] = ("each",)) -> EvalLoader:
-    """Every text of `sources` that the sentence rules ask for once, in batches of `batch`; rank r of R takes the samples r, r + R, …
+    """Every text of `sources` that the sentence rules ask for once, in batches of `batch` neighbors.
 
+    Rank r of R takes the batches r, r + R, …; sentences about one photograph stand side by side, so it is decoded once for most of them.
     Each rank gives the same number of batches (a sharded forward pass is collective): one that has run out repeats its
     last sample, which scoring recognizes by its number. An unreadable sample always ends the evaluation.
 
@@ -124,11 +125,10 @@ def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts: int) -> 
 
 
 def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[int]]:
-    own = list(range(rank, samples, ranks))
-    batches = [own[first:first + batch] for first in range(0, len(own), batch)]
-    most = -(-samples // ranks)
-    spare = own[-1:] or [0]
-    return batches + [spare] * (-(-most // batch) - len(batches))
+    batches = [list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)]
+    own = batches[rank::ranks]
+    spare = own[-1][-1:] if own else [0]
+    return own + [spare] * (-(-len(batches) // ranks) - len(own))
 
 
 # ---------------------------------------------------------------------------------------------------------- loaders
