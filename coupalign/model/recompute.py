@@ -22,7 +22,17 @@ def run(function: Callable[..., Tensor], *inputs: Any, checkpointing: Checkpoint
     return checkpoint(function, *inputs, use_reentrant=False, **more)
 
 
-def _policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """Matrix products, convolutions and attention are kept; norms, activations, sums and copies are computed again."""
+def _policy(_: Any, operator: Any, *inputs: Any, **more: Any) -> CheckpointPolicy:
+    """Matrix products, convolutions and attention are kept; norms, activations, sums and copies are computed again.
+
+    So is attention that drops something: what is kept draws no random numbers the second time, and whatever drops behind it would draw
+    others than it did.
+    """
     name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
-    return CheckpointPolicy.MUST_SAVE if name in _PRODUCTS or "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = name in _PRODUCTS or "attention" in name and not _drops(operator, inputs, more)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(operator: Any, inputs: tuple, more: dict[str, Any]) -> bool:
+    named = {argument.name: value for argument, value in zip(operator._schema.arguments, inputs)} | more
+    return named.get("dropout_p", 0.0) > 0

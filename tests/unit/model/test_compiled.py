@@ -33,7 +33,7 @@ from coupalign.model.compiled import compile_regions
 from coupalign.model.methods import build_model
 
 VOCABULARY, SIZE = 50, 64
-ENCODERS = EncodersConfig(image=SmallBackbone(widths=(8, 8, 16, 16)), text=SmallText(width=16, heads=2))
+ENCODERS = EncodersConfig(image=SmallBackbone(widths=(8, 8, 16, 16)), text=SmallText(width=16, heads=2, dropout=0.1))
 SWIN = TimmBackbone(name="swin_tiny_patch4_window7_224", drop_path=0.2)
 
 
