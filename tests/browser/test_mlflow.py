@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from coupalign.config.load import flatten, read_config
 from coupalign.tracking import open_tracker
+from tests.browser.conftest import PATIENCE_MS
 from tests.unit.tracking.test_mlflow import Server, client_of, run_id_of
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,7 @@ def address(server: Server, tmp_path_factory) -> str:
 def page(browser: Browser, address: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1500, "height": 1100})
     opened = context.new_page()
-    opened.set_default_timeout(60_000)
+    opened.set_default_timeout(PATIENCE_MS)
     opened.goto(address)
     yield opened
     context.close()
@@ -70,8 +71,9 @@ BESIDE = """name => {
 
 def test_the_comparison_shows_what_tells_the_runs_apart(page: Page, shoot):
     expect(page.get_by_text("Comparing 2 Runs").first).to_be_visible()
-    for toggle in page.get_by_text("Show diff only").all()[:2]:
-        toggle.click()
+    toggles = page.get_by_text("Show diff only")
+    for of_params_and_metrics in range(2):
+        toggles.nth(of_params_and_metrics).click()
     for name, values in (("model.proposals.count", [str(count) for count in SCORES]),
                          ("eval/val/oIoU", [f"{score:.3f}" for score in SCORES.values()])):
         page.wait_for_function(f"([name, values]) => ({BESIDE})(name).some(found => '' + found === '' + values)", arg=[name, values])
