@@ -44,7 +44,9 @@ if [[ $kind == cpu ]]; then
     exit
 fi
 bench step step configs/refcoco_swin_b.yaml "${random[@]}" --beside compile=true
+bench step-graphs step configs/refcoco_swin_b.yaml "${random[@]}" compile=true --beside cuda_graphs=true
 bench step-8 step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=8 model.{image,text}.checkpointing=selective
+bench step-8-graphs step configs/refcoco_swin_b.yaml "${random[@]}" train.global_batch=8 --beside cuda_graphs=true
 lavt=(--beside model.kind=lavt --beside model.decoder.width=512)
 bench step-lavt step configs/refcoco_swin_b.yaml "${random[@]}" "${lavt[@]}"
 bench step-lavt-fp32 step configs/refcoco_swin_b.yaml "${random[@]}" "${lavt[@]}" --beside precision=fp32

@@ -16,7 +16,7 @@ from torch import nn
 
 from coupalign.bench.footprint import Footprint, footprint
 from coupalign.config.schema import Config, DdpEngine
-from coupalign.data.order import micro_batches, rank_slice
+from coupalign.data.order import micro_batches
 from coupalign.errors import InputError
 from coupalign.model.methods import build_model
 from coupalign.model.text import vocabulary_of
@@ -246,16 +246,14 @@ def plan(config: Config, gpu: str, nodes: int = 1, ranks_per_node: int = 8, netw
         raise InputError("--nodes and --ranks-per-node must be at least 1, --network more than 0")
     if config.precision == "bf16" and not made.bf16:
         raise InputError(f"--gpu {gpu} has no bfloat16: set precision=fp16")
-    share = rank_slice(config.train.global_batch, 0, ranks).stop
-    accumulation = micro_batches(share, config.train.max_micro_batch)
+    accumulation, micro_batch = micro_batches(config.train.global_batch, config.train.max_micro_batch, ranks)
     model = _model(config)
     sizes, cost = measure_sizes(model, config), footprint(model, config)
     usable = made.memory * (1 - FRAGMENTED) - RESERVE
-    compute_s = cost.flops.at(share // accumulation) / (ACHIEVED * (made.single if config.precision == "fp32" else made.half))
+    compute_s = cost.flops.at(micro_batch) / (ACHIEVED * (made.single if config.precision == "fp32" else made.half))
     bandwidth = made.link if nodes == 1 else min(made.link, 1e9 * network)
     rows = tuple(_row(way, config, sizes, cost, ranks, accumulation, usable, bandwidth, compute_s) for way in WAYS)
-    return Plan(gpu, nodes, ranks, way_of(config).name, share // accumulation, accumulation, sizes, cost, usable, bandwidth,
-                compute_s, rows)
+    return Plan(gpu, nodes, ranks, way_of(config).name, micro_batch, accumulation, sizes, cost, usable, bandwidth, compute_s, rows)
 
 
 def way_of(config: Config) -> Way:
@@ -291,13 +289,13 @@ def break_even(wire: Wire, bandwidth: float, compute_s: float) -> int | None:
 
 def _row(way: Way, config: Config, sizes: Sizes, cost: Footprint, ranks: int, accumulation: int, usable: float, bandwidth: float,
          compute_s: float) -> Row:
-    share = config.train.global_batch // ranks
+    micro_batch = config.train.global_batch // ranks // accumulation
     options = {"ema": config.train.ema is not None, "bucket_mb": config.engine.bucket_mb}
     state = memory_of(way, sizes, ranks, accumulates=accumulation > 1, **options)
-    memory = Memory(**{**vars(state), "activations": cost.peak.at(share // accumulation)})
+    memory = Memory(**{**vars(state), "activations": cost.peak.at(micro_batch)})
     largest = largest_micro_batch(memory_of(way, sizes, ranks, accumulates=True, **options), cost, usable)
     wire = wire_of(way, sizes, ranks)
-    image_s = compute_s / (share // accumulation)
+    image_s = compute_s / micro_batch
     return Row(way.name, memory, memory.total <= usable, largest, wire.of(accumulation), wire.of(accumulation) / bandwidth,
                break_even(wire, bandwidth, compute_s), max(1, math.ceil(wire.of(1) / bandwidth / image_s)))
 

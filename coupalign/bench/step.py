@@ -23,9 +23,9 @@ from coupalign.bench.calls import activities, count_calls
 from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
 from coupalign.config.load import override
 from coupalign.config.schema import Config
-from coupalign.data.batch import Batch
+from coupalign.data.batch import Batch, random_batch
 from coupalign.data.loader import build_train_loader, open_tokenizer
-from coupalign.data.order import micro_batches, rank_slice
+from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.base import DTYPES, Engine, Phases, seed_step
 from coupalign.engine.build import build_engine
@@ -127,7 +127,7 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
         milliseconds = _parts(run, run.engine.model, statistics.median(seconds))
         calls = _calls(run, trace)
         in_turn = _beside(run, _start(override(config, beside), world, stack, random, warmup), beside, steps) if beside else {}
-    micro = _micro_batch(config, world)
+    _, micro = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
     flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (config.train.global_batch // micro)
     fastest = matmul_peak(DTYPES[config.precision], world.device)
     rate = rates(config.train.global_batch, seconds)
@@ -254,26 +254,11 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
 
 
 def _random(config: Config, world: World) -> tuple[int, Steps]:
-    """The same few random batches again and again, with a square for a target."""
+    """The same few random batches again and again."""
     vocabulary = vocabulary_of(config.model.text)
-    size, words, micro = config.data.image_size, config.data.max_tokens, _micro_batch(config, world)
-    share = rank_slice(config.train.global_batch, world.rank, world.size)
-    target = torch.zeros(micro, size, size, dtype=torch.bool)
-    target[:, size // 4:size // 2, size // 4:size // 2] = True
-
-    def batch() -> Batch:
-        image, tokens = torch.randint(0, 256, (micro, 3, size, size), dtype=torch.uint8), torch.randint(vocabulary, (micro, words))
-        made = Batch(image, tokens, torch.ones(micro, words, dtype=torch.bool), target, ())
-        return made.pin_memory() if world.device.type == "cuda" else made
-
-    step = [batch() for _ in range((share.stop - share.start) // micro)]
-    return vocabulary, cycle([step])
-
-
-def _micro_batch(config: Config, world: World) -> int:
-    share = rank_slice(config.train.global_batch, 0, world.size)
-    own = share.stop - share.start
-    return own // micro_batches(own, config.train.max_micro_batch)
+    count, samples = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
+    step = [random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary) for _ in range(count)]
+    return vocabulary, cycle([[batch.pin_memory() for batch in step] if world.device.type == "cuda" else step])
 
 
 def _wait(device: torch.device) -> None:

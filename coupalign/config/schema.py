@@ -340,6 +340,8 @@ class Config(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type; the weights stay fp32")
     compile: bool = Field(False, description="torch.compile the parts of the model one by one, for training; the first start takes "
                                              "minutes, later ones read the cache. Not with ZeRO 3, whose weights are never whole")
+    cuda_graphs: bool = Field(False, description="record the passes of a micro-batch once and play them back, so that the host no longer "
+                                                 "launches every operator; an NVIDIA GPU and engine.kind: ddp, without checkpointing")
     data: DataConfig = DataConfig()
     model: ModelConfig = CoupAlignConfig()
     optim: OptimConfig = OptimConfig()
@@ -371,6 +373,16 @@ class Config(Section):
         if self.compile and "selective" in (self.model.image.checkpointing, self.model.text.checkpointing):
             raise ValueError("checkpointing: selective is for models that are not compiled; the compiler chooses by itself what to "
                              "recompute: set it to true or false, or compile to false")
+        return self
+
+    @model_validator(mode="after")
+    def _passes_that_can_be_recorded(self) -> Config:
+        if self.cuda_graphs and isinstance(self.engine, DeepSpeedEngine):
+            raise ValueError("cuda_graphs needs weights that stay where they are, and DeepSpeed moves them: set engine.kind to ddp, or "
+                             "cuda_graphs to false")
+        if self.cuda_graphs and (self.model.image.checkpointing or self.model.text.checkpointing):
+            raise ValueError("cuda_graphs cannot record checkpointing, which asks for the state of the random numbers: set "
+                             "model.image.checkpointing and model.text.checkpointing to false, or cuda_graphs to false")
         return self
 
     @model_validator(mode="after")

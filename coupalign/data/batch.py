@@ -79,3 +79,11 @@ class Batch:
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         target = None if self.target is None else change(self.target)
         return replace(self, image=change(self.image), words=change(self.words), word_mask=change(self.word_mask), target=target)
+
+
+def random_batch(samples: int, size: int, tokens: int, vocabulary: int) -> Batch:
+    """A training batch of the loader's shapes and memory layout: noise, whole sentences of random words, a square for a target."""
+    image = torch.randint(0, 256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    target = torch.zeros(samples, size, size, dtype=torch.bool)
+    target[:, size // 4:size // 2, size // 4:size // 2] = True
+    return Batch(image, torch.randint(vocabulary, (samples, tokens)), torch.ones(samples, tokens, dtype=torch.bool), target, ())

@@ -68,7 +68,7 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
     table, leaks = guard(config, table, indexes, _open_indexes(config.evaluate))
     _warn_of_small_cache(config, table, len(part_slices(global_batch, config.canonical_nodes, taken)))
     orders = EpochOrders(ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes)
-    accumulation = micro_batches(taken.stop - taken.start, max_micro_batch)
+    accumulation, _ = micro_batches(global_batch, max_micro_batch, ranks)
     keys = _MicroBatchKeys(orders, global_batch, taken, accumulation)
     dataset = _TrainSamples(SampleReader(config, table, tokenizer), seed)
     fingerprint = _fingerprint(config.train, indexes, f"{config.unit}, {len(table)}" if config.mix == "clean" else config.unit)

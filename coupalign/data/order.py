@@ -197,11 +197,15 @@ def part_slices(global_batch: int, parts: int, taken: slice) -> list[tuple[int, 
     return [(part, slice(max(taken.start - part * share, 0), min(taken.stop - part * share, share))) for part in touched]
 
 
-def micro_batches(share: int, max_micro_batch: int | None) -> int:
-    """How many micro-batches a rank's `share` of a step is cut into: the fewest of equal size, none above `max_micro_batch`."""
-    if max_micro_batch is None:
-        return 1
-    return next(count for count in range(1, share + 1) if share % count == 0 and share // count <= max_micro_batch)
+def micro_batches(global_batch: int, max_micro_batch: int | None, ranks: int) -> tuple[int, int]:
+    """How many micro-batches each rank's share of a step is cut into, and the samples of each: the fewest of equal size.
+
+    Raises:
+        InputError: see `rank_slice`.
+    """
+    share = rank_slice(global_batch, 0, ranks).stop
+    most = max_micro_batch or share
+    return next((count, share // count) for count in range(1, share + 1) if share % count == 0 and share // count <= most)
 
 
 def _nearest(batch: int, divisor: int) -> str:

@@ -6,12 +6,20 @@ import torch
 from coupalign.config.schema import Config, DdpEngine, DeepSpeedEngine
 from coupalign.dist import World
 from coupalign.engine.base import Engine
+from coupalign.errors import InputError
 from coupalign.model.compiled import compile_regions
 from coupalign.model.referring import ReferringModel
 
 
 def build_engine(model: ReferringModel, optimizer: torch.optim.Optimizer, config: Config, world: World) -> Engine:
-    """Wrap a model on `world.device` and its optimizer in the engine that the config names."""
+    """Wrap a model on `world.device` and its optimizer in the engine that the config names.
+
+    Raises:
+        InputError: the config asks for what this device cannot do.
+    """
+    if config.cuda_graphs and world.device.type != "cuda":
+        raise InputError(f"cuda_graphs: true needs an NVIDIA GPU, and this process computes on the {world.device.type}: "
+                         "set cuda_graphs: false")
     if config.compile:
         compile_regions(model)
     match config.engine:

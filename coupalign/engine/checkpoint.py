@@ -47,8 +47,8 @@ logger = logging.getLogger("coupalign.checkpoints")
 # What may differ between the run that wrote a checkpoint and the run that goes on from it: nothing that changes a number.
 FREE = ("name", "run_dir", "tracking.", "evaluate.", "data.evaluate", "data.workers", "data.cache", "data.tokenizer",
         "train.steps", "train.epochs", "train.max_micro_batch", "train.max_bad_steps", "train.log_every", "train.evaluate_every",
-        "train.save_every", "train.keep_last", "train.hang_minutes", "engine.", "compile", "model.wpa.impl", "model.image.weights",
-        "model.text.weights", "model.image.checkpointing", "model.text.checkpointing")
+        "train.save_every", "train.keep_last", "train.hang_minutes", "engine.", "compile", "cuda_graphs", "model.wpa.impl",
+        "model.image.weights", "model.text.weights", "model.image.checkpointing", "model.text.checkpointing")
 
 
 @dataclass(frozen=True)

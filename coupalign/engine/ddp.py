@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coupalign.config.schema import Config, DdpEngine
-from coupalign.data.batch import Batch
+from coupalign.data.batch import Batch, random_batch
+from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.average import Average
 from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
+from coupalign.engine.graphs import Recorded, prepare_gradients
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -29,12 +31,17 @@ class Ddp:
         self.updates = Updates(config.precision, world.device)
         self.phases = Phases(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
+        self.recorded = config.cuda_graphs
+        if self.recorded:
+            self.net = Recorded(self.net, _batch_like(config, world).to(world.device))      # DDP asks for that to come first
         if world.size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)     # its successor is not in torch 2.11
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids, bucket_cap_mb=config.engine.bucket_mb,
                                                gradient_as_bucket_view=True, broadcast_buffers=False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.recorded:
+            prepare_gradients(self.parameters)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = config.train.ema and Average(named, config.train.ema.decay)
@@ -69,7 +76,7 @@ class Ddp:
             self.optimizer.step()
         if self.ema:
             self.ema.update(self.updates.applied + 1, finite)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.recorded)
         return norm
 
     @torch.no_grad()
@@ -114,3 +121,9 @@ class Ddp:
     def _exchange(self, last: bool) -> object:
         accumulate_only = not last and isinstance(self.net, DistributedDataParallel)
         return self.net.no_sync() if accumulate_only else nullcontext()
+
+
+def _batch_like(config: Config, world: World) -> Batch:
+    """Of the shapes that a rank's micro-batches have."""
+    _, samples = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
+    return random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary=1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from coupalign.config.schema import Config, DeepSpeedEngine
 from coupalign.data.batch import Batch
-from coupalign.data.order import micro_batches, rank_slice
+from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.average import Average
 from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
@@ -34,8 +34,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
     Learning rates are not in it: the optimizer is ours and each step sets them.
     """
     assert isinstance(config.engine, DeepSpeedEngine)
-    share = rank_slice(config.train.global_batch, 0, ranks).stop
-    accumulation = micro_batches(share, config.train.max_micro_batch)
+    accumulation, micro_batch = micro_batches(config.train.global_batch, config.train.max_micro_batch, ranks)
     bucket = config.engine.bucket_mb * 250_000                                     # elements of 4 bytes
     zero: dict[str, Any] = {"stage": config.engine.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if config.engine.stage == 3:
@@ -45,7 +44,7 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": share // accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip_norm or 0.0 if config.engine.stage else 0.0,       # at stage 0 we clip
         "zero_optimization": zero,

@@ -23,7 +23,8 @@ SIZE, WORDS, VOCABULARY = 64, 8, 40
 TINY = ["precision=fp32", "model.image.kind=small", "model.image.widths=[8, 16, 16, 24]", "model.text.kind=small", "model.text.width=16",
         "model.decoder.width=16", "model.proposals.count=4", "model.proposals.layers=1", "model.proposals.heads=2",
         "model.proposals.ffn=32", "optim.lr=1e-3", "optim.lr_image=1e-3", "optim.lr_text=5e-4", "optim.clip_norm=0.5",
-        "train.global_batch=8", "train.max_micro_batch=2", "train.ema.decay=0.9", "optim.eps=1e-5", f"data.image_size={SIZE}"]
+        "train.global_batch=8", "train.max_micro_batch=2", "train.ema.decay=0.9", "optim.eps=1e-5",
+        f"data.image_size={SIZE}", f"data.max_tokens={WORDS}"]
 
 
 def tiny(*changes: str) -> Config:

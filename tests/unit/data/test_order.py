@@ -218,10 +218,10 @@ def test_a_batch_may_straddle_epochs():
 # ---------------------------------------------------------------------------------------------------------- sharing
 
 
-@given(st.integers(1, 200), st.one_of(st.none(), st.integers(1, 64)))
-def test_accumulation_is_the_fewest_equal_parts_that_fit(share, limit):
-    parts = micro_batches(share, limit)
-    assert share % parts == 0 and (limit is None or share // parts <= limit)
+@given(st.integers(1, 200), st.one_of(st.none(), st.integers(1, 64)), st.integers(1, 9))
+def test_accumulation_is_the_fewest_equal_parts_that_fit(share, limit, ranks):
+    parts, samples = micro_batches(share * ranks, limit, ranks)
+    assert parts * samples == share and (limit is None or samples <= limit)
     assert not any(share % fewer == 0 and (limit is None or share // fewer <= limit) for fewer in range(1, parts))
 
 
