@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,9 +72,32 @@ def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[
         watch.close()
 
 
-def any_rank(flag: bool, world: World) -> bool:
-    """Whether `flag` is true on at least one rank; the same answer on every rank."""
-    return most([float(flag)], world)[0] > 0
+class AnyRank:
+    """Whether `flag` is true on at least one rank: the same answer on every rank, for a loop that all of them go through equally often.
+
+        stopped = AnyRank(lambda: stop.name is not None, world)
+        for batch in batches:
+            if stopped(): ...
+
+    An answer costs a wait for the device and for the slowest rank. So the ranks also agree after how many rounds to ask again: as many as
+    the slowest does in `every_s` seconds, and at most twice as many as lay before this question. In between the answer is no.
+    """
+
+    def __init__(self, flag: Callable[[], bool], world: World, every_s: float = 1.0) -> None:
+        self.flag, self.world, self.every_s = flag, world, every_s
+        self.rounds = self.pause = 0
+        self.asked_at = time.perf_counter()
+
+    def __call__(self) -> bool:
+        if self.world.size == 1:
+            return self.flag()
+        self.rounds += 1
+        if self.rounds <= self.pause:
+            return False
+        answer, slowest_s = most([float(self.flag()), (time.perf_counter() - self.asked_at) / self.rounds], self.world)
+        self.rounds, self.pause = 0, min(2 * self.rounds, int(self.every_s / max(slowest_s, 1e-9)))
+        self.asked_at = time.perf_counter()
+        return answer > 0
 
 
 def most(values: Sequence[float], world: World) -> list[float]:

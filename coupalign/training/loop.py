@@ -259,7 +259,7 @@ def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) 
         with run.engine.averaged():
             scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
                                   config.evaluate.pictures if state.step == run.total else 0,
-                                  lambda: dist.any_rank(stop.name is not None, world))
+                                  dist.AnyRank(lambda: stop.name is not None, world))
     except OSError as error:
         raise InputError(f"{config.directory}: the scores after step {state.step} could not be written ({error}). Make room, then call the "
                          "same command: it goes on from the newest checkpoint") from error

@@ -59,7 +59,7 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
         score = partial(score_split, _inference(model.eval(), config.precision), config, tokenizer=tokenizer, world=world,
                         protocols=list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol],
                         rules=RULES if sentences == "all" else [sentences], language_blind=language_blind, pictures=pictures,
-                        stopped=lambda: dist.any_rank(stop is not None and stop.name is not None, world))
+                        stopped=dist.AnyRank(lambda: stop is not None and stop.name is not None, world))
         scores: dict[str, dict[tuple[str, str], Score]] = {}
         for split, source in split_names(_sources(config, splits, index)).items():
             evaluations = score(name=split, source=source)

@@ -1,6 +1,7 @@
 """Who a process is, and collectives that must give the same answer on every rank."""
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from tests.distributed.ranks import run_ranks
 def collect(world: World) -> dict[str, Any]:
     rows = np.arange(world.rank * 3, dtype=np.int64).reshape(-1, 3) + 100 * world.rank      # 0, 1 and 2 rows
     dist.wait_for_all(world)
-    return {"rows": dist.gather_rows(rows, world), "any": dist.any_rank(world.rank == 1, world), "none": dist.any_rank(False, world),
-            "vector": dist.gather_vector(torch.tensor([world.rank, 0.5]), world), "main": dist.from_main(world.rank * 2 + 7, world)}
+    return {"rows": dist.gather_rows(rows, world), "any": dist.AnyRank(lambda: world.rank == 1, world)(),
+            "none": dist.AnyRank(lambda: False, world)(), "vector": dist.gather_vector(torch.tensor([world.rank, 0.5]), world),
+            "main": dist.from_main(world.rank * 2 + 7, world)}
 
 
 def test_collectives_agree_on_three_ranks() -> None:
@@ -27,6 +29,30 @@ def test_collectives_agree_on_three_ranks() -> None:
         assert result["rows"].tolist() == [[100, 101, 102], [200, 201, 202], [203, 204, 205]]
         assert (result["any"], result["none"], result["main"]) == (True, False, 7)
         assert result["vector"].tolist() == [[0, 0.5], [1, 0.5], [2, 0.5]]
+
+
+def ask_in_a_loop(world: World) -> list[bool]:
+    """Rounds of 20 ms, 40 ms on rank 0; rank 1 means yes from round 10 on."""
+    rounds: list[bool] = []
+    asking = dist.AnyRank(lambda: world.rank == 1 and len(rounds) >= 10, world, every_s=0.2)
+    while len(rounds) < 40 and not any(rounds):
+        time.sleep(0.04 if world.rank == 0 else 0.02)
+        rounds.append(asking())
+    return rounds
+
+
+def test_ranks_agree_in_the_same_round_and_not_in_every_one() -> None:
+    first, second = run_ranks(ask_in_a_loop, 2)
+    assert first == second and first[-1] and not any(first[:-1]) and len(first) > 10
+    [asked] = run_ranks(count_questions, 1)
+    assert asked == 5, "alone, the flag itself is the answer"
+
+
+def count_questions(world: World) -> int:
+    asked: list[int] = []
+    asking = dist.AnyRank(lambda: bool(asked.append(1)), world)
+    assert [asking() for _ in range(5)] == [False] * 5
+    return len(asked)
 
 
 def test_alone_needs_no_launcher() -> None:
