@@ -120,6 +120,15 @@ class MixedPrecision(nn.Module):
             return self.model(*inputs)
 
 
+@contextmanager
+def same_statistics(net: nn.Module) -> Iterator[None]:
+    """What BatchNorm has seen inside is forgotten afterwards."""
+    kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    yield
+    for buffer, value in kept:
+        buffer.copy_(value)
+
+
 class Phases:
     """Adds up the time of each phase of a step: on a GPU that of its stream, which nobody waits for.
 

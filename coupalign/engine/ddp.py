@@ -15,8 +15,8 @@ from coupalign.data.batch import Batch, random_batch
 from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
-from coupalign.engine.graphs import Recorded, prepare_gradients
+from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes, same_statistics
+from coupalign.engine.graphs import Recorded, zero_gradients
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
 
@@ -33,15 +33,15 @@ class Ddp:
         self.net: nn.Module = MixedPrecision(model, config.precision)
         self.recorded = config.cuda_graphs
         if self.recorded:
-            self.net = Recorded(self.net, _batch_like(config, world).to(world.device))      # DDP asks for that to come first
+            self.net = Recorded(self.net, _some_batch(config, world))      # DDP asks for that to come first
         if world.size > 1:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)     # its successor is not in torch 2.11
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids, bucket_cap_mb=config.engine.bucket_mb,
                                                gradient_as_bucket_view=True, broadcast_buffers=False)
+        if world.size > 2:
+            self._settle_buckets(_some_batch(config, world))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if self.recorded:
-            prepare_gradients(self.parameters)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = config.train.ema and Average(named, config.train.ema.decay)
@@ -50,6 +50,8 @@ class Ddp:
         self.net.train()
         for group, peak in zip(self.optimizer.param_groups, self.peaks):
             group["lr"] = peak * lr_scale
+        if self.recorded:
+            zero_gradients(self.parameters)
         micro_losses = []
         for place, batch in enumerate(micro_batches):
             with self._exchange(last=place == len(micro_batches) - 1):
@@ -76,7 +78,7 @@ class Ddp:
             self.optimizer.step()
         if self.ema:
             self.ema.update(self.updates.applied + 1, finite)
-        self.optimizer.zero_grad(set_to_none=not self.recorded)
+        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @torch.no_grad()
@@ -118,12 +120,22 @@ class Ddp:
             return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
                     for name, value in self.model.state_dict().items()}
 
+    def _settle_buckets(self, batch: Batch) -> None:
+        """Have DDP lay out its buckets for good, by a pass that changes nothing.
+
+        After its first pass it sorts them by the order in which gradients came. A sum over three or more ranks is rounded by where it
+        stands in a bucket, so the first step of a session would not be the one of a session that was never interrupted.
+        """
+        with same_statistics(self.net):
+            backward_loss(self.net(batch.image, batch.words, batch.word_mask, batch.target)).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _exchange(self, last: bool) -> object:
         accumulate_only = not last and isinstance(self.net, DistributedDataParallel)
         return self.net.no_sync() if accumulate_only else nullcontext()
 
 
-def _batch_like(config: Config, world: World) -> Batch:
-    """Of the shapes that a rank's micro-batches have."""
+def _some_batch(config: Config, world: World) -> Batch:
+    """Of the shapes that a rank's micro-batches have, on its device."""
     _, samples = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
-    return random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary=1)
+    return random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary=1).to(world.device)

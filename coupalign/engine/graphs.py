@@ -6,16 +6,19 @@ they are. What it changes for whoever calls it: every result lies where that of 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from coupalign.data.batch import Batch
+from coupalign.engine.base import same_statistics
 
 
 class Recorded(nn.Module):
     """A network that plays its training passes back. Scoring runs it as it is.
 
-    Gradients must be there before the first backward pass (`prepare_gradients`) and be zeroed, not dropped, after an update.
+    Gradients must be there before the first backward pass of a step: `zero_gradients`.
 
     Args:
         net: image, words, word_mask, target -> scalar losses, of which "loss" alone has a gradient; on a CUDA device.
@@ -27,10 +30,8 @@ class Recorded(nn.Module):
         self.net = net
         self.shapes = [part.shape for part in (batch.image, batch.words, batch.word_mask, batch.target)]
         self.train()
-        statistics = [(buffer, buffer.clone()) for buffer in net.buffers()]       # of BatchNorm: the passes before recording move them
-        torch.cuda.make_graphed_callables(net, (batch.image, batch.words, batch.word_mask, batch.target), allow_unused_input=True)
-        for buffer, value in statistics:
-            buffer.copy_(value)
+        with same_statistics(net):
+            torch.cuda.make_graphed_callables(net, (batch.image, batch.words, batch.word_mask, batch.target), allow_unused_input=True)
 
     def forward(self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """As of the network."""
@@ -40,8 +41,12 @@ class Recorded(nn.Module):
         return {name: loss.clone() for name, loss in self.net(image, words, word_mask, target).items()}
 
 
-def prepare_gradients(parameters: list[nn.Parameter]) -> None:
-    """Give each a gradient of zeros. Autograd adds to a gradient that is there; one that it first has to store would share memory with
-    the graph's own, and the next micro-batch would write over the sum."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give each parameter, float32 all of them, a new gradient of zeros, by one launch.
+
+    Autograd adds to a gradient that is there. One that it first had to store would share memory with the graph's own, and the next
+    micro-batch would write over the sum. New ones, since DDP rounds otherwise where it finds its own of the step before.
+    """
+    zeros = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, zeros.split([parameter.numel() for parameter in parameters])):
+        parameter.grad = part.view_as(parameter)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coupalign.config.load import override
-from tests.distributed.jobs import curves, engines, interrupted, poisoned
+from tests.distributed.jobs import curves, engines, interrupted, poisoned, tiny
 from tests.distributed.ranks import run_ranks
 
 KINDS = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero3 offload")
@@ -54,6 +54,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pair: dict[str, dict[str, Any
             assert again == whole
         for found, expected in zip(again, whole):
             assert found == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
+
+
+def test_sums_over_three_ranks_are_the_same_after_a_restart(tmp_path: Path) -> None:
+    """DDP sorts its buckets anew after its first pass, and three numbers added in another order are another number."""
+    config = tiny("train.global_batch=12", "train.max_micro_batch=2")
+    [whole] = run_ranks(curves, 3, [config], 8)[0]
+    [again] = run_ranks(interrupted, 3, [config], tmp_path, 4, 8)[0]
+    assert again == whole["numbers"][:8]
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight() -> None:

@@ -38,7 +38,7 @@ def test_a_recorded_step_computes_what_an_eager_one_does(changes: tuple[str, ...
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_step_of_results_that_overwrite_each_other_is_the_same(ranks: int) -> None:
     """Accumulation, dropout, clipping, a moving average, scoring in between; one rank and the buckets of DDP."""
-    config = tiny(*DROPPING)
+    config = tiny(*DROPPING, "train.global_batch=12")
     [expected] = run_ranks(curves, ranks, [config], 4)[0]
     [found] = run_ranks(curves_played_back, ranks, [config.model_copy(update={"cuda_graphs": True})], 4)[0]
     assert found["numbers"] == expected["numbers"]
