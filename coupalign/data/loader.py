@@ -25,7 +25,7 @@ from coupalign.data.batch import Batch, SampleInfo
 from coupalign.data.index import ShardIndex
 from coupalign.data.leak import Photo, TrainedOn, guard, scored_photos, trained_on
 from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
-from coupalign.data.samples import BadSample, Rule, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
+from coupalign.data.samples import BadSample, Key, Rule, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
 from coupalign.data.server import SIGNALS, fork_server
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from coupalign.errors import InputError
 
 log = logging.getLogger(__name__)
 
-Key = tuple[int, int]             # epoch, sample number
+_SIDE_BY_SIDE = 32                # samples of a micro-batch that go through each step together; their stored photographs are held
 _FEWEST_DRAWS = 100               # before the share of bad samples is judged
 _MOST_REPLACEMENTS = 100          # bad samples in a row
 
@@ -336,17 +336,27 @@ class _TrainSamples(Dataset):
         bad: list[str] = []
         try:
             canvas = self.reader.canvas(len(keys), target=True)
-            rows = zip(keys, canvas.image.numpy(), canvas.target.numpy())
-            return self.reader.collate(canvas, [self._readable(key, image, target, bad) for key, image, target in rows], bad)
+            image, target = canvas.image.numpy(), canvas.target.numpy()
+            groups = [slice(first, first + _SIDE_BY_SIDE) for first in range(0, len(keys), _SIDE_BY_SIDE)]
+            infos = [info for group in groups for info in self._group(keys[group], image[group], target[group], bad)]
+            return self.reader.collate(canvas, infos, bad)
         except InputError as error:
             return _Failure(str(error))
+
+    def _group(self, keys: Sequence[Key], image: np.ndarray, target: np.ndarray, bad: list[str]) -> list[SampleInfo]:
+        """Write the samples, which differ from `keys` where one of these cannot be read."""
+        try:
+            return self.reader.train_samples(self._seed, keys, image, target)
+        except BadSample:
+            rows = [slice(row, row + 1) for row in range(len(keys))]
+            return [self._readable(key, image[row], target[row], bad) for key, row in zip(keys, rows)]
 
     def _readable(self, key: Key, image: np.ndarray, target: np.ndarray, bad: list[str]) -> SampleInfo:
         """Write the sample, or with `skip` the next one that can be read: the size of a batch does not change."""
         (epoch, number), total = key, len(self.reader.table)
         for step in range(min(total, _MOST_REPLACEMENTS)):
             try:
-                return self.reader.train_sample(self._seed, epoch, (number + step) % total, image, target)
+                return self.reader.train_samples(self._seed, [(epoch, (number + step) % total)], image, target)[0]
             except BadSample as error:
                 if self.reader.config.bad_samples == "fail":
                     raise InputError(f"unreadable sample {error}. Pack the shard again, or set data.bad_samples=skip") from error

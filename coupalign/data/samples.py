@@ -21,6 +21,7 @@ from coupalign.data.shards import ShardStore
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 
+Key = tuple[int, int]                                          # epoch, sample number
 Record = dict[str, Any]                                        # a ref as packed, with image_id, height, width of its image
 
 _TEXT = {"cleaned": "sent", "raw": "raw"}      # what the configuration calls it -> its field in the record
@@ -184,6 +185,16 @@ class Canvas:
     target: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A training sample without its pixels: what it says, and what the dice decided."""
+
+    info: SampleInfo
+    ref: Record
+    mirrored: bool
+    jitter: tuple[float, float, float] | None
+
+
 def _room(*shape: int, dtype: torch.dtype) -> Tensor:
     """Memory without values; in a worker process it is shared with the main one, so that handing it over copies nothing."""
     if get_worker_info() is None:
@@ -205,25 +216,39 @@ class SampleReader:
         self._stores = [ShardStore(index, config.cache_dir, config.cache_gb * 1e9) for index in table.indexes]
         self._latest: dict[str, tuple[tuple[int, ...], Any]] = {}     # of the evaluation sample before, see `_shared`
 
-    def train_sample(self, seed: int, epoch: int, number: int, image: np.ndarray, target: np.ndarray) -> SampleInfo:
-        """Write a sample into `image`, uint8 [S, S, 3], and `target`, bool [S, S].
+    def train_samples(self, seed: int, keys: Sequence[Key], image: np.ndarray, target: np.ndarray) -> list[SampleInfo]:
+        """Write the samples of the keys (epoch, number) into `image`, uint8 [n, S, S, 3], and `target`, bool [n, S, S].
 
-        Its random changes depend on seed, epoch and number only.
+        The random changes of a sample depend on seed, epoch and number only. A sample alone would drive the code of each step out of
+        the processor's caches before the next one needs it; so the samples go from step to step side by side.
         """
-        dice = np.random.default_rng(np.random.SeedSequence([seed, epoch, number]))
-        ref, chosen = self._record(number), int(self.table.sentence[number])
-        drawn, coin = int(dice.integers(len(ref["sentences"]))), dice.random()
-        chosen = drawn if chosen < 0 else chosen
-        name, sentence = self._words(number, ref, chosen)
+        stored = [self._read(number) for _, number in keys]
+        dice = [np.random.default_rng(np.random.SeedSequence([seed, *key])) for key in keys]
+        drafts = [self._draft(number, ref, rolled) for (_, number), (ref, _), rolled in zip(keys, stored, dice)]
+        for draft, (_, jpg), square in zip(drafts, stored, image):
+            with self._reading(draft.info.number, "jpg"):
+                pixels = transforms.decode_image(jpg, draft.info.frame)
+                transforms.image_to_square(pixels, draft.info.frame, draft.mirrored, draft.jitter, square)
+        for draft, square in zip(drafts, target):
+            with self._reading(draft.info.number, "json"):
+                transforms.rle_to_square(draft.ref["rle"], draft.info.frame, draft.mirrored, square)
+        return [draft.info for draft in drafts]
+
+    def _read(self, number: int) -> tuple[Record, bytes]:
+        """The record of a sample and its photograph as it is stored."""
+        ref = self._record(number)
+        with self._reading(number, "jpg"):
+            return ref, self._stored(number)
+
+    def _draft(self, number: int, ref: Record, dice: np.random.Generator) -> _Draft:
+        """The sentence of a sample, if that is to be drawn, and its random changes."""
+        chosen, drawn, coin = int(self.table.sentence[number]), int(dice.integers(len(ref["sentences"]))), dice.random()
+        name, sentence = self._words(number, ref, drawn if chosen < 0 else chosen)
         mirror = transforms.mirror_sentence(sentence) if coin < self.config.augment.flip else None
         mirrored, sentence = mirror is not None, mirror or sentence
         jitter = transforms.draw_jitter(sentence, self.config.augment.color_jitter, dice)
-        frame = self._frame(ref)
-        with self._reading(number, "jpg"):
-            transforms.image_to_square(transforms.decode_image(self._stored(number), frame), frame, mirrored, jitter, image)
-        with self._reading(number, "json"):
-            transforms.rle_to_square(ref["rle"], frame, mirrored, target)
-        return SampleInfo(number, name, sentence, frame, ref["image_id"], ref["category"], ref["same_class"])
+        info = SampleInfo(number, name, sentence, self._frame(ref), ref["image_id"], ref["category"], ref["same_class"])
+        return _Draft(info, ref, mirrored, jitter)
 
     def eval_sample(self, number: int, other: int | None, picture: bool, image: np.ndarray) -> SampleInfo:
         """Write a sample as it is into `image`, uint8 [S, S, 3]; its truth, and its picture if asked for, are in what is returned.

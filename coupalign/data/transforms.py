@@ -127,7 +127,7 @@ def _resize(pixels: np.ndarray, out: np.ndarray, scales: tuple[float, float] | N
             at a quarter, are 128.25, and libjpeg gives 129); none: as the sizes say.
     """
     target = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)       # the operator would not see gaps between the rows
-    source, written = (torch.from_numpy(array)[None].permute(0, 3, 1, 2)                # [1, 3, H, W], channels last
+    source, written = (torch.from_numpy(array.reshape(1, *array.shape).transpose(0, 3, 1, 2))        # [1, 3, H, W], channels last
                        for array in (np.require(pixels, np.uint8, ["C", "W"]), target))
     torch.ops.aten._upsample_bilinear2d_aa.out(source, list(out.shape[:2]), False, *(scales or (None, None)), out=written)
     if target is not out:

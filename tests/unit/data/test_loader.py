@@ -187,9 +187,11 @@ def test_a_sample_is_what_the_annotation_says(packed: Path, refer_root: Path, re
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_is_handed_over_as_it_was_written(packed: Path, workers: int):
-    """Channels last, and from a worker in memory that both processes see."""
+    """Channels last, and from a worker in memory that both processes see; the words are copied, and can be written to."""
     loader = train(config_of(packed, workers=workers))
     _, [batch] = next(loader.steps_from(0))
+    assert not batch.words.is_shared() and not batch.word_mask.is_shared()
+    batch.words[:], batch.word_mask[:] = 0, False
     assert batch.image.is_contiguous(memory_format=torch.channels_last) and batch.target.is_contiguous()
     assert batch.image.is_shared() == batch.target.is_shared() == bool(workers)
     loader.close()

@@ -1,13 +1,15 @@
 """Bad samples: the run ends with their names, or they are replaced, counted and named; an evaluation leaves none out."""
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from coupalign.data import loader as loader_module
 from coupalign.data.index import read_index
 from coupalign.errors import InputError
-from tests.unit.data.batches import config_of, evaluate, steps_of, train
+from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train
 
 
 def damage(packed: Path, image_id: int, part: str, change) -> None:
@@ -63,6 +65,19 @@ def test_skip_replaces_counts_and_names(packed: Path):
             assert a == b if "/4/" not in a[1] and "/5/" not in a[1] else b[1].split("/")[2] == "6"
     parts = [steps_of(train(config, 4, 1, rank, 2), 0, 8) for rank in range(2)]
     assert [a + b for a, b in zip(*parts)] == found
+
+
+@pytest.mark.parametrize("part", ["jpg", "json"])
+def test_how_many_are_read_side_by_side_changes_nothing(packed: Path, part: str, monkeypatch: pytest.MonkeyPatch):
+    damage(packed, 72, part, DAMAGES[1][1])
+    found = []
+    for together in (1, 3, 8, 32):
+        monkeypatch.setattr(loader_module, "_SIDE_BY_SIDE", together)
+        loader = train(config_of(packed, bad_samples="skip", max_bad_share=1), 8)
+        batches = [batches[0] for _, batches in islice(loader.steps_from(0), 6)]
+        found.append([(rows_of(batch), [reason.partition(": ")[0] for reason in batch.bad]) for batch in batches])
+    assert found.count(found[0]) == len(found)
+    assert {name for _, bad in found[0] for name in bad} == {"refcoco/unc/4", "refcoco/unc/5"}
 
 
 def test_too_many_bad_samples_end_the_run(packed: Path):
