@@ -30,7 +30,7 @@ if [[ $shards == data/refshapes/shards && ! -f $shards/index.json ]]; then
 fi
 packed=("data.train=[{index: $shards, split: train}]" "data.evaluate=[{index: $shards, split: val}]")
 bench startup startup configs/refshapes.yaml "${packed[@]}"
-bench loader loader configs/refshapes.yaml "${packed[@]}" ${SHARDS:+data.image_size=480} data.workers=2 --steps 10
+bench loader loader configs/refshapes.yaml "${packed[@]}" ${SHARDS:+data.image_size=480} data.workers=2 --steps 24
 # The published sizes on random samples, from random weights, so that nothing has to be downloaded.
 bert=$(mktemp -d)
 trap 'rm -rf "$bert"' EXIT
