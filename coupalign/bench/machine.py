@@ -39,8 +39,12 @@ class Result(ABC):
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """What a time depends on, besides the code."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    """What a time depends on, besides the code. Two results are compared if their "device" is the same."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        name = processor(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
     return {"device": name, "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count()), "torch": torch.__version__,
             "python": platform.python_version()}
 
@@ -81,9 +85,20 @@ def read_result(file: Path, machine: Mapping[str, str], what: str) -> dict[str, 
     return value
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def processor(cpuinfo: str) -> str:
+    """Brand, what tells generations of one brand apart, and cores.
+
+    Clouds call every processor of a maker by one name: "AMD EPYC" was one with AVX-512 and bf16 instructions one day, and one of half its
+    speed with neither the next.
+
+    Args:
+        cpuinfo: what Linux has in /proc/cpuinfo.
+    """
+    first = cpuinfo.partition("\n\n")[0].splitlines()
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    details = [f"{key.removeprefix('cpu ')} {known[key]}" for key in ("cpu family", "model") if key in known]
+    details.append(torch.backends.cpu.get_cpu_capability())
+    if "bf16" in known.get("flags", "") + known.get("Features", ""):     # x86's name for the list, and ARM's
+        details.append("bf16")
+    return f"{name} ({', '.join(details)}), {os.cpu_count()} cores"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coupalign.bench.machine import processor
 from coupalign.cli import main
 from coupalign.config.load import read_config
 from coupalign.model.methods import build_model
@@ -103,6 +104,15 @@ def test_wrong_use_is_an_error(config: Path, capsys: pytest.CaptureFixture[str])
     assert main(["bench", "step"]) == 2 and "need a configuration" in capsys.readouterr().err
     assert main(["bench", "step", str(config), "--steps", "0"]) == 2
     assert main(["bench", "step", str(config)]) == 2 and "vocabulary" in capsys.readouterr().err
+
+
+def test_processors_of_one_brand_are_told_apart() -> None:
+    old = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel\t\t: 1\n"
+    new = old.replace("model\t\t: 1", "model\t\t: 17").replace("avx2", "avx2 avx512_bf16")
+    assert processor(old).startswith("AMD EPYC (family 25, model 1, ") and "bf16" not in processor(old)
+    assert processor(new).startswith("AMD EPYC (family 25, model 17, ") and ", bf16), " in processor(new)
+    assert ", bf16), " in processor("processor\t: 0\nFeatures\t: fp asimd bf16\n")     # ARM gives no name
+    assert processor("").endswith(" cores")     # and without /proc
 
 
 def test_the_peak_is_that_of_matrix_products() -> None:
