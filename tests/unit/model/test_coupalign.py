@@ -89,8 +89,7 @@ def opened(variant: CoupAlignConfig | None = None) -> CoupAlign:
 
 
 def test_logits_do_not_depend_on_padding_or_on_the_rest_of_the_batch():
-    model = opened().double()
-    model.mean, model.std = model.mean.double(), model.std.double()
+    model = opened().double()     # float32 rounds otherwise in other batches, by how much is the processor's
     image, words, mask, _ = inputs(3)
     together = model(image, words, mask)
     padded = model(image, torch.nn.functional.pad(words, (0, 4)), torch.nn.functional.pad(mask, (0, 4)))
@@ -107,7 +106,7 @@ def test_the_sentence_matters_once_the_gates_are_open():
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    model = opened()
+    model = opened().double()
     image, words, mask, target = inputs(4)
     gradients = []
     for size in (4, 2):
@@ -116,7 +115,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
             (model(image[i:i + size], words[i:i + size], mask[i:i + size], target[i:i + size])["loss"] * size / 4).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for (name, _), a, b in zip(model.named_parameters(), *gradients):
-        assert (a - b).norm() <= 1e-4 * max(a.norm().item(), 1e-4), name
+        assert (a - b).norm() <= 1e-5 * max(a.norm().item(), 1e-4), name
 
 
 @pytest.mark.parametrize("impl", ["reference", "plain"])
