@@ -95,6 +95,7 @@ def _add_bench_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
     made.add_argument("--profile", type=Path, metavar="FILE", help="step: write the profiler's trace of three steps, for ui.perfetto.dev")
     made.add_argument("--beside", action="append", default=[], metavar="KEY=VALUE",
                       help="step: measure it in turn with the same configuration, changed like this; may be given again")
+    made.add_argument("--soak", type=int, default=0, metavar="SAMPLES", help="loader: weigh the worker processes while they read so many")
     made.add_argument("--out", type=Path, help="step, loader, eval, startup: write the result as JSON")
     made.add_argument("--against", type=Path, metavar="FILE",
                       help="step, loader, eval, startup: print ratios to an earlier --out of the same machine")

@@ -272,7 +272,7 @@ def _bench_eval(options: argparse.Namespace) -> Any:
 def _bench_loader(options: argparse.Namespace) -> Any:
     from coupalign.bench.loader import bench_loader
 
-    return _bench_on_ranks(options, lambda config, _: bench_loader(config, options.steps, options.warmup))
+    return _bench_on_ranks(options, lambda config, _: bench_loader(config, options.steps, options.warmup, options.soak))
 
 
 def _bench_on_ranks(options: argparse.Namespace, measure: Callable[[Any, Any], Any]) -> Any:
@@ -281,8 +281,8 @@ def _bench_on_ranks(options: argparse.Namespace, measure: Callable[[Any, Any], A
     from coupalign.bench.machine import describe_machine, read_result
     from coupalign.config.load import read_config
 
-    if options.steps < 1 or options.warmup < 1:
-        raise InputError("--steps and --warmup must be at least 1")
+    if options.steps < 1 or options.warmup < 1 or options.soak < 0:
+        raise InputError("--steps and --warmup must be at least 1, --soak not below 0")
     config = read_config(options.config, options.overrides)
     with dist.session() as world:
         before = options.against and read_result(options.against, describe_machine(world.device), options.what)

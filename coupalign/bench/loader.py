@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenize
 from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square
+from coupalign.errors import InputError
 
 _WAYS = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
 
@@ -52,6 +53,7 @@ class LoaderBench(Result):
         megapixels: the same.
         gigabytes: memory of this process before the first and after the last step ("start", "end"), and of its largest worker process
             ("worker start", "worker end") where there are workers.
+        soak: memory of the largest worker process, by the samples that all of them have read since they started; empty where not asked for.
     """
 
     bench: ClassVar[str] = "loader"
@@ -66,6 +68,7 @@ class LoaderBench(Result):
     kilobytes: float
     megapixels: float
     gigabytes: dict[str, float]
+    soak: dict[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
@@ -83,15 +86,18 @@ class LoaderBench(Result):
         if "worker end" in self.gigabytes:
             before, after = self.gigabytes["worker start"], self.gigabytes["worker end"]
             lines.append(f"of the largest worker process: {before:.3f} GB before, {after:.3f} GB after")
+        lines += [f"{'of it after ' + samples + ' samples':<36}{held:>10.4f} GB" for samples, held in self.soak.items()]
         return "\n".join(lines)
 
 
-def bench_loader(config: Config, steps: int = 20, warmup: int = 2) -> LoaderBench:
-    """Time the ways over `steps` steps, after `warmup` of them.
+def bench_loader(config: Config, steps: int = 20, warmup: int = 2, soak: int = 0) -> LoaderBench:
+    """Time the ways over `steps` steps, after `warmup` of them; then weigh the workers while they read `soak` samples.
 
     Raises:
-        InputError: data.train is empty or cannot be read.
+        InputError: data.train is empty or cannot be read; there are no workers to weigh.
     """
+    if soak and not config.data.workers:
+        raise InputError("--soak weighs worker processes, and there are none: set data.workers to 1 or more")
     tokenizer = open_tokenizer(config.data)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -109,7 +115,7 @@ def bench_loader(config: Config, steps: int = 20, warmup: int = 2) -> LoaderBenc
     ratios = {f"loader / {name}": found["loader"][0] / found[name][0] for name in _WAYS[:-1]}
     bytes_, pixels = np.mean(photos, axis=0)
     return LoaderBench(describe_machine(torch.device("cpu")), config.name, config.data.image_size, config.train.global_batch, steps, found,
-                       ratios, float(bytes_) / 1e3, float(pixels) / 1e6, gigabytes)
+                       ratios, float(bytes_) / 1e3, float(pixels) / 1e6, gigabytes, _soak(config, tokenizer, soak) if soak else {})
 
 
 def _open(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int) -> TrainLoader:
@@ -181,6 +187,17 @@ def _through(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: in
                 gigabytes["worker start" if step == warmup else "worker end"] = max(map(resident_gigabytes, loader.worker_pids))
     seconds = seconds[warmup:]
     return rates(config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)]), gigabytes
+
+
+def _soak(config: Config, tokenizer: Tokenizer, samples: int) -> dict[str, float]:
+    """Memory of the largest worker process at some ten places on the way through so many samples, by what was read until then."""
+    steps = max(10, samples // config.train.global_batch)
+    held = {}
+    with contextlib.closing(_open(config, config.data, tokenizer, config.data.workers)) as loader:
+        for step, _ in zip(tqdm(range(1, steps + 1), desc="soak", unit="step", disable=None), loader.steps_from(0)):
+            if step % (steps // 10) == 0:
+                held[f"{step * config.train.global_batch:,}"] = max(map(resident_gigabytes, loader.worker_pids))
+    return held
 
 
 def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:

@@ -30,8 +30,8 @@ class Result(ABC):
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `to_json` gave."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        """What `to_json` gave; fields that have come since then have their defaults."""
+        return cls(**{field.name: value[field.name] for field in fields(cls) if field.name in value})
 
     @abstractmethod
     def figures(self) -> dict[str, float]:

@@ -28,7 +28,7 @@ VERBS = {
     "reproduce": {"--data", "--scale", "--seeds", "--jobs", "--launcher", "--slurm", "--only-print"},
     "report": set(),
     "track": set(),
-    "bench": {"--batch", "--steps", "--warmup", "--random-data", "--profile", "--beside", "--out", "--against"},
+    "bench": {"--batch", "--steps", "--warmup", "--random-data", "--profile", "--beside", "--soak", "--out", "--against"},
     "doctor": {"--distributed"},
 }
 
