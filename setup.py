@@ -1,4 +1,5 @@
 """Packaging. Pinned versions that were tested together are in constraints.txt."""
+
 import re
 from pathlib import Path
 
@@ -39,8 +40,19 @@ setup(
     ],
     extras_require={
         "s3": ["s3fs"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "import-linter", "wids", "s3fs", "moto[s3,server]",
-                 "triton", "playwright"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "import-linter",
+            "wids",
+            "s3fs",
+            "moto[s3,server]",
+            "triton",
+            "playwright",
+        ],
     },
     entry_points={"console_scripts": ["coupalign = coupalign.cli:main"]},
     classifiers=[

@@ -3,6 +3,7 @@
 `coupalign.load(path).predict(image, sentence)` uses a trained model; everything else is a verb of the command line
 (`coupalign --help`). Importing the package imports none of torch, deepspeed, transformers, timm, webdataset or mlflow.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

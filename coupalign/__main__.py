@@ -1,4 +1,5 @@
 """`python -m coupalign VERB …`: what every launcher starts."""
+
 from coupalign.cli import main
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A run is a run directory, or the id or the name of a run on an MLflow server; what is read is its file of rows
 (`evaluation.facts`), which `coupalign eval` and every evaluation of a training write.
 """
+
 from __future__ import annotations
 
 import os
@@ -72,20 +73,36 @@ class Comparison:
 
     def table(self) -> str:
         """All of it as text; metrics in percent."""
-        lines = [f"{self.samples:,} (image, sentence) samples on {self.images:,} images", "",
-                 f"{'':<8}{'A %':>8}{'B %':>8}{'B - A':>8}   95 % interval"]
+        lines = [
+            f"{self.samples:,} (image, sentence) samples on {self.images:,} images",
+            "",
+            f"{'':<8}{'A %':>8}{'B %':>8}{'B - A':>8}   95 % interval",
+        ]
         for name, one in self.metrics.items():
-            lines.append(f"{name:<8}{100 * one.a:8.2f}{100 * one.b:8.2f}{100 * (one.b - one.a):+8.2f}   "
-                         f"{100 * one.low:+.2f} … {100 * one.high:+.2f}")
-        lines += ["", f"P@0.5: reached by A alone {self.only_a:,}, by B alone {self.only_b:,}; McNemar's exact test: "
-                      f"p = {self.p_value:.3g}", f"IoU: higher in B {self.won:,}, lower {self.lost:,}, equal {self.tied:,}"]
-        for title, examples in (("most won by B", self.most_won), ("most lost by B", self.most_lost)):
-            shown = [f"  {one.a:.3f} -> {one.b:.3f}  {one.name}  {one.sentence}" for one in examples]
+            lines.append(
+                f"{name:<8}{100 * one.a:8.2f}{100 * one.b:8.2f}{100 * (one.b - one.a):+8.2f}   "
+                f"{100 * one.low:+.2f} … {100 * one.high:+.2f}"
+            )
+        lines += [
+            "",
+            f"P@0.5: reached by A alone {self.only_a:,}, by B alone {self.only_b:,}; McNemar's exact test: "
+            f"p = {self.p_value:.3g}",
+            f"IoU: higher in B {self.won:,}, lower {self.lost:,}, equal {self.tied:,}",
+        ]
+        for title, examples in (
+            ("most won by B", self.most_won),
+            ("most lost by B", self.most_lost),
+        ):
+            shown = [
+                f"  {one.a:.3f} -> {one.b:.3f}  {one.name}  {one.sentence}" for one in examples
+            ]
             lines += ["", title, *shown] if shown else []
         return "\n".join(lines)
 
 
-def compare(a: str, b: str, split: str = "val", protocol: str = "ris-v1", tracking_uri: str | None = None) -> Comparison:
+def compare(
+    a: str, b: str, split: str = "val", protocol: str = "ris-v1", tracking_uri: str | None = None
+) -> Comparison:
     """Compare two runs under one protocol, every sentence a sample.
 
     Args:
@@ -110,9 +127,13 @@ def open_rows(run: str, split: str, protocol: str, tracking_uri: str | None = No
     if folder.is_dir():
         if (folder / wanted).is_file():
             return read_rows(folder / wanted)
-        there = ", ".join(sorted(file.name for file in (folder / "scores").glob("*.csv"))) or "nothing"
-        raise InputError(f"{folder}: no {wanted}; its scores/ holds {there}; make it with `coupalign eval {run} --split {split} "
-                         f"--protocol {protocol}`")
+        there = (
+            ", ".join(sorted(file.name for file in (folder / "scores").glob("*.csv"))) or "nothing"
+        )
+        raise InputError(
+            f"{folder}: no {wanted}; its scores/ holds {there}; make it with `coupalign eval {run} --split {split} "
+            f"--protocol {protocol}`"
+        )
     if "/" in run:
         raise InputError(f"{run}: no such run directory, and no MLflow run is called that")
     from coupalign.tracking.mlflow import fetch_artifact
@@ -130,26 +151,37 @@ def pair_rows(a: Rows, b: Rows, name_a: str = "A", name_b: str = "B") -> tuple[R
     """
     places = {name: place for place, name in enumerate(b.names)}
     known = set(a.names)
-    only_a, only_b = [name for name in a.names if name not in places], [name for name in b.names if name not in known]
+    only_a, only_b = (
+        [name for name in a.names if name not in places],
+        [name for name in b.names if name not in known],
+    )
     if only_a or only_b:
         owner, first = (name_a, only_a[0]) if only_a else (name_b, only_b[0])
-        raise InputError(f"{name_a} and {name_b} were not scored on the same samples: {len(a):,} and {len(b):,}, {len(only_a):,} and "
-                         f"{len(only_b):,} of them in one alone; the first, {first}, only in {owner}. Score both on the same split "
-                         "without a limit")
+        raise InputError(
+            f"{name_a} and {name_b} were not scored on the same samples: {len(a):,} and {len(b):,}, {len(only_a):,} and "
+            f"{len(only_b):,} of them in one alone; the first, {first}, only in {owner}. Score both on the same split "
+            "without a limit"
+        )
     b = b.take(np.asarray([places[name] for name in a.names], dtype=np.int64))
     for what in ("image_ids", "pixels", "area"):
         mine, other = getattr(a, what), getattr(b, what)
         if len(wrong := np.flatnonzero(mine != other)):
             first = wrong[0]
-            raise InputError(f"{name_a} and {name_b} were scored against other truths: {len(wrong):,} samples differ in {what}, the first "
-                             f"is {a.names[first]}, {mine[first]:,} and {other[first]:,}. Score both from the same shards")
+            raise InputError(
+                f"{name_a} and {name_b} were scored against other truths: {len(wrong):,} samples differ in {what}, the first "
+                f"is {a.names[first]}, {mine[first]:,} and {other[first]:,}. Score both from the same shards"
+            )
     return a, b
 
 
-def compare_rows(a: Rows, b: Rows, empty: Empty = "one", bootstrap: int = 1000, seed: int = 0) -> Comparison:
+def compare_rows(
+    a: Rows, b: Rows, empty: Empty = "one", bootstrap: int = 1000, seed: int = 0
+) -> Comparison:
     """Compare rows of the same samples in the same order, at least one."""
     assert a.names == b.names and len(a)
-    values, others = (summarize(rows.counts, bootstrap=0, clusters=rows.image_ids, empty=empty) for rows in (a, b))
+    values, others = (
+        summarize(rows.counts, bootstrap=0, clusters=rows.image_ids, empty=empty) for rows in (a, b)
+    )
     intervals = paired_intervals(a.counts, b.counts, bootstrap, seed, a.image_ids, empty)
     metrics = {name: Difference(values[name], others[name], *intervals[name]) for name in METRICS}
     right_a, right_b = hits(a.counts, empty)[:, 0], hits(b.counts, empty)[:, 0]
@@ -159,12 +191,23 @@ def compare_rows(a: Rows, b: Rows, empty: Empty = "one", bootstrap: int = 1000, 
     order = np.argsort(change, kind="stable")
 
     def examples(places: np.ndarray) -> tuple[Example, ...]:
-        return tuple(Example(a.names[p], a.sentences[p], float(iou_a[p]), float(iou_b[p])) for p in places)
+        return tuple(
+            Example(a.names[p], a.sentences[p], float(iou_a[p]), float(iou_b[p])) for p in places
+        )
 
     return Comparison(
-        len(a), values["images"], metrics, only_a, only_b, mcnemar(only_a, only_b),
-        int((change > 0).sum()), int((change < 0).sum()), int((change == 0).sum()),
-        examples([p for p in order[::-1][:_SHOWN] if change[p] > 0]), examples([p for p in order[:_SHOWN] if change[p] < 0]))
+        len(a),
+        values["images"],
+        metrics,
+        only_a,
+        only_b,
+        mcnemar(only_a, only_b),
+        int((change > 0).sum()),
+        int((change < 0).sum()),
+        int((change == 0).sum()),
+        examples([p for p in order[::-1][:_SHOWN] if change[p] > 0]),
+        examples([p for p in order[:_SHOWN] if change[p] < 0]),
+    )
 
 
 def mcnemar(b: int, c: int) -> float:

@@ -4,6 +4,7 @@ The torchvision wheel on PyPI is linked against CUDA. Beside a CPU-only torch it
 `import torchvision`, and with it timm and transformers, fails because two operator schemas are unknown. Declaring the
 schemas is enough for everything this project uses; nothing is declared where torch has CUDA.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """Ranks: joining the job's process group, and the few collectives that the project uses. The only reader of the launcher's environment."""
+
 from __future__ import annotations
 
 import os
@@ -58,7 +59,11 @@ def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[
         os.environ |= meeting_point(os.environ)
     # Our own watch comes first: it says more than the timeout of a collective.
     timeout = timedelta(minutes=hang_minutes + 5)
-    store = td.HashStore() if size == 1 else next(td.rendezvous(rendezvous, rank, size, timeout=timeout))[0]
+    store = (
+        td.HashStore()
+        if size == 1
+        else next(td.rendezvous(rendezvous, rank, size, timeout=timeout))[0]
+    )
     store.set_timeout(timeout)
     td.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, store=store)
     watch = Watch(rank, size, store.clone(), 60 * hang_minutes)
@@ -66,7 +71,7 @@ def session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iterator[
     try:
         yield world
         doing("leaving the job")
-        wait_for_all(world)               # or a rank that is still leaving loses the one that holds the store
+        wait_for_all(world)  # or a rank that is still leaving loses the one that holds the store
     finally:
         td.destroy_process_group()
         watch.close()
@@ -94,7 +99,9 @@ class AnyRank:
         self.rounds += 1
         if self.rounds <= self.pause:
             return False
-        answer, slowest_s = most([float(self.flag()), (time.perf_counter() - self.asked_at) / self.rounds], self.world)
+        answer, slowest_s = most(
+            [float(self.flag()), (time.perf_counter() - self.asked_at) / self.rounds], self.world
+        )
         self.rounds, self.pause = 0, min(2 * self.rounds, int(self.every_s / max(slowest_s, 1e-9)))
         self.asked_at = time.perf_counter()
         return answer > 0
@@ -128,9 +135,13 @@ def gather_rows(rows: np.ndarray, world: World) -> np.ndarray:
     """int64 [sum of n, k]: the rows [n, k] of all ranks one after another; n may differ between ranks."""
     if world.size == 1:
         return rows
-    counts = gather_vector(torch.tensor([float(len(rows))], device=world.device), world)[:, 0].long().tolist()
+    counts = (
+        gather_vector(torch.tensor([float(len(rows))], device=world.device), world)[:, 0]
+        .long()
+        .tolist()
+    )
     padded = torch.zeros(max(counts), rows.shape[1], dtype=torch.int64)
-    padded[:len(rows)] = torch.from_numpy(rows)
+    padded[: len(rows)] = torch.from_numpy(rows)
     mine = padded.to(world.device)
     everybody = [torch.empty_like(mine) for _ in range(world.size)]
     td.all_gather(everybody, mine)
@@ -190,5 +201,7 @@ def _device(local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise InputError(f"local rank {local_rank} of {local_size} has no GPU: this host shows {torch.cuda.device_count()}")
+        raise InputError(
+            f"local rank {local_rank} of {local_size} has no GPU: this host shows {torch.cuda.device_count()}"
+        )
     return torch.device("cuda", local_rank)

@@ -1,4 +1,5 @@
 """Files that appear whole or not at all."""
+
 from __future__ import annotations
 
 import hashlib
@@ -52,7 +53,7 @@ def publish_directory(finished: Path, path: Path) -> None:
     """Flush everything below `finished` to disk, then rename it to `path`; an older `path` goes away only after that."""
     files = [finished, *finished.rglob("*")]
     if len(files) > 100:
-        os.sync()                                            # once for all: an fsync each takes milliseconds
+        os.sync()  # once for all: an fsync each takes milliseconds
     else:
         for file in files:
             _sync(file)

@@ -1,4 +1,5 @@
 """What a model is to be asked: (image, sentence) pairs from a CSV or JSONL file, or one sentence about all images of a folder."""
+
 from __future__ import annotations
 
 import csv
@@ -44,7 +45,9 @@ def read_pairs(path: Path) -> list[Pair]:
         case ".jsonl" | ".ndjson":
             rows = _json_rows(path, text)
         case other:
-            raise InputError(f"{path}: pairs are read from .csv or .jsonl, not from {other or 'a file without ending'}")
+            raise InputError(
+                f"{path}: pairs are read from .csv or .jsonl, not from {other or 'a file without ending'}"
+            )
     pairs = [_pair(path, line, row, number) for number, (line, row) in enumerate(rows, 1)]
     if not pairs:
         raise InputError(f"{path}: holds no pairs")
@@ -60,12 +63,24 @@ def folder_pairs(folder: Path, sentence: str) -> list[Pair]:
         InputError: the folder has no images, or the sentence no words.
     """
     tidy(sentence)
-    images = sorted(path for path in folder.iterdir()
-                    if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file())
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
+    )
     if not images:
         raise InputError(f"{folder}: holds no images ({', '.join(ENDINGS)})")
     same = Counter(image.stem for image in images)
-    return [Pair(str(image), image.name, image, sentence, image.stem if same[image.stem] == 1 else image.name) for image in images]
+    return [
+        Pair(
+            str(image),
+            image.name,
+            image,
+            sentence,
+            image.stem if same[image.stem] == 1 else image.name,
+        )
+        for image in images
+    ]
 
 
 def tidy(sentence: str) -> str:
@@ -80,10 +95,14 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = reader.fieldnames or ()
     if missing := [name for name in ("image", "sentence") if name not in columns]:
-        raise InputError(f"{path}: line 1: no column {' and '.join(missing)}; the columns are {','.join(columns)}")
+        raise InputError(
+            f"{path}: line 1: no column {' and '.join(missing)}; the columns are {','.join(columns)}"
+        )
     for row in reader:
         if None in row:
-            raise InputError(f"{path}: line {reader.line_num}: more fields than columns; a sentence with a comma needs quotes")
+            raise InputError(
+                f"{path}: line {reader.line_num}: more fields than columns; a sentence with a comma needs quotes"
+            )
         yield reader.line_num, row
 
 
@@ -96,7 +115,9 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number}: an object with image and sentence is expected, found {line.strip()[:40]}")
+            raise InputError(
+                f"{path}: line {number}: an object with image and sentence is expected, found {line.strip()[:40]}"
+            )
         yield number, row
 
 

@@ -14,6 +14,7 @@ where <name> is <image stem>-<n> for the n-th pair of a file, counted from 1, an
 next batch and write the files of the one before while the model works. A file of pairs must be whole: an image that cannot be read ends
 it, without results.jsonl. In a folder such an image is passed over, with a warning and its error in results.jsonl.
 """
+
 from __future__ import annotations
 
 import json
@@ -76,8 +77,15 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """The prediction without its pixels."""
         height, width = self.mask.shape
-        return {"sentence": self.sentence, "box": None if self.box is None else list(self.box), "area": self.area,
-                "score": round(self.score, 6), "height": height, "width": width, "cut": self.cut}
+        return {
+            "sentence": self.sentence,
+            "box": None if self.box is None else list(self.box),
+            "area": self.area,
+            "score": round(self.score, 6),
+            "height": height,
+            "width": width,
+            "cut": self.cut,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,15 @@ class _Asked:
         """The answer; waits for it."""
         mask, probability = self.mask.numpy(), self.probability.numpy()
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else None
+        box = (
+            (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+            if len(rows)
+            else None
+        )
         score = float(probability[mask].mean(dtype=np.float64)) if len(rows) else 0.0
-        return Prediction(self.opened.sentence, mask, probability, box, int(mask.sum()), score, self.cut)
+        return Prediction(
+            self.opened.sentence, mask, probability, box, int(mask.sum()), score, self.cut
+        )
 
 
 class Predictor:
@@ -115,8 +129,15 @@ class Predictor:
     trained and scored in: so its masks are those that were scored.
     """
 
-    def __init__(self, config: Config, model: ReferringModel, tokenizer: Tokenizer, device: torch.device) -> None:
-        self.config, self.model, self.tokenizer, self.device = config, model.eval().to(device), tokenizer, device
+    def __init__(
+        self, config: Config, model: ReferringModel, tokenizer: Tokenizer, device: torch.device
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.device = (
+            config,
+            model.eval().to(device),
+            tokenizer,
+            device,
+        )
         self._net = MixedPrecision(self.model, config.precision).eval()
 
     @classmethod
@@ -142,7 +163,9 @@ class Predictor:
         """
         return self._ask([self._open(image, sentence)])[0].prediction()
 
-    def predict_many(self, pairs: Iterable[tuple[Picture, str]], batch: int = 8) -> Iterator[Prediction]:
+    def predict_many(
+        self, pairs: Iterable[tuple[Picture, str]], batch: int = 8
+    ) -> Iterator[Prediction]:
         """Predictions for (image, sentence) pairs, in their order, `batch` of them at a time.
 
         Pairs are taken up to three batches before their predictions are handed out.
@@ -154,7 +177,11 @@ class Predictor:
     def predict_to(self, image: Path, sentence: str, output: Path) -> dict[str, Any]:
         """Predict one pair, write <image stem>.mask.png and .overlay.png into `output`, return what results.jsonl would say."""
         [asked] = self._ask([self._open(image, sentence)])
-        return _write(Pair(str(image), str(image), Path(image), sentence, Path(image).stem), asked, Path(output))
+        return _write(
+            Pair(str(image), str(image), Path(image), sentence, Path(image).stem),
+            asked,
+            Path(output),
+        )
 
     def predict_file(self, pairs: Path, output: Path, batch: int = 8) -> list[dict[str, Any]]:
         """Predict every pair of a CSV or JSONL file and write masks, overlays and results.jsonl into `output`.
@@ -167,7 +194,9 @@ class Predictor:
         """
         return self._predict_all(read_pairs(Path(pairs)), Path(output), batch, self._open_line)
 
-    def predict_folder(self, folder: Path, sentence: str, output: Path, batch: int = 8) -> list[dict[str, Any]]:
+    def predict_folder(
+        self, folder: Path, sentence: str, output: Path, batch: int = 8
+    ) -> list[dict[str, Any]]:
         """Predict one sentence on every image of a folder and write masks, overlays and results.jsonl into `output`.
 
         Returns:
@@ -179,22 +208,36 @@ class Predictor:
         folder, output = Path(folder), Path(output)
         pairs = folder_pairs(folder, sentence)
         if output.resolve() == folder.resolve():
-            raise InputError(f"{output}: masks among the images would be taken for images the next time; give another folder with --out")
+            raise InputError(
+                f"{output}: masks among the images would be taken for images the next time; give another folder with --out"
+            )
         return self._predict_all(pairs, output, batch, self._open_or_pass)
 
-    def _predict_all(self, pairs: list[Pair], output: Path, batch: int, open_pair: Callable[[Pair], _Opened | InputError]) -> list[dict]:
+    def _predict_all(
+        self,
+        pairs: list[Pair],
+        output: Path,
+        batch: int,
+        open_pair: Callable[[Pair], _Opened | InputError],
+    ) -> list[dict]:
         with ThreadPoolExecutor(_threads()) as pool:
             asked = self._asked(in_order(pool, open_pair, pairs, batch), batch)
             lines = in_order(pool, lambda one: _write(*one, output), zip(pairs, asked), batch)
-            results = list(tqdm(lines, desc="predicting", total=len(pairs), unit="image", leave=False))
+            results = list(
+                tqdm(lines, desc="predicting", total=len(pairs), unit="image", leave=False)
+            )
         with whole_file(output / "results.jsonl", "w") as file:
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         return results
 
     def _open(self, image: Picture, sentence: str) -> _Opened:
         opened = open_image(image)
-        frame = frame_of(opened.height, opened.width, self.config.data.image_size, self.config.data.resize)
-        return _Opened(opened, sentence, frame, image_to_square(np.asarray(opened), frame).transpose(2, 0, 1))
+        frame = frame_of(
+            opened.height, opened.width, self.config.data.image_size, self.config.data.resize
+        )
+        return _Opened(
+            opened, sentence, frame, image_to_square(np.asarray(opened), frame).transpose(2, 0, 1)
+        )
 
     def _open_line(self, pair: Pair) -> _Opened:
         try:
@@ -206,10 +249,14 @@ class Predictor:
         try:
             return self._open(pair.image, pair.sentence)
         except InputError as error:
-            log.warning("passed over: %s; repair or remove it, and give the same command again", error)
+            log.warning(
+                "passed over: %s; repair or remove it, and give the same command again", error
+            )
             return error
 
-    def _asked(self, opened: Iterator[_Opened | InputError], batch: int) -> Iterator[_Asked | InputError]:
+    def _asked(
+        self, opened: Iterator[_Opened | InputError], batch: int
+    ) -> Iterator[_Asked | InputError]:
         """The same pairs, `batch` of them asked at a time; what could not be opened stays in its place."""
         while chunk := list(islice(opened, batch)):
             answers = iter(self._ask([one for one in chunk if isinstance(one, _Opened)]))
@@ -220,7 +267,9 @@ class Predictor:
         """Give the device a batch to work on, and do not wait for it."""
         if not opened:
             return []
-        words, word_mask, cut = self.tokenizer.encode([tidy(one.sentence) for one in opened], self.config.data.max_tokens)
+        words, word_mask, cut = self.tokenizer.encode(
+            [tidy(one.sentence) for one in opened], self.config.data.max_tokens
+        )
         inputs = [np.stack([one.square for one in opened]), words.numpy(), word_mask.numpy()]
         logits = self._net(*(send(values, self.device) for values in inputs)).float()
         asked = []
@@ -230,7 +279,9 @@ class Predictor:
         return asked
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def in_order(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[R]:
     """`work(item)` of each item, in their order; threads are at work on up to `ahead` items behind the one that is handed out."""
     begun: deque[Future[R]] = deque()
     for item in items:
@@ -244,12 +295,18 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def write_prediction(folder: Path, name: str, image: Picture, prediction: Prediction) -> dict[str, str]:
+def write_prediction(
+    folder: Path, name: str, image: Picture, prediction: Prediction
+) -> dict[str, str]:
     """Write <name>.mask.png and <name>.overlay.png into `folder`; returns their names, {"mask": …, "overlay": …}."""
     files = {"mask": f"{name}.mask.png", "overlay": f"{name}.overlay.png"}
     save_png(folder / files["mask"], Image.fromarray(prediction.mask.astype(np.uint8) * 255))
     # A photograph hardly shrinks any further: level 6 takes 2.4 times as long for 4 % less.
-    save_png(folder / files["overlay"], Image.fromarray(overlay(np.asarray(open_image(image)), prediction.mask)), level=1)
+    save_png(
+        folder / files["overlay"],
+        Image.fromarray(overlay(np.asarray(open_image(image)), prediction.mask)),
+        level=1,
+    )
     return files
 
 
@@ -263,9 +320,15 @@ def open_image(image: Picture) -> Image.Image:
         case Image.Image():
             return ImageOps.exif_transpose(image).convert("RGB")
         case np.ndarray():
-            if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3):
+            if (
+                image.dtype != np.uint8
+                or not image.size
+                or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3)
+            ):
                 found = f"{image.dtype} {list(image.shape)}"
-                raise InputError(f"image array {found}: uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected")
+                raise InputError(
+                    f"image array {found}: uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected"
+                )
             return Image.fromarray(image).convert("RGB")
     try:
         return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
@@ -281,7 +344,11 @@ def _write(pair: Pair, asked: _Asked | InputError, output: Path) -> dict[str, An
     if isinstance(asked, InputError):
         return {"image": pair.given, "sentence": pair.sentence, "error": str(asked)}
     prediction = asked.prediction()
-    return {"image": pair.given, **prediction.to_json(), **write_prediction(output, pair.name, asked.opened.image, prediction)}
+    return {
+        "image": pair.given,
+        **prediction.to_json(),
+        **write_prediction(output, pair.name, asked.opened.image, prediction),
+    }
 
 
 def _threads() -> int:

@@ -1,4 +1,5 @@
 """Examines a job on all its ranks within a minute: whether they meet, agree and reach each other, and what to change if not."""
+
 from __future__ import annotations
 
 import os
@@ -23,10 +24,13 @@ from coupalign.doctor import examine
 from coupalign.files import whole_file
 from coupalign.tracking import git_revision
 
-PATIENCE_S = 10.0             # for a file that another machine wrote
-CLOCK_S = 1.0                 # tolerated difference of two clocks
-FREE_GB = 20.0                # tolerated room in the run directory
-SLOW_GB_PER_S = {"gloo": 0.1, "nccl": 5.0}    # rules of thumb: a 1 Gb/s network, and half of a 100 Gb/s one
+PATIENCE_S = 10.0  # for a file that another machine wrote
+CLOCK_S = 1.0  # tolerated difference of two clocks
+FREE_GB = 20.0  # tolerated room in the run directory
+SLOW_GB_PER_S = {
+    "gloo": 0.1,
+    "nccl": 5.0,
+}  # rules of thumb: a 1 Gb/s network, and half of a 100 Gb/s one
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,9 @@ class Rank:
     local_rank: int
     local_size: int
     host: str
-    address: str                      # that its host's name resolves to
+    address: str  # that its host's name resolves to
     interfaces: tuple[str, ...]
-    environment: dict[str, str]       # the variables that matter
+    environment: dict[str, str]  # the variables that matter
     cores: int
     gpu: str
     versions: dict[str, str]
@@ -63,9 +67,17 @@ def examine_job(run_dir: Path, world: World, joined_s: float) -> list[Finding]:
         joined_s: how long joining the process group took on this rank, seconds.
     """
     ranks: list[Rank] = dist.gather_objects(_know_yourself(world), world)
-    findings = [_rendezvous(ranks, max(dist.gather_objects(joined_s, world))), _interface(ranks), _devices(ranks), _threads(ranks),
-                _versions(ranks), _clock(ranks, world), _shared_directory(run_dir, ranks, world), _room(run_dir, world),
-                _bandwidth(world)]
+    findings = [
+        _rendezvous(ranks, max(dist.gather_objects(joined_s, world))),
+        _interface(ranks),
+        _devices(ranks),
+        _threads(ranks),
+        _versions(ranks),
+        _clock(ranks, world),
+        _shared_directory(run_dir, ranks, world),
+        _room(run_dir, world),
+        _bandwidth(world),
+    ]
     return dist.from_main(findings, world)
 
 
@@ -93,10 +105,26 @@ def _know_yourself(world: World) -> Rank:
         address = socket.gethostbyname(host)
     except OSError:
         address = "unknown"
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT")
+    names = (
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "OMP_NUM_THREADS",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "none"
-    return Rank(world.rank, world.local_rank, world.local_size, host, address, tuple(name for _, name in socket.if_nameindex()),
-                {name: os.environ[name] for name in names if name in os.environ}, os.cpu_count() or 1, gpu, versions_here())
+    return Rank(
+        world.rank,
+        world.local_rank,
+        world.local_size,
+        host,
+        address,
+        tuple(name for _, name in socket.if_nameindex()),
+        {name: os.environ[name] for name in names if name in os.environ},
+        os.cpu_count() or 1,
+        gpu,
+        versions_here(),
+    )
 
 
 def versions_here() -> dict[str, str]:
@@ -105,7 +133,11 @@ def versions_here() -> dict[str, str]:
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     names = ("coupalign", "python", "torch", "triton", "timm", "transformers", "deepspeed")
     revision = git_revision(Path(coupalign.__file__).parent)
-    return {name: found[name] for name in names} | {"revision": revision, "cuda": torch.version.cuda or "none", "nccl": nccl}
+    return {name: found[name] for name in names} | {
+        "revision": revision,
+        "cuda": torch.version.cuda or "none",
+        "nccl": nccl,
+    }
 
 
 def _rendezvous(ranks: list[Rank], joined_s: float) -> Finding:
@@ -113,12 +145,21 @@ def _rendezvous(ranks: list[Rank], joined_s: float) -> Finding:
     for rank in ranks:
         hosts[rank.host].append(rank)
     found = f"{dist.launcher()}: {len(ranks)} ranks met in {joined_s:.1f} s on " + ", ".join(
-        f"{host} ({len(here)})" for host, here in list(hosts.items())[:16])
+        f"{host} ({len(here)})" for host, here in list(hosts.items())[:16]
+    )
     for host, here in hosts.items():
-        twice = {rank.local_rank for rank in here if sum(other.local_rank == rank.local_rank for other in here) > 1}
+        twice = {
+            rank.local_rank
+            for rank in here
+            if sum(other.local_rank == rank.local_rank for other in here) > 1
+        }
         if twice:
-            return Finding("rendezvous", "FAIL", f"{found}; local rank {sorted(twice)} is there twice on {host}",
-                           "two jobs share a node, or hosts share a name: ranks of one host need local ranks of their own")
+            return Finding(
+                "rendezvous",
+                "FAIL",
+                f"{found}; local rank {sorted(twice)} is there twice on {host}",
+                "two jobs share a node, or hosts share a name: ranks of one host need local ranks of their own",
+            )
     return Finding("rendezvous", "ok", found)
 
 
@@ -130,55 +171,115 @@ def _interface(ranks: list[Rank]) -> Finding:
     for rank in ranks:
         name = rank.environment.get(variable, "")
         if variable.startswith("GLOO") and name and name not in rank.interfaces:
-            return Finding("interface", "FAIL", f"{variable}={name}, and {rank.host} has no such interface",
-                           f"choose one that every node has ({rank.host}: {', '.join(rank.interfaces)}) in slurm/env.sh or .deepspeed_env")
+            return Finding(
+                "interface",
+                "FAIL",
+                f"{variable}={name}, and {rank.host} has no such interface",
+                f"choose one that every node has ({rank.host}: {', '.join(rank.interfaces)}) in slurm/env.sh or .deepspeed_env",
+            )
         if several and not name and rank.address.startswith("127."):
-            return Finding("interface", "FAIL", f"{rank.host} is {rank.address} to itself and {variable} is not set: other nodes cannot "
-                           "answer to that", f"set {variable} to the interface between the nodes (here: {offered})")
+            return Finding(
+                "interface",
+                "FAIL",
+                f"{rank.host} is {rank.address} to itself and {variable} is not set: other nodes cannot "
+                "answer to that",
+                f"set {variable} to the interface between the nodes (here: {offered})",
+            )
     if several and chosen == {""}:
-        return Finding("interface", "warn", f"{variable} is not set; it worked through what the host names resolve to",
-                       f"name the fast one (here: {offered}), or a slow network may be taken")
-    return Finding("interface", "ok", f"{variable}={'/'.join(sorted(chosen)) or 'not set, one host'}")
+        return Finding(
+            "interface",
+            "warn",
+            f"{variable} is not set; it worked through what the host names resolve to",
+            f"name the fast one (here: {offered}), or a slow network may be taken",
+        )
+    return Finding(
+        "interface", "ok", f"{variable}={'/'.join(sorted(chosen)) or 'not set, one host'}"
+    )
 
 
 def _devices(ranks: list[Rank]) -> Finding:
     kinds = _who_has({rank.rank: rank.gpu for rank in ranks})
     if len(kinds) > 1:
-        return Finding("devices", "warn", _spell(kinds), "the slowest decides the speed: take nodes of one kind")
-    return Finding("devices", "ok", next(iter(kinds)) if ranks[0].gpu != "none" else "no GPU: gloo on the processor")
+        return Finding(
+            "devices",
+            "warn",
+            _spell(kinds),
+            "the slowest decides the speed: take nodes of one kind",
+        )
+    return Finding(
+        "devices",
+        "ok",
+        next(iter(kinds)) if ranks[0].gpu != "none" else "no GPU: gloo on the processor",
+    )
 
 
 def _threads(ranks: list[Rank]) -> Finding:
     for rank in ranks:
         threads = int(rank.environment.get("OMP_NUM_THREADS") or 0)
         if threads * rank.local_size > rank.cores:
-            return Finding("threads", "warn", f"{rank.host}: OMP_NUM_THREADS={threads} for each of {rank.local_size} ranks on {rank.cores} "
-                           "cores", f"set OMP_NUM_THREADS={max(1, rank.cores // rank.local_size)}")
+            return Finding(
+                "threads",
+                "warn",
+                f"{rank.host}: OMP_NUM_THREADS={threads} for each of {rank.local_size} ranks on {rank.cores} "
+                "cores",
+                f"set OMP_NUM_THREADS={max(1, rank.cores // rank.local_size)}",
+            )
     first = ranks[0]
-    return Finding("threads", "ok", f"OMP_NUM_THREADS={first.environment.get('OMP_NUM_THREADS', 'not set')}, {first.local_size} ranks on "
-                   f"{first.cores} cores")
+    return Finding(
+        "threads",
+        "ok",
+        f"OMP_NUM_THREADS={first.environment.get('OMP_NUM_THREADS', 'not set')}, {first.local_size} ranks on "
+        f"{first.cores} cores",
+    )
 
 
 def _versions(ranks: list[Rank]) -> Finding:
-    differ = {name: kinds for name in ranks[0].versions if len(kinds := _who_has({r.rank: r.versions[name] for r in ranks})) > 1}
+    differ = {
+        name: kinds
+        for name in ranks[0].versions
+        if len(kinds := _who_has({r.rank: r.versions[name] for r in ranks})) > 1
+    }
     if differ:
-        return Finding("versions", "FAIL", "; ".join(f"{name}: {_spell(kinds)}" for name, kinds in differ.items()),
-                       "start all ranks from one environment (slurm/env.sh), constraints.txt lists what was tested together")
-    return Finding("versions", "ok", ", ".join(f"{name} {value}" for name, value in ranks[0].versions.items() if value != "none"))
+        return Finding(
+            "versions",
+            "FAIL",
+            "; ".join(f"{name}: {_spell(kinds)}" for name, kinds in differ.items()),
+            "start all ranks from one environment (slurm/env.sh), constraints.txt lists what was tested together",
+        )
+    return Finding(
+        "versions",
+        "ok",
+        ", ".join(
+            f"{name} {value}" for name, value in ranks[0].versions.items() if value != "none"
+        ),
+    )
 
 
 def _clock(ranks: list[Rank], world: World) -> Finding:
     rounds = []
     for _ in range(5):
         dist.wait_for_all(world)
-        rounds.append(dist.gather_vector(torch.tensor([time.time()], dtype=torch.float64, device=world.device), world)[:, 0])
-    ahead_by_round = torch.stack(rounds) - torch.stack(rounds)[:, :1]                       # [rounds, ranks], seconds ahead of rank 0
+        rounds.append(
+            dist.gather_vector(
+                torch.tensor([time.time()], dtype=torch.float64, device=world.device), world
+            )[:, 0]
+        )
+    ahead_by_round = (
+        torch.stack(rounds) - torch.stack(rounds)[:, :1]
+    )  # [rounds, ranks], seconds ahead of rank 0
     ahead = ahead_by_round.median(0).values
     worst = int(ahead.abs().argmax())
-    error = float((ahead_by_round[:, worst].max() - ahead_by_round[:, worst].min()) / 2)    # how unequally the ranks leave a barrier
+    error = float(
+        (ahead_by_round[:, worst].max() - ahead_by_round[:, worst].min()) / 2
+    )  # how unequally the ranks leave a barrier
     found = f"rank {worst} on {ranks[worst].host} is {float(ahead[worst]):+.3f} s from rank 0 (within {error:.3f} s), the furthest"
     if abs(float(ahead[worst])) > CLOCK_S:
-        return Finding("clock", "warn", found, "synchronize the nodes' clocks (chrony, ntpd), or times in logs and MLflow mislead")
+        return Finding(
+            "clock",
+            "warn",
+            found,
+            "synchronize the nodes' clocks (chrony, ntpd), or times in logs and MLflow mislead",
+        )
     return Finding("clock", "ok", found)
 
 
@@ -186,24 +287,43 @@ def _shared_directory(run_dir: Path, ranks: list[Rank], world: World) -> Finding
     token = dist.from_main(uuid.uuid4().hex, world)
     mine = run_dir / f".preflight-{token}-{world.rank}"
     try:
-        with whole_file(mine, "w") as file:            # written beside, flushed to disk, renamed: as a checkpoint is
+        with whole_file(
+            mine, "w"
+        ) as file:  # written beside, flushed to disk, renamed: as a checkpoint is
             file.write(token)
         problem = ""
     except OSError as error:
         problem = str(error)
     problems = dist.gather_objects(problem, world)
-    expected = {rank: run_dir / f".preflight-{token}-{rank}" for rank in range(world.size) if not problems[rank]}
+    expected = {
+        rank: run_dir / f".preflight-{token}-{rank}"
+        for rank in range(world.size)
+        if not problems[rank]
+    }
     seen_by = dist.gather_objects(_never_appear(expected, token), world)
     mine.unlink(missing_ok=True)
     for rank, words in enumerate(problems):
         if words:
-            return Finding("run directory", "FAIL", f"rank {rank} on {ranks[rank].host} cannot write: {words}",
-                           "make it writable, or choose another run_dir")
+            return Finding(
+                "run directory",
+                "FAIL",
+                f"rank {rank} on {ranks[rank].host} cannot write: {words}",
+                "make it writable, or choose another run_dir",
+            )
     for rank, missing in enumerate(seen_by):
         if missing:
-            return Finding("run directory", "FAIL", f"rank {rank} on {ranks[rank].host} does not see what rank {missing[0]} on "
-                           f"{ranks[missing[0]].host} wrote to {run_dir}", "it must be one directory on a shared file system for all nodes")
-    return Finding("run directory", "ok", f"{run_dir.resolve()}: every rank sees what every other one writes; rename and fsync work")
+            return Finding(
+                "run directory",
+                "FAIL",
+                f"rank {rank} on {ranks[rank].host} does not see what rank {missing[0]} on "
+                f"{ranks[missing[0]].host} wrote to {run_dir}",
+                "it must be one directory on a shared file system for all nodes",
+            )
+    return Finding(
+        "run directory",
+        "ok",
+        f"{run_dir.resolve()}: every rank sees what every other one writes; rename and fsync work",
+    )
 
 
 def _never_appear(expected: dict[int, Path], content: str) -> list[int]:
@@ -229,7 +349,12 @@ def _room(run_dir: Path, world: World) -> Finding:
 
     gigabytes = dist.on_main(free, world)
     if gigabytes < FREE_GB:
-        return Finding("room", "warn", f"{gigabytes:.1f} GB are free", "a checkpoint of a large model with its optimizer takes several GB")
+        return Finding(
+            "room",
+            "warn",
+            f"{gigabytes:.1f} GB are free",
+            "a checkpoint of a large model with its optimizer takes several GB",
+        )
     return Finding("room", "ok", f"{gigabytes:,.0f} GB are free")
 
 
@@ -241,13 +366,21 @@ def _bandwidth(world: World) -> Finding:
     rates = {}
     for megabytes in (1, 64) if backend == "nccl" else (1, 16):
         tensor = torch.ones(megabytes * 250_000, device=world.device)
-        seconds = statistics.median(_timed(partial(dist.sum_over_ranks, tensor, world), world) for _ in range(5))
+        seconds = statistics.median(
+            _timed(partial(dist.sum_over_ranks, tensor, world), world) for _ in range(5)
+        )
         slowest = max(dist.gather_objects(seconds, world))
         rates[megabytes] = 2 * (world.size - 1) / world.size * megabytes * 1e6 / slowest / 1e9
-    found = f"{backend}: " + ", ".join(f"{rate:.2f} GB/s at {megabytes} MB" for megabytes, rate in rates.items())
+    found = f"{backend}: " + ", ".join(
+        f"{rate:.2f} GB/s at {megabytes} MB" for megabytes, rate in rates.items()
+    )
     if max(rates.values()) < SLOW_GB_PER_S[backend]:
-        return Finding("all-reduce", "warn", f"{found}; as a rule of thumb at least {SLOW_GB_PER_S[backend]} GB/s",
-                       "look at the interface above; with GPUs NCCL_DEBUG=INFO shows which network is taken")
+        return Finding(
+            "all-reduce",
+            "warn",
+            f"{found}; as a rule of thumb at least {SLOW_GB_PER_S[backend]} GB/s",
+            "look at the interface above; with GPUs NCCL_DEBUG=INFO shows which network is taken",
+        )
     return Finding("all-reduce", "ok", found)
 
 
@@ -268,5 +401,7 @@ def _who_has(values: Mapping[int, str]) -> dict[str, list[int]]:
 
 
 def _spell(kinds: Mapping[str, list[int]]) -> str:
-    return ", ".join(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' …' * (len(ranks) > 8)}"
-                     for value, ranks in kinds.items())
+    return ", ".join(
+        f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{' …' * (len(ranks) > 8)}"
+        for value, ranks in kinds.items()
+    )

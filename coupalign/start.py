@@ -1,4 +1,5 @@
 """What a quick start takes."""
+
 from __future__ import annotations
 
 import gc
@@ -28,7 +29,7 @@ def absent(package: str) -> Iterator[None]:
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None          # documented: an import of it raises ModuleNotFoundError
+    sys.modules[package] = None  # documented: an import of it raises ModuleNotFoundError
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 A verb returns what `--json` prints, or (exit status, that).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -14,14 +15,15 @@ from typing import Any
 from coupalign.errors import InputError
 from coupalign.start import without_collection
 
-STOPPED = 75      # EX_TEMPFAIL: asked to stop, can go on; slurm/job.sh puts the job back into the queue
-
+STOPPED = 75  # EX_TEMPFAIL: asked to stop, can go on; slurm/job.sh puts the job back into the queue
 
 
 def synth(options: argparse.Namespace) -> Any:
     from coupalign.data.synthetic import synth
 
-    report = synth(options.out, options.images, options.seed, options.level, options.size, options.workers)
+    report = synth(
+        options.out, options.images, options.seed, options.level, options.size, options.workers
+    )
     print(report.table())
     return report.to_json()
 
@@ -37,7 +39,9 @@ def pack(options: argparse.Namespace) -> Any:
         print(report.table())
         return (1 if report.missing_images or report.missing_annotations else 0), report.to_json()
     if out is None:
-        raise InputError(f"{options.recipe}: `out` is empty: say where the shards go, there or with --out")
+        raise InputError(
+            f"{options.recipe}: `out` is empty: say where the shards go, there or with --out"
+        )
     report = pack(recipe, out, options.workers, options.overwrite)
     print(report.table())
     return report.to_json()
@@ -56,7 +60,9 @@ def verify(options: argparse.Namespace) -> Any:
     reports = [verify(directory) for directory in options.directories]
     print("\n\n".join(report.table() for report in reports))
     status = 0 if all(report.ok for report in reports) else 1
-    return status, reports[0].to_json() if len(reports) == 1 else [report.to_json() for report in reports]
+    return status, reports[0].to_json() if len(reports) == 1 else [
+        report.to_json() for report in reports
+    ]
 
 
 def describe(options: argparse.Namespace) -> Any:
@@ -72,7 +78,13 @@ def plan(options: argparse.Namespace) -> Any:
     from coupalign.config.load import read_config
     from coupalign.plan import plan
 
-    found = plan(read_config(options.config, options.overrides), options.gpu, options.nodes, options.ranks_per_node, options.network)
+    found = plan(
+        read_config(options.config, options.overrides),
+        options.gpu,
+        options.nodes,
+        options.ranks_per_node,
+        options.network,
+    )
     print(found.table())
     return found.to_json()
 
@@ -85,7 +97,9 @@ def config(options: argparse.Namespace) -> Any:
         print(dump(config), end="")
         return config.model_dump(mode="json")
     if config.engine.kind != "deepspeed":
-        raise InputError(f"{options.config}: engine.kind is {config.engine.kind}; add engine.kind=deepspeed")
+        raise InputError(
+            f"{options.config}: engine.kind is {config.engine.kind}; add engine.kind=deepspeed"
+        )
     from coupalign.engine.zero import deepspeed_config
 
     derived = deepspeed_config(config, options.ranks)
@@ -104,7 +118,7 @@ def train(options: argparse.Namespace) -> Any:
 
             config = read_config(options.config, options.overrides)
             if config.data.workers:
-                fork_server()         # imports torch beside this process
+                fork_server()  # imports torch beside this process
             from coupalign.training.loop import train
         outcome = train(config, stop)
     status = 0 if outcome.finished else STOPPED
@@ -114,8 +128,12 @@ def train(options: argparse.Namespace) -> Any:
         print(f"\n{name}\n{score.table()}")
     if outcome.finished and outcome.scores:
         _write_page(config.directory)
-    return status, {"run": str(config.directory), "finished": outcome.finished, **outcome.state.to_json(),
-                    "scores": {name: score.to_json() for name, score in outcome.scores.items()}}
+    return status, {
+        "run": str(config.directory),
+        "finished": outcome.finished,
+        **outcome.state.to_json(),
+        "scores": {name: score.to_json() for name, score in outcome.scores.items()},
+    }
 
 
 def evaluate(options: argparse.Namespace) -> Any:
@@ -128,10 +146,22 @@ def evaluate(options: argparse.Namespace) -> Any:
             from coupalign.training.rescore import rescore, run_directory
 
         try:
-            scores = rescore(options.run_path, options.overrides, options.split or (), options.index, options.protocol,
-                             options.sentences, options.language_blind, options.pictures, stop)
+            scores = rescore(
+                options.run_path,
+                options.overrides,
+                options.split or (),
+                options.index,
+                options.protocol,
+                options.sentences,
+                options.language_blind,
+                options.pictures,
+                stop,
+            )
         except Stopped:
-            print(f"coupalign: stopped by {stop.name or 'another rank'}; the same command scores anew", file=sys.stderr)
+            print(
+                f"coupalign: stopped by {stop.name or 'another rank'}; the same command scores anew",
+                file=sys.stderr,
+            )
             return STOPPED, None
     values = _print_scores(scores)
     if scores:
@@ -145,19 +175,33 @@ def _print_scores(scores: dict[str, dict[tuple[str, str], Any]]) -> dict[str, An
 
     values: dict[str, Any] = {}
     for split, found in scores.items():
-        print(f"\n{split}\n{side_by_side(found) if len(found) > 1 else next(iter(found.values())).table()}")
+        print(
+            f"\n{split}\n{side_by_side(found) if len(found) > 1 else next(iter(found.values())).table()}"
+        )
         several = [len(set(words)) > 1 for words in zip(*found)]
         for key, score in found.items():
-            values[" ".join([split, *(word for word, tells in zip(key, several) if tells)])] = score.to_json()
+            values[" ".join([split, *(word for word, tells in zip(key, several) if tells)])] = (
+                score.to_json()
+            )
     return values
 
 
 def compare(options: argparse.Namespace) -> Any:
     from coupalign.compare import compare
 
-    found = compare(options.run_a, options.run_b, options.split, options.protocol, options.tracking_uri)
-    print(f"A  {options.run_a}\nB  {options.run_b}\n{options.split}, {options.protocol}: {found.table()}")
-    return {"a": options.run_a, "b": options.run_b, "split": options.split, "protocol": options.protocol, **found.to_json()}
+    found = compare(
+        options.run_a, options.run_b, options.split, options.protocol, options.tracking_uri
+    )
+    print(
+        f"A  {options.run_a}\nB  {options.run_b}\n{options.split}, {options.protocol}: {found.table()}"
+    )
+    return {
+        "a": options.run_a,
+        "b": options.run_b,
+        "split": options.split,
+        "protocol": options.protocol,
+        **found.to_json(),
+    }
 
 
 def predict(options: argparse.Namespace) -> Any:
@@ -167,12 +211,16 @@ def predict(options: argparse.Namespace) -> Any:
     if options.batch < 1:
         raise InputError("--batch must be at least 1")
     if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl"):
-        raise InputError(f"{options.image}: a sentence is expected after an image or a folder (a .csv or .jsonl file of pairs needs none)")
+        raise InputError(
+            f"{options.image}: a sentence is expected after an image or a folder (a .csv or .jsonl file of pairs needs none)"
+        )
     predictor = Predictor.from_checkpoint(options.checkpoint, options.device)
     if options.sentence is None:
         results = predictor.predict_file(options.image, options.out, options.batch)
     elif options.image.is_dir():
-        results = predictor.predict_folder(options.image, options.sentence, options.out, options.batch)
+        results = predictor.predict_folder(
+            options.image, options.sentence, options.out, options.batch
+        )
     else:
         results = predictor.predict_to(options.image, options.sentence, options.out)
     if not options.json:
@@ -200,21 +248,38 @@ def reproduce(options: argparse.Namespace) -> Any:
         reproduce.make_shapes(scale)
     if options.slurm is not None:
         commands = reproduce.submit(runs, options.overrides, options.slurm, folder)
-        print(f"{len(commands)} arrays submitted; when they are done: the same command with --only-print in place of --slurm")
+        print(
+            f"{len(commands)} arrays submitted; when they are done: the same command with --only-print in place of --slurm"
+        )
         return {"submitted": [shlex.join(command) for command in commands]}
     if not options.only_print:
         try:
-            outcomes = reproduce.run_all(runs, options.overrides, shlex.split(options.launcher or ""), options.jobs)
+            outcomes = reproduce.run_all(
+                runs, options.overrides, shlex.split(options.launcher or ""), options.jobs
+            )
         except KeyboardInterrupt:
             return STOPPED, None
         failed = [outcome for outcome in outcomes if outcome.status]
     results = reproduce.collect(planned, table, options.overrides)
-    files = reproduce.publish(name, table, results, folder, read_config(runs[0].config, options.overrides), comparable=scale is None)
+    files = reproduce.publish(
+        name,
+        table,
+        results,
+        folder,
+        read_config(runs[0].config, options.overrides),
+        comparable=scale is None,
+    )
     print("\n" + (folder / "table.txt").read_text(encoding="utf-8"))
     for outcome in failed:
-        print(f"{outcome.run.directory}: ended with status {outcome.status}; see {outcome.log}", file=sys.stderr)
+        print(
+            f"{outcome.run.directory}: ended with status {outcome.status}; see {outcome.log}",
+            file=sys.stderr,
+        )
     print(f"page: {folder / 'index.html'}")
-    return (1 if failed else 0), {"files": [str(file) for file in files], "failed": [str(outcome.run.directory) for outcome in failed]}
+    return (1 if failed else 0), {
+        "files": [str(file) for file in files],
+        "failed": [str(outcome.run.directory) for outcome in failed],
+    }
 
 
 def report(options: argparse.Namespace) -> Any:
@@ -240,8 +305,10 @@ def track(options: argparse.Namespace) -> Any:
     from coupalign.tracking import sync
 
     sent = sync(options.run_path)
-    print(f"{sent.uri}, run {sent.run_id}: {sent.rows} rows and {sent.artifacts} artifacts sent; "
-          f"{sent.rows_left} rows and {sent.artifacts_left} artifacts left {sent.error or ''}")
+    print(
+        f"{sent.uri}, run {sent.run_id}: {sent.rows} rows and {sent.artifacts} artifacts sent; "
+        f"{sent.rows_left} rows and {sent.artifacts_left} artifacts left {sent.error or ''}"
+    )
     return (1 if sent.error else 0), asdict(sent)
 
 
@@ -250,29 +317,53 @@ def bench(options: argparse.Namespace) -> Any:
         raise InputError("--batch must be at least 1")
     needs = ("step", "loader", "eval", "startup", "traffic")
     if (options.what in needs) != bool(options.config):
-        raise InputError(f"bench {', '.join(needs)} need a configuration, the other benches take none: "
-                         "coupalign bench step configs/demo.yaml")
-    return {"step": _bench_step, "loader": _bench_loader, "eval": _bench_eval, "startup": _bench_startup, "kernel": _bench_kernel,
-            "registers": _bench_registers, "traffic": _bench_traffic, "order": _bench_order}[options.what](options)
+        raise InputError(
+            f"bench {', '.join(needs)} need a configuration, the other benches take none: "
+            "coupalign bench step configs/demo.yaml"
+        )
+    return {
+        "step": _bench_step,
+        "loader": _bench_loader,
+        "eval": _bench_eval,
+        "startup": _bench_startup,
+        "kernel": _bench_kernel,
+        "registers": _bench_registers,
+        "traffic": _bench_traffic,
+        "order": _bench_order,
+    }[options.what](options)
 
 
 def _bench_step(options: argparse.Namespace) -> Any:
     from coupalign.bench.step import bench_step
 
-    return _bench_on_ranks(options, lambda config, world: bench_step(config, world, options.steps, options.warmup, options.random_data,
-                                                                     options.profile, options.beside))
+    return _bench_on_ranks(
+        options,
+        lambda config, world: bench_step(
+            config,
+            world,
+            options.steps,
+            options.warmup,
+            options.random_data,
+            options.profile,
+            options.beside,
+        ),
+    )
 
 
 def _bench_eval(options: argparse.Namespace) -> Any:
     from coupalign.bench.evaluation import bench_eval
 
-    return _bench_on_ranks(options, lambda config, world: bench_eval(config, world, options.steps, options.warmup))
+    return _bench_on_ranks(
+        options, lambda config, world: bench_eval(config, world, options.steps, options.warmup)
+    )
 
 
 def _bench_loader(options: argparse.Namespace) -> Any:
     from coupalign.bench.loader import bench_loader
 
-    return _bench_on_ranks(options, lambda config, _: bench_loader(config, options.steps, options.warmup, options.soak))
+    return _bench_on_ranks(
+        options, lambda config, _: bench_loader(config, options.steps, options.warmup, options.soak)
+    )
 
 
 def _bench_on_ranks(options: argparse.Namespace, measure: Callable[[Any, Any], Any]) -> Any:
@@ -285,7 +376,9 @@ def _bench_on_ranks(options: argparse.Namespace, measure: Callable[[Any, Any], A
         raise InputError("--steps and --warmup must be at least 1, --soak not below 0")
     config = read_config(options.config, options.overrides)
     with dist.session() as world:
-        before = options.against and read_result(options.against, describe_machine(world.device), options.what)
+        before = options.against and read_result(
+            options.against, describe_machine(world.device), options.what
+        )
         bench = measure(config, world)
     return _show_bench(bench, before, options) if world.is_main else None
 
@@ -296,11 +389,15 @@ def _bench_startup(options: argparse.Namespace) -> Any:
     from coupalign.bench.machine import describe_machine, read_result
     from coupalign.bench.startup import bench_startup
 
-    before = options.against and read_result(options.against, describe_machine(torch.device("cpu")), "startup")
+    before = options.against and read_result(
+        options.against, describe_machine(torch.device("cpu")), "startup"
+    )
     return _show_bench(bench_startup(options.config, options.overrides), before, options)
 
 
-def _show_bench(bench: Any, before: dict[str, Any] | None, options: argparse.Namespace) -> dict[str, Any]:
+def _show_bench(
+    bench: Any, before: dict[str, Any] | None, options: argparse.Namespace
+) -> dict[str, Any]:
     """Print a result and its ratios to an earlier one, and keep it where asked for."""
     from coupalign.bench.machine import ratios
     from coupalign.files import write_json
@@ -328,14 +425,18 @@ def _bench_registers(options: argparse.Namespace) -> Any:
     try:
         from coupalign.kernels.resources import everything, measure, table
     except ImportError as error:
-        raise InputError(f"bench registers compiles with Triton, which is not installed ({error}): pip install triton") from error
+        raise InputError(
+            f"bench registers compiles with Triton, which is not installed ({error}): pip install triton"
+        ) from error
     from tqdm import tqdm
 
     wanted = everything()
     results = list(tqdm(measure(wanted), total=len(wanted), unit="kernel", desc="compiling"))
     print(table(results))
     faults = [result for result in results if result.fault]
-    print(f"\n{len(results)} kernels, {len(faults)} with a fault (shared memory exceeded, or registers spilled on sm_90)")
+    print(
+        f"\n{len(results)} kernels, {len(faults)} with a fault (shared memory exceeded, or registers spilled on sm_90)"
+    )
     return (1 if faults else 0), [result.row() for result in results]
 
 

@@ -3,6 +3,7 @@
 Images are uint8 [H, W, 3] RGB, masks bool [H, W]. Small images are enlarged before anything is drawn on them, so that
 lines and letters stay sharp; every number is computed at the original resolution.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from coupalign import files
 
 Color = tuple[int, int, int]
-Cell = tuple[str, Color, np.ndarray]     # label, its color, pixels
+Cell = tuple[str, Color, np.ndarray]  # label, its color, pixels
 
 TRUTH: Color = (0, 196, 214)
 PREDICTION: Color = (232, 30, 150)
@@ -23,15 +24,27 @@ HIT: Color = (30, 170, 75)
 EXTRA: Color = (225, 45, 45)
 MISSED: Color = (45, 95, 235)
 INK, PAPER, FAINT = (25, 25, 30), (255, 255, 255), (110, 110, 118)
-PANEL = (256, 480)       # least and most pixels of a panel's longer side
-THUMB = (160, 160)       # the same of a small one
+PANEL = (256, 480)  # least and most pixels of a panel's longer side
+THUMB = (160, 160)  # the same of a small one
 GAP = 8
-TEXT, LABEL = 18, 14     # font sizes
+TEXT, LABEL = 18, 14  # font sizes
 
-_HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))   # dark to light, also in gray: viridis
+_HEAT = (
+    (68, 1, 84),
+    (59, 82, 139),
+    (33, 145, 140),
+    (94, 201, 98),
+    (253, 231, 37),
+)  # dark to light, also in gray: viridis
 
 
-def overlay(image: np.ndarray, mask: np.ndarray, color: Color = PREDICTION, alpha: float = 0.45, outline: int = 1) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    color: Color = PREDICTION,
+    alpha: float = 0.45,
+    outline: int = 1,
+) -> np.ndarray:
     """Tint the pixels of a mask and draw its border, `outline` pixels inside it and a white line around; uint8 [H, W, 3].
 
     The white line keeps the border visible on objects of the same color; `outline` 0 draws no border.
@@ -44,13 +57,19 @@ def overlay(image: np.ndarray, mask: np.ndarray, color: Color = PREDICTION, alph
     return (drawn + 0.5).astype(np.uint8)
 
 
-def difference(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+def difference(
+    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, alpha: float = 0.6
+) -> np.ndarray:
     """Truth against prediction on a faded gray image: green hit, red predicted but wrong, blue missed; uint8 [H, W, 3]."""
     _check(image, truth)
     _check(image, prediction)
     gray = image.mean(2, keepdims=True) * 0.5 + 110
     drawn = np.repeat(gray, 3, 2).astype(np.float32)
-    for part, color in ((truth & prediction, HIT), (prediction & ~truth, EXTRA), (truth & ~prediction, MISSED)):
+    for part, color in (
+        (truth & prediction, HIT),
+        (prediction & ~truth, EXTRA),
+        (truth & ~prediction, MISSED),
+    ):
         drawn[part] += (np.array(color, np.float32) - drawn[part]) * alpha
         drawn[_border(part, 1)] = color
     return (drawn + 0.5).astype(np.uint8)
@@ -60,7 +79,13 @@ def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarr
     """A map float [H, W], 0 (violet) … 1 (yellow), over the photograph in gray; uint8 [H, W, 3]."""
     assert values.shape == image.shape[:2], (values.shape, image.shape)
     gray = np.repeat(image.mean(2, keepdims=True), 3, 2)
-    colors = np.stack([np.interp(values, np.linspace(0, 1, len(_HEAT)), channel) for channel in np.array(_HEAT).T], axis=2)
+    colors = np.stack(
+        [
+            np.interp(values, np.linspace(0, 1, len(_HEAT)), channel)
+            for channel in np.array(_HEAT).T
+        ],
+        axis=2,
+    )
     return (gray + (colors - gray) * alpha + 0.5).astype(np.uint8)
 
 
@@ -70,8 +95,13 @@ def intersection_over_union(truth: np.ndarray, prediction: np.ndarray) -> float:
     return int((truth & prediction).sum()) / union if union else 1.0
 
 
-def sample_panels(image: np.ndarray, truth: np.ndarray | None, prediction: np.ndarray,
-                  bands: tuple[np.ndarray, np.ndarray] | None = None, facts: Sequence[str] = ()) -> Image.Image:
+def sample_panels(
+    image: np.ndarray,
+    truth: np.ndarray | None,
+    prediction: np.ndarray,
+    bands: tuple[np.ndarray, np.ndarray] | None = None,
+    facts: Sequence[str] = (),
+) -> Image.Image:
     """One sample without its sentence.
 
     Args:
@@ -80,11 +110,22 @@ def sample_panels(image: np.ndarray, truth: np.ndarray | None, prediction: np.nd
     """
     panels = [("image", INK, _grown(image))]
     if truth is None:
-        return _grid([*panels, ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION))], 2)
-    panels += [("truth", TRUTH, _tinted(image, truth, TRUTH)), ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION))]
+        return _grid(
+            [*panels, ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION))], 2
+        )
+    panels += [
+        ("truth", TRUTH, _tinted(image, truth, TRUTH)),
+        ("prediction", PREDICTION, _tinted(image, prediction, PREDICTION)),
+    ]
     for name, pair in (("difference", (truth, prediction)), ("boundaries", bands)):
         if pair is not None:
-            panels.append((f"{name}: IoU {intersection_over_union(*pair):.2f}", INK, difference(_grown(image), *map(_grown, pair))))
+            panels.append(
+                (
+                    f"{name}: IoU {intersection_over_union(*pair):.2f}",
+                    INK,
+                    difference(_grown(image), *map(_grown, pair)),
+                )
+            )
     height, width = panels[0][2].shape[:2]
     return _grid([*panels, ("", INK, _fact_panel(width, height, facts))], 3)
 
@@ -101,19 +142,41 @@ def with_heading(picture: Image.Image, sentence: str, title: str = "") -> Image.
     return canvas
 
 
-def heat_sheet(image: np.ndarray, sections: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]], columns: int = 6) -> Image.Image:
+def heat_sheet(
+    image: np.ndarray,
+    sections: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]],
+    columns: int = 6,
+) -> Image.Image:
     """Sections of small heat maps over one photograph: (heading, [(label, float [H, W] in 0 … 1), …]), below each other."""
     small = _grown(image, THUMB)
     height, width = small.shape[:2]
     grids = []
     for heading, maps in sections:
-        cells = [(label, INK, heat(small, np.asarray(Image.fromarray(values.astype(np.float32)).resize((width, height)))))
-                 for label, values in maps]
+        cells = [
+            (
+                label,
+                INK,
+                heat(
+                    small,
+                    np.asarray(Image.fromarray(values.astype(np.float32)).resize((width, height))),
+                ),
+            )
+            for label, values in maps
+        ]
         grids.append((heading, _grid(cells, columns)))
     total = max(max(grid.width for _, grid in grids), 3 * THUMB[1])
     texts = [wrap(heading, total - 2 * GAP, LABEL) for heading, _ in grids]
-    canvas = Image.new("RGB", (total, sum(GAP + len(text) * _line_height(LABEL) + grid.height
-                                          for text, (_, grid) in zip(texts, grids))), PAPER)
+    canvas = Image.new(
+        "RGB",
+        (
+            total,
+            sum(
+                GAP + len(text) * _line_height(LABEL) + grid.height
+                for text, (_, grid) in zip(texts, grids)
+            ),
+        ),
+        PAPER,
+    )
     y = 0
     for text, (_, grid) in zip(texts, grids):
         y = _write(canvas, [(line, INK, LABEL) for line in text], GAP, y + GAP)
@@ -129,7 +192,9 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     width = max(picture.width for picture in pictures)
     heights = [max(picture.height for picture in row) for row in rows]
     columns = min(columns, len(pictures))
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP * (len(rows) + 1)), PAPER)
+    sheet = Image.new(
+        "RGB", (columns * (width + GAP) + GAP, sum(heights) + GAP * (len(rows) + 1)), PAPER
+    )
     y = GAP
     for row, height in zip(rows, heights):
         for column, picture in enumerate(row):
@@ -161,8 +226,15 @@ def wrap(text: str, width: float, size: int) -> list[str]:
 
 
 def _check(image: np.ndarray, mask: np.ndarray) -> None:
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
-    assert mask.dtype == bool and mask.shape == image.shape[:2], (mask.dtype, mask.shape, image.shape)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (
+        image.dtype,
+        image.shape,
+    )
+    assert mask.dtype == bool and mask.shape == image.shape[:2], (
+        mask.dtype,
+        mask.shape,
+        image.shape,
+    )
 
 
 def _border(mask: np.ndarray, thickness: int) -> np.ndarray:
@@ -194,10 +266,15 @@ def _grid(cells: Sequence[Cell], columns: int) -> Image.Image:
     height, width = cells[0][2].shape[:2]
     columns, below = min(columns, len(cells)), _line_height(LABEL)
     rows = -(-len(cells) // columns)
-    canvas = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + below + GAP) + GAP), PAPER)
+    canvas = Image.new(
+        "RGB", (columns * (width + GAP) + GAP, rows * (height + below + GAP) + GAP), PAPER
+    )
     draw = ImageDraw.Draw(canvas)
     for number, (label, ink, pixels) in enumerate(cells):
-        x, y = GAP + number % columns * (width + GAP), GAP + number // columns * (height + below + GAP)
+        x, y = (
+            GAP + number % columns * (width + GAP),
+            GAP + number // columns * (height + below + GAP),
+        )
         canvas.paste(Image.fromarray(pixels), (x, y))
         _swatch(draw, (x, y + height + 3), "".join(wrap(label, width, LABEL)[:1]), ink)
     return canvas
@@ -208,8 +285,14 @@ def _fact_panel(width: int, height: int, facts: Sequence[str]) -> np.ndarray:
     canvas = Image.new("RGB", (width, height), PAPER)
     lines = [(line, INK, LABEL) for fact in facts for line in wrap(fact, width - GAP, LABEL)]
     y = _write(canvas, lines, GAP, GAP // 2) + GAP // 2
-    for word, color in (("hit", HIT), ("extra: predicted, not true", EXTRA), ("missed: true, not predicted", MISSED)):
-        _swatch(ImageDraw.Draw(canvas), (GAP, y), "".join(wrap(word, width - 3 * GAP, LABEL)[:1]), color)
+    for word, color in (
+        ("hit", HIT),
+        ("extra: predicted, not true", EXTRA),
+        ("missed: true, not predicted", MISSED),
+    ):
+        _swatch(
+            ImageDraw.Draw(canvas), (GAP, y), "".join(wrap(word, width - 3 * GAP, LABEL)[:1]), color
+        )
         y += _line_height(LABEL)
     return np.asarray(canvas)
 

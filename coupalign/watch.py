@@ -4,6 +4,7 @@ A collective that one rank never enters holds up all the others, and none of the
 begins (`doing("step 7: reading data")`), a thread puts that into the job's store, and the first rank that stays in one
 phase for too long prints who was where, its own stack, and ends with status 70; the launcher ends the others.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -16,9 +17,9 @@ import time
 from collections import defaultdict
 from typing import Any
 
-HUNG = 70                     # EX_SOFTWARE: the exit status of a rank that saw no progress
+HUNG = 70  # EX_SOFTWARE: the exit status of a rank that saw no progress
 _SLOWEST_BEAT_S = 10.0
-_BEATS_TO_JUDGE = 3           # a rank that gave no sign of life for so long is silent
+_BEATS_TO_JUDGE = 3  # a rank that gave no sign of life for so long is silent
 
 
 class Phase:
@@ -75,16 +76,24 @@ class Watch:
 
     def _publish(self, passed: float) -> None:
         self._beats += 1
-        note = {"phase": _phase.name, "alone": _phase.alone, "seconds": round(passed), "beats": self._beats, "host": socket.gethostname()}
+        note = {
+            "phase": _phase.name,
+            "alone": _phase.alone,
+            "seconds": round(passed),
+            "beats": self._beats,
+            "host": socket.gethostname(),
+        }
         try:
             self._store.set(f"watch/{self._rank}", json.dumps(note))
-        except Exception:             # the rank that holds the store is gone: the launcher is ending this job
+        except Exception:  # the rank that holds the store is gone: the launcher is ending this job
             pass
 
     def _report(self, passed: float) -> None:
         """Say where this rank is; the first to come here also says where all the others are. Does not return."""
-        lines = [f"rank {self._rank} on {socket.gethostname()}: no progress for {passed:.0f} s while {_phase.name!r}; ending the job "
-                 f"(status {HUNG}). The same command goes on from the newest checkpoint"]
+        lines = [
+            f"rank {self._rank} on {socket.gethostname()}: no progress for {passed:.0f} s while {_phase.name!r}; ending the job "
+            f"(status {HUNG}). The same command goes on from the newest checkpoint"
+        ]
         # Where the store itself lives on a rank that stands still, asking it would never return.
         asking = threading.Thread(target=self._ask_everybody, args=(lines, passed), daemon=True)
         asking.start()
@@ -95,9 +104,13 @@ class Watch:
 
     def _ask_everybody(self, lines: list[str], passed: float) -> None:
         """Look at everybody's beats for a while, without missing one of its own: who has given up waiting is not silent."""
-        first = self._store.compare_set("watch/reporter", "", str(self._rank)).decode() == str(self._rank)
+        first = self._store.compare_set("watch/reporter", "", str(self._rank)).decode() == str(
+            self._rank
+        )
         before = self._notes()
-        for _ in range(_BEATS_TO_JUDGE if first else _BEATS_TO_JUDGE + 1):    # the others live until the first has looked at them
+        for _ in range(
+            _BEATS_TO_JUDGE if first else _BEATS_TO_JUDGE + 1
+        ):  # the others live until the first has looked at them
             self._publish(passed)
             time.sleep(self._beat)
         if first:
@@ -105,10 +118,16 @@ class Watch:
 
     def _notes(self) -> dict[int, dict[str, Any]]:
         keys = {rank: f"watch/{rank}" for rank in range(self._size)}
-        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
+        return {
+            rank: json.loads(self._store.get(key))
+            for rank, key in keys.items()
+            if self._store.check([key])
+        }
 
 
-def where_everybody_is(before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], size: int) -> list[str]:
+def where_everybody_is(
+    before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]], size: int
+) -> list[str]:
     """Lines that say what each rank was doing, those first that the others seem to wait for.
 
     Args:
@@ -120,17 +139,28 @@ def where_everybody_is(before: dict[int, dict[str, Any]], after: dict[int, dict[
         if note is None:
             groups["was never heard of"].append(rank)
         elif note["beats"] == before.get(rank, note)["beats"]:
-            groups[f"silent: stopped, dead or cut off; last heard while {note['phase']!r}"].append(rank)
+            groups[f"silent: stopped, dead or cut off; last heard while {note['phase']!r}"].append(
+                rank
+            )
         else:
             groups[repr(note["phase"])].append(rank)
-    working = {what for what, ranks in groups.items() if all(rank in after and after[rank]["alone"] for rank in ranks)}
+    working = {
+        what
+        for what, ranks in groups.items()
+        if all(rank in after and after[rank]["alone"] for rank in ranks)
+    }
     absent = {what for what in groups if not what.startswith("'")}
     fewest = {min(groups, key=lambda what: len(groups[what]))} if len(groups) > 1 else set()
     blamed = absent or working or fewest
     lines = []
     for what in sorted(groups, key=lambda what: (what not in blamed, len(groups[what]))):
         ranks = groups[what]
-        named = ", ".join(f"{rank} ({after[rank]['host'] if rank in after else 'host unknown'})" for rank in ranks[:8])
-        lines.append(f"  rank{'s' * (len(ranks) > 1)} {named}{' …' * (len(ranks) > 8)}: {what}"
-                     f"{'  <- the others seem to wait here' * (what in blamed)}")
+        named = ", ".join(
+            f"{rank} ({after[rank]['host'] if rank in after else 'host unknown'})"
+            for rank in ranks[:8]
+        )
+        lines.append(
+            f"  rank{'s' * (len(ranks) > 1)} {named}{' …' * (len(ranks) > 8)}: {what}"
+            f"{'  <- the others seem to wait here' * (what in blamed)}"
+        )
     return lines

@@ -1,4 +1,5 @@
 """What all tests share: a tiny packed RefShapes, and the folder of real photographs, where there is one."""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +17,7 @@ from coupalign.data import server
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-prepare_torchvision()      # tests import timm and transformers themselves
+prepare_torchvision()  # tests import timm and transformers themselves
 
 # The one server of worker processes and of ranks (distributed/ranks.py) has imported what either needs.
 server.PRELOADED[:] = ["tests.distributed.preload"]
@@ -37,9 +38,14 @@ def real_data() -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 scenes, packed."""
     folder = tmp_path_factory.mktemp("refshapes")
-    assert main(["synth", str(folder / "refer"), "--images", "64", "--size", "64", "--workers", "0"]) == 0
+    assert (
+        main(["synth", str(folder / "refer"), "--images", "64", "--size", "64", "--workers", "0"])
+        == 0
+    )
     recipe = folder / "recipe.yaml"
-    recipe.write_text(f"name: tiny\nroot: {folder / 'refer'}\nshard_mb: 0.1\nvocabulary_size: 300\n"
-                      "sets: [{dataset: refshapes, split_by: unc, folder: refcoco}]\n")
+    recipe.write_text(
+        f"name: tiny\nroot: {folder / 'refer'}\nshard_mb: 0.1\nvocabulary_size: 300\n"
+        "sets: [{dataset: refshapes, split_by: unc, folder: refcoco}]\n"
+    )
     assert main(["pack", str(recipe), "--out", str(folder / "shards"), "--workers", "1"]) == 0
     return folder / "shards"

@@ -1,4 +1,5 @@
 """What a profile of torch counts: operators, kernels launched, waits for the device, numbers read back from it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -7,7 +8,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+_LAUNCHES = (
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cudaGraphLaunch",
+)
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -16,7 +23,9 @@ def activities(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
 
-def count_calls(events: Iterable[Any], times: int, device: torch.device, own_waits: int = 0) -> dict[str, float]:
+def count_calls(
+    events: Iterable[Any], times: int, device: torch.device, own_waits: int = 0
+) -> dict[str, float]:
     """Calls by name, for each of so many steps or samples.
 
     Args:
@@ -28,9 +37,13 @@ def count_calls(events: Iterable[Any], times: int, device: torch.device, own_wai
     def count(wanted: Callable[[str], bool]) -> float:
         return sum(map(wanted, names)) / times
 
-    calls = {"operators": count(lambda name: name.startswith("aten::")),
-             "numbers read back": count(lambda name: name == "aten::_local_scalar_dense")}
+    calls = {
+        "operators": count(lambda name: name.startswith("aten::")),
+        "numbers read back": count(lambda name: name == "aten::_local_scalar_dense"),
+    }
     if device.type == "cuda":
-        calls |= {"kernels launched": count(lambda name: name in _LAUNCHES),
-                  "waits": count(lambda name: name in _WAITS) - own_waits / times}
+        calls |= {
+            "kernels launched": count(lambda name: name in _LAUNCHES),
+            "waits": count(lambda name: name in _WAITS) - own_waits / times,
+        }
     return calls

@@ -1,4 +1,5 @@
 """`coupalign bench eval CONFIG`: what scoring costs, by part: the very scoring of `coupalign eval`, watched from outside."""
+
 from __future__ import annotations
 
 import statistics
@@ -26,8 +27,9 @@ from coupalign.evaluation.evaluator import evaluate
 from coupalign.evaluation.protocols import find_protocol
 from coupalign.model.methods import build_model
 
-_MODEL = "bench eval: model"      # what the profiler calls it
-_PROFILED = 3                     # batches
+_MODEL = "bench eval: model"  # what the profiler calls it
+_PROFILED = 3  # batches
+
 
 @dataclass(frozen=True)
 class EvalBench(Result):
@@ -57,18 +59,33 @@ class EvalBench(Result):
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
-        return {"samples/s": self.samples_per_second[0], **{f"ms {name}": value for name, value in self.milliseconds.items()},
-                **self.calls}
+        return {
+            "samples/s": self.samples_per_second[0],
+            **{f"ms {name}": value for name, value in self.milliseconds.items()},
+            **self.calls,
+        }
 
     def table(self) -> str:
         """The same for people."""
         median, low, high = self.samples_per_second
-        lines = [f"{self.config}: {self.precision}, {self.ranks} ranks, batches of {self.batch}, protocol {self.protocol}",
-                 "  ".join(f"{name} {value}" for name, value in self.machine.items()), "",
-                 f"{median:,.2f} samples/s (median of {self.batches} batches; quartiles {low:,.2f} … {high:,.2f}); RefCOCO val, 10,834 "
-                 f"sentences, would take {10_834 / median:,.0f} s (calculated)", "", f"{'part':<14}{'ms':>10}"]
+        lines = [
+            f"{self.config}: {self.precision}, {self.ranks} ranks, batches of {self.batch}, protocol {self.protocol}",
+            "  ".join(f"{name} {value}" for name, value in self.machine.items()),
+            "",
+            f"{median:,.2f} samples/s (median of {self.batches} batches; quartiles {low:,.2f} … {high:,.2f}); RefCOCO val, 10,834 "
+            f"sentences, would take {10_834 / median:,.0f} s (calculated)",
+            "",
+            f"{'part':<14}{'ms':>10}",
+        ]
         lines += [f"{name:<14}{value:>10.2f}" for name, value in self.milliseconds.items()]
-        return "\n".join([*lines, "", "  ".join(f"{name} {value:,.2f}" for name, value in self.calls.items()) + "  (a sample)"])
+        return "\n".join(
+            [
+                *lines,
+                "",
+                "  ".join(f"{name} {value:,.2f}" for name, value in self.calls.items())
+                + "  (a sample)",
+            ]
+        )
 
 
 def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5) -> EvalBench:
@@ -80,24 +97,54 @@ def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5)
     tokenizer = open_tokenizer(config.data)
     batch, source = config.evaluate.batch, config.data.evaluate[:1]
     wanted = (batches + warmup) * batch * world.size
-    loader = build_eval_loader(config.data, source, batch, world.rank, world.size, tokenizer, limit=wanted)
+    loader = build_eval_loader(
+        config.data, source, batch, world.rank, world.size, tokenizer, limit=wanted
+    )
     if loader.samples < wanted:
-        raise InputError(f"{source[0].index} has {loader.samples:,} samples to score, {wanted:,} are asked for: lower --steps, --warmup or "
-                         "evaluate.batch")
-    model = MixedPrecision(build_model(config.model, len(tokenizer), config.data.image_size).to(world.device), config.precision).eval()
+        raise InputError(
+            f"{source[0].index} has {loader.samples:,} samples to score, {wanted:,} are asked for: lower --steps, --warmup or "
+            "evaluate.batch"
+        )
+    model = MixedPrecision(
+        build_model(config.model, len(tokenizer), config.data.image_size).to(world.device),
+        config.precision,
+    ).eval()
     watched = _Watched(loader, model, world.device)
     _score(watched, config, world)
     parts = {name: values[warmup:] for name, values in watched.parts().items()}
-    few = build_eval_loader(config.data, source, batch, world.rank, world.size, tokenizer, limit=_PROFILED * batch * world.size)
-    return EvalBench(describe_machine(world.device), config.name, world.size, batch, batches, config.precision,
-                     config.evaluate.protocol, rates(batch * world.size, parts["batch"]),
-                     {name: 1e3 * statistics.median(values) for name, values in parts.items()},
-                     _calls(_Watched(few, model, world.device), config, world))
+    few = build_eval_loader(
+        config.data,
+        source,
+        batch,
+        world.rank,
+        world.size,
+        tokenizer,
+        limit=_PROFILED * batch * world.size,
+    )
+    return EvalBench(
+        describe_machine(world.device),
+        config.name,
+        world.size,
+        batch,
+        batches,
+        config.precision,
+        config.evaluate.protocol,
+        rates(batch * world.size, parts["batch"]),
+        {name: 1e3 * statistics.median(values) for name, values in parts.items()},
+        _calls(_Watched(few, model, world.device), config, world),
+    )
 
 
 def _score(watched: _Watched, config: Config, world: World) -> None:
-    evaluate(watched.infer, watched, [find_protocol(config.evaluate.protocol)], gather=partial(dist.gather_rows, world=world),
-             rank=world.rank, bootstrap=0, title="bench eval")
+    evaluate(
+        watched.infer,
+        watched,
+        [find_protocol(config.evaluate.protocol)],
+        gather=partial(dist.gather_rows, world=world),
+        rank=world.rank,
+        bootstrap=0,
+        title="bench eval",
+    )
 
 
 def _calls(watched: _Watched, config: Config, world: World) -> dict[str, float]:
@@ -107,7 +154,9 @@ def _calls(watched: _Watched, config: Config, world: World) -> dict[str, float]:
     samples = len(watched) * config.evaluate.batch
     events = list(profiler.events())
     calls = count_calls(events, samples, world.device)
-    counting = count_calls((event for event in events if not _within(event, _MODEL)), samples, world.device)["operators"]
+    counting = count_calls(
+        (event for event in events if not _within(event, _MODEL)), samples, world.device
+    )["operators"]
     return {"operators": calls.pop("operators"), "operators of counting": counting, **calls}
 
 
@@ -124,7 +173,7 @@ class _Watched:
     def __init__(self, loader: EvalLoader, model: torch.nn.Module, device: torch.device) -> None:
         self.loader, self.model, self.device = loader, model, device
         self.phases = Phases(device)
-        self.times: list[tuple[float, float]] = []      # asked for, handed out
+        self.times: list[tuple[float, float]] = []  # asked for, handed out
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -150,8 +199,17 @@ class _Watched:
 
     def parts(self) -> dict[str, list[float]]:
         """Seconds of each batch: whole, and by part."""
-        used, model = ([self.phases.between(begin, end) for name, begin, end in self.phases.marks if name == wanted]
-                       for wanted in ("used", "model"))
-        return {"batch": [after - asked for (asked, _), (after, _) in pairwise(self.times)],
-                "data": [given - asked for asked, given in self.times[:-1]],
-                "model": model, "counting": [whole - part for whole, part in zip(used, model)]}
+        used, model = (
+            [
+                self.phases.between(begin, end)
+                for name, begin, end in self.phases.marks
+                if name == wanted
+            ]
+            for wanted in ("used", "model")
+        )
+        return {
+            "batch": [after - asked for (asked, _), (after, _) in pairwise(self.times)],
+            "data": [given - asked for asked, given in self.times[:-1]],
+            "model": model,
+            "counting": [whole - part for whole, part in zip(used, model)],
+        }

@@ -5,6 +5,7 @@ Every allocation of a forward and a backward pass is noted when it is made and w
 they arrive: they are no activations. What the count does not see: workspaces of cuDNN and cuBLAS, rounding to blocks of
 the caching allocator. Word-pixel alignment is counted on its reference path; the fused kernels keep less.
 """
+
 from __future__ import annotations
 
 import weakref
@@ -45,9 +46,9 @@ class Line(NamedTuple):
 class Footprint:
     """Forward and backward of one micro-batch, as lines over its images."""
 
-    saved: Line      # bytes alive when the forward pass ends, kept for the backward pass
-    peak: Line       # the most bytes alive at once in either pass
-    flops: Line      # of both passes, recomputation included; a multiply-add is 2
+    saved: Line  # bytes alive when the forward pass ends, kept for the backward pass
+    peak: Line  # the most bytes alive at once in either pass
+    flops: Line  # of both passes, recomputation included; a multiply-add is 2
 
 
 class Alive(TorchDispatchMode):
@@ -58,7 +59,9 @@ class Alive(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self.known: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if count := flop_registry.get(func._overloadpacket):
@@ -81,6 +84,7 @@ class Alive(TorchDispatchMode):
         def forget(_: Any) -> None:
             self.now -= size
             self.known.pop(place, None)
+
         return forget
 
 
@@ -102,14 +106,20 @@ def footprint(model: nn.Module, config: Config, sizes: tuple[int, int] = (1, 2))
 def count_step(model: nn.Module, config: Config, images: int) -> tuple[int, int, int]:
     """(saved bytes, peak bytes, FLOPs) of one forward and backward pass; inside a FakeTensorMode, or on real memory of the CPU."""
     size, words = config.data.image_size, config.data.max_tokens
-    inputs = (torch.zeros(images, 3, size, size, dtype=torch.uint8), torch.zeros(images, words, dtype=torch.int64),
-              torch.ones(images, words, dtype=torch.bool), torch.ones(images, size, size, dtype=torch.bool))
+    inputs = (
+        torch.zeros(images, 3, size, size, dtype=torch.uint8),
+        torch.zeros(images, words, dtype=torch.int64),
+        torch.ones(images, words, dtype=torch.bool),
+        torch.ones(images, size, size, dtype=torch.bool),
+    )
     with ExitStack() as stack:
         alive = stack.enter_context(Alive())
         stack.enter_context(_without_gradients(model))
         for tensor in (*model.parameters(), *model.buffers(), *inputs):
             alive.note(tensor, 0)
-        stack.enter_context(on_gpu_rules())          # around the backward pass as well, for what it recomputes
+        stack.enter_context(
+            on_gpu_rules()
+        )  # around the backward pass as well, for what it recomputes
         with torch.autocast("cpu", DTYPES[config.precision], enabled=config.precision != "fp32"):
             loss = model(*inputs)["loss"]
         saved = alive.now
@@ -135,16 +145,20 @@ def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         wide = torch.is_autocast_enabled("cpu") and tensor.dtype in (torch.bfloat16, torch.float16)
         return function(tensor.float() if wide else tensor, *args, **kwargs)
+
     return run
 
 
 @contextmanager
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """Inside, a parameter's gradient is dropped as soon as it is complete."""
+
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    hooks = [p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad]
+    hooks = [
+        p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad
+    ]
     try:
         yield
     finally:

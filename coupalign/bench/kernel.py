@@ -6,6 +6,7 @@ Bytes are counted, operator by operator, as `traffic.py` says.
 
 Shape legend: B batch, P pixels, T words, C pixel channels, D text width.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -27,11 +28,19 @@ from coupalign.kernels import obstacle
 from coupalign.model.traffic import BYTES_PER_S, Traffic, one_operator_attention
 from coupalign.model.wpa import WordPixelAlignment
 
-STAGES = ((14_400, 128), (3_600, 256), (900, 512), (225, 1024))      # P, C of Swin-B at 480 x 480
+STAGES = ((14_400, 128), (3_600, 256), (900, 512), (225, 1024))  # P, C of Swin-B at 480 x 480
 WORDS, TEXT_WIDTH = 20, 768
 EAGER, COMPILED, ABSORBED, ABSORBED_COMPILED, SDPA, FLEX, REFERENCE, FUSED, KERNEL = VARIANTS = (
-    "eager", "eager, compiled", "absorbed", "absorbed, compiled", "two SDPA", "two FlexAttention, compiled", "impl: reference",
-    "impl: fused", "the fused kernel alone")
+    "eager",
+    "eager, compiled",
+    "absorbed",
+    "absorbed, compiled",
+    "two SDPA",
+    "two FlexAttention, compiled",
+    "impl: reference",
+    "impl: fused",
+    "the fused kernel alone",
+)
 DIRECTIONS = ("forward", "backward", "both")
 Attend = Callable[..., tuple[Tensor, Tensor]]
 
@@ -48,8 +57,8 @@ class Timing:
     ms: float | None
     low: float | None = None
     high: float | None = None
-    peak_mb: float | None = None        # allocated beyond the operands, forward and backward
-    why: str = ""                       # why there is no time
+    peak_mb: float | None = None  # allocated beyond the operands, forward and backward
+    why: str = ""  # why there is no time
 
 
 @dataclass(frozen=True)
@@ -73,21 +82,31 @@ class KernelBench:
     words: int
     timings: tuple[Timing, ...]
     copies: tuple[Copy, ...]
-    gigabytes: dict[str, dict[str, float]]      # variant -> direction -> of 32 images at all four stages, counted
+    gigabytes: dict[
+        str, dict[str, float]
+    ]  # variant -> direction -> of 32 images at all four stages, counted
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def bench_kernel(batches: Sequence[int] | None = None, stages: Sequence[tuple[int, int]] = STAGES) -> KernelBench:
+def bench_kernel(
+    batches: Sequence[int] | None = None, stages: Sequence[tuple[int, int]] = STAGES
+) -> KernelBench:
     """Time every variant that runs here; batches default to 8 and 32 on a GPU, 2 on a CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = batches or ((8, 32) if device.type == "cuda" else (2,))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     timings, copies = [], []
-    torch._functorch.config.donated_buffer = False      # a compiled backward is run many times over one forward
-    bar = tqdm(total=len(batches) * len(stages) * len(VARIANTS), unit="variant", desc=f"bench kernel on {device.type}")
+    torch._functorch.config.donated_buffer = (
+        False  # a compiled backward is run many times over one forward
+    )
+    bar = tqdm(
+        total=len(batches) * len(stages) * len(VARIANTS),
+        unit="variant",
+        desc=f"bench kernel on {device.type}",
+    )
     with bar, _own_stream(device):
         for batch in batches:
             for pixels, channels in stages:
@@ -96,14 +115,28 @@ def bench_kernel(batches: Sequence[int] | None = None, stages: Sequence[tuple[in
                     bar.set_postfix_str(f"{batch} x {pixels} x {channels}: {variant}")
                     timings += _timings(variant, batch, pixels, channels, dtype, device)
                     bar.update()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return KernelBench(name, torch.__version__, str(dtype).removeprefix("torch."), WORDS, tuple(timings), tuple(copies), counted(stages))
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return KernelBench(
+        name,
+        torch.__version__,
+        str(dtype).removeprefix("torch."),
+        WORDS,
+        tuple(timings),
+        tuple(copies),
+        counted(stages),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- variants
 
 
-def variant_of(name: str, channels: int, device: torch.device | str) -> tuple[Attend, WordPixelAlignment]:
+def variant_of(
+    name: str, channels: int, device: torch.device | str
+) -> tuple[Attend, WordPixelAlignment]:
     """(pixels [B, P, C], words [B, T, D], mask [B, T]) -> both messages, and the module whose weights it uses.
 
     Raises:
@@ -111,64 +144,111 @@ def variant_of(name: str, channels: int, device: torch.device | str) -> tuple[At
     """
     torch.manual_seed(0)
     with torch.device(device):
-        module = WordPixelAlignment(channels, TEXT_WIDTH, impl="fused" if name == FUSED else "reference")
-    written = {EAGER: _eager, COMPILED: _eager, ABSORBED: _absorbed, ABSORBED_COMPILED: _absorbed, SDPA: _two_sdpa, FLEX: _two_flex}
+        module = WordPixelAlignment(
+            channels, TEXT_WIDTH, impl="fused" if name == FUSED else "reference"
+        )
+    written = {
+        EAGER: _eager,
+        COMPILED: _eager,
+        ABSORBED: _absorbed,
+        ABSORBED_COMPILED: _absorbed,
+        SDPA: _two_sdpa,
+        FLEX: _two_flex,
+    }
     attend = partial(written[name], module) if name in written else module.attend
     return (torch.compile(attend, dynamic=False) if "compiled" in name else attend), module
 
 
-def _eager(module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _eager(
+    module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """The way every public implementation writes it; autocast chooses the types."""
     query, key, word_value, pixel_value = _projected(module, v, words)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     over_words = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
     over_pixels = scores.softmax(-2)
-    return (over_words @ word_value)[:, 0], (over_pixels.transpose(-1, -2) @ pixel_value)[:, 0] * mask[..., None]
+    return (over_words @ word_value)[:, 0], (over_pixels.transpose(-1, -2) @ pixel_value)[
+        :, 0
+    ] * mask[..., None]
 
 
-def _absorbed(module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _absorbed(
+    module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same without projections of the pixels."""
     keys, values, bias = module.absorb(words, mask)
     scores = v @ keys.transpose(-1, -2) + bias[:, None]
-    over_words, over_pixels = scores.softmax(-1), scores.masked_fill(~mask[:, None], 0.0).softmax(-2)
-    message = F.linear(over_pixels.transpose(-1, -2) @ v, module.pixel_value_weight, module.pixel_value_bias)
+    over_words, over_pixels = (
+        scores.softmax(-1),
+        scores.masked_fill(~mask[:, None], 0.0).softmax(-2),
+    )
+    message = F.linear(
+        over_pixels.transpose(-1, -2) @ v, module.pixel_value_weight, module.pixel_value_bias
+    )
     return over_words @ values, message * mask[..., None]
 
 
 def _projected(module: WordPixelAlignment, v: Tensor, words: Tensor) -> list[Tensor]:
     """Queries, keys, word values and pixel values, with the axis of the one head."""
-    weights = ((v, module.query_weight, module.query_bias), (words, module.key_weight, module.key_bias),
-               (words, module.word_value_weight, module.word_value_bias), (v, module.pixel_value_weight, module.pixel_value_bias))
+    weights = (
+        (v, module.query_weight, module.query_bias),
+        (words, module.key_weight, module.key_bias),
+        (words, module.word_value_weight, module.word_value_bias),
+        (v, module.pixel_value_weight, module.pixel_value_bias),
+    )
     return [F.linear(x, weight, bias)[:, None] for x, weight, bias in weights]
 
 
-def _two_sdpa(module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _two_sdpa(
+    module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     query, key, word_value, pixel_value = _projected(module, v, words)
-    from_words = F.scaled_dot_product_attention(query, key, word_value, attn_mask=mask[:, None, None])
+    from_words = F.scaled_dot_product_attention(
+        query, key, word_value, attn_mask=mask[:, None, None]
+    )
     from_pixels = F.scaled_dot_product_attention(key, query, pixel_value)
     return from_words[:, 0], from_pixels[:, 0] * mask[..., None]
 
 
-def _two_flex(module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _two_flex(
+    module: WordPixelAlignment, v: Tensor, words: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     query, key, word_value, pixel_value = _projected(module, v, words)
-    from_words = flex_attention(query, key, word_value, score_mod=lambda s, b, h, p, t: torch.where(mask[b, t], s, -torch.inf))
+    from_words = flex_attention(
+        query,
+        key,
+        word_value,
+        score_mod=lambda s, b, h, p, t: torch.where(mask[b, t], s, -torch.inf),
+    )
     from_pixels = flex_attention(key, query, pixel_value)
     return from_words[:, 0], from_pixels[:, 0] * mask[..., None]
 
 
-def _operands(variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype,
-              device: torch.device) -> tuple[Attend, list[Tensor], list[Tensor]]:
+def _operands(
+    variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Attend, list[Tensor], list[Tensor]]:
     """What to call, with what, and what else gets a gradient."""
     v = torch.randn(batch, pixels, channels, device=device, dtype=dtype, requires_grad=True)
     if variant == KERNEL:
         from coupalign.kernels import fused
 
-        rows = [torch.randn(batch, WORDS, channels, device=device).mul_(channels ** -0.25).requires_grad_() for _ in range(2)]
-        return fused.bidirectional_attention, [v, *rows, torch.zeros(batch, WORDS, device=device, requires_grad=True)], []
+        rows = [
+            torch.randn(batch, WORDS, channels, device=device)
+            .mul_(channels**-0.25)
+            .requires_grad_()
+            for _ in range(2)
+        ]
+        return (
+            fused.bidirectional_attention,
+            [v, *rows, torch.zeros(batch, WORDS, device=device, requires_grad=True)],
+            [],
+        )
     words = torch.randn(batch, WORDS, TEXT_WIDTH, device=device, requires_grad=True)
-    mask = torch.arange(WORDS, device=device) < torch.arange(batch, device=device)[:, None] % WORDS + 1
+    mask = (
+        torch.arange(WORDS, device=device) < torch.arange(batch, device=device)[:, None] % WORDS + 1
+    )
     attend, module = variant_of(variant, channels, device)
     used = [p for name, p in module.named_parameters() if not name.startswith(("gate", "norm"))]
     return attend, [v, words, mask], used
@@ -177,7 +257,9 @@ def _operands(variant: str, batch: int, pixels: int, channels: int, dtype: torch
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
-def _timings(variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype, device: torch.device) -> Iterator[Timing]:
+def _timings(
+    variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Timing]:
     make = partial(Timing, variant, batch, pixels, channels)
     why = obstacle() if variant in (FUSED, KERNEL) else None
     if why is None and variant in (FUSED, KERNEL) and device.type != "cuda":
@@ -190,15 +272,25 @@ def _timings(variant: str, batch: int, pixels: int, channels: int, dtype: torch.
     try:
         torch._dynamo.reset()
         calls, peak = _calls(variant, batch, pixels, channels, dtype, device)
-        yield from [make(direction, *_milliseconds(call, device), peak) for direction, call in calls.items()]
-    except (RuntimeError, InputError, torch._dynamo.exc.TorchDynamoException) as error:      # a rival that this shape does not suit
+        yield from [
+            make(direction, *_milliseconds(call, device), peak) for direction, call in calls.items()
+        ]
+    except (
+        RuntimeError,
+        InputError,
+        torch._dynamo.exc.TorchDynamoException,
+    ) as error:  # a rival that this shape does not suit
         if variant in (EAGER, ABSORBED, REFERENCE, FUSED, KERNEL):
             raise
-        yield from (make(direction, None, why=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") for direction in DIRECTIONS)
+        yield from (
+            make(direction, None, why=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            for direction in DIRECTIONS
+        )
 
 
-def _calls(variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype,
-           device: torch.device) -> tuple[dict[str, Callable[[], Any]], float | None]:
+def _calls(
+    variant: str, batch: int, pixels: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], float | None]:
     """A function without arguments for each direction, and the peak of memory in MB on a GPU."""
     attend, inputs, weights = _operands(variant, batch, pixels, channels, dtype, device)
     leaves = [x for x in (*inputs, *weights) if x.requires_grad]
@@ -208,7 +300,9 @@ def _calls(variant: str, batch: int, pixels: int, channels: int, dtype: torch.dt
             return attend(*inputs)
 
     gradients = [torch.randn_like(x) for x in forward()]
-    backward = partial(torch.autograd.grad, grad_outputs=gradients, retain_graph=True, allow_unused=True)
+    backward = partial(
+        torch.autograd.grad, grad_outputs=gradients, retain_graph=True, allow_unused=True
+    )
     peak = None
     if device.type == "cuda":
         backward(forward(), leaves)
@@ -218,7 +312,11 @@ def _calls(variant: str, batch: int, pixels: int, channels: int, dtype: torch.dt
         backward(forward(), leaves)
         peak = (torch.cuda.max_memory_allocated() - before) / 1e6
     outputs = forward()
-    return {"forward": forward, "backward": lambda: backward(outputs, leaves), "both": lambda: backward(forward(), leaves)}, peak
+    return {
+        "forward": forward,
+        "backward": lambda: backward(outputs, leaves),
+        "both": lambda: backward(forward(), leaves),
+    }, peak
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
@@ -227,7 +325,10 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> tuple[float,
         from triton.testing import do_bench
 
         return tuple(do_bench(_captured(call).replay, quantiles=[0.5, 0.2, 0.8]))
-    times = sorted(1e3 * t for t in Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5).times)
+    times = sorted(
+        1e3 * t
+        for t in Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.5).times
+    )
     return statistics.median(times), times[len(times) // 5], times[-1 - len(times) // 5]
 
 
@@ -256,28 +357,42 @@ def _copy(batch: int, pixels: int, channels: int, dtype: torch.dtype, device: to
 # -------------------------------------------------------------------------------------------------------------- bytes
 
 
-def kernel_bytes(direction: str, batch: int, pixels: int, channels: int, itemsize: int = 2, words: int = WORDS) -> int:
+def kernel_bytes(
+    direction: str, batch: int, pixels: int, channels: int, itemsize: int = 2, words: int = WORDS
+) -> int:
     """The least that the kernel can move: pixels in and out (and the gradient of what came out), and the word side once."""
     tiles, rows = batch * pixels * channels * itemsize, batch * words * (channels + 1) * 4
     forward, backward = 2 * tiles + 3 * rows, 3 * tiles + 6 * rows
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def counted(stages: Sequence[tuple[int, int]] = STAGES, batch: int = 32) -> dict[str, dict[str, float]]:
+def counted(
+    stages: Sequence[tuple[int, int]] = STAGES, batch: int = 32
+) -> dict[str, dict[str, float]]:
     """Gigabytes that each eager variant moves over the stages under bfloat16 autocast; compiled ones are not eager."""
-    found = {name: dict.fromkeys(("forward", "backward"), 0.0) for name in (EAGER, ABSORBED, SDPA, REFERENCE)}
+    found = {
+        name: dict.fromkeys(("forward", "backward"), 0.0)
+        for name in (EAGER, ABSORBED, SDPA, REFERENCE)
+    }
     for name, sums in found.items():
         for pixels, channels in stages:
             with FakeTensorMode(), one_operator_attention():
-                attend, inputs, weights = _operands(name, batch, pixels, channels, torch.bfloat16, torch.device("cpu"))
+                attend, inputs, weights = _operands(
+                    name, batch, pixels, channels, torch.bfloat16, torch.device("cpu")
+                )
                 with Traffic() as forward, torch.autocast("cpu", torch.bfloat16):
                     outputs = attend(*inputs)
                 gradients = [torch.empty_like(x) for x in outputs]
                 with Traffic() as backward:
-                    torch.autograd.grad(outputs, [x for x in (*inputs, *weights) if x.requires_grad], gradients)
+                    torch.autograd.grad(
+                        outputs, [x for x in (*inputs, *weights) if x.requires_grad], gradients
+                    )
             sums["forward"] += forward.total.bytes / 1e9
             sums["backward"] += backward.total.bytes / 1e9
-    found[KERNEL] = {direction: sum(kernel_bytes(direction, batch, *stage) for stage in stages) / 1e9 for direction in DIRECTIONS[:2]}
+    found[KERNEL] = {
+        direction: sum(kernel_bytes(direction, batch, *stage) for stage in stages) / 1e9
+        for direction in DIRECTIONS[:2]
+    }
     return found
 
 
@@ -286,15 +401,24 @@ def counted(stages: Sequence[tuple[int, int]] = STAGES, batch: int = 32) -> dict
 
 def table(bench: KernelBench) -> str:
     """For people: times by stage, ratios over all stages, the kernel's share of a copy's bandwidth, bytes."""
-    parts = [f"{bench.device}, torch {bench.torch}, {bench.dtype}, {bench.words} words, text width {TEXT_WIDTH}; median ms"]
+    parts = [
+        f"{bench.device}, torch {bench.torch}, {bench.dtype}, {bench.words} words, text width {TEXT_WIDTH}; median ms"
+    ]
     for batch in sorted({t.batch for t in bench.timings}):
         for direction in DIRECTIONS:
             parts += ["", *_times(bench, batch, direction)]
         parts += ["", *_shares(bench, batch)]
-    parts += ["", "counted bytes of 32 images over the four stages of Swin-B at 480, bfloat16 autocast, and their floor at "
-                  f"{BYTES_PER_S / 1e12} TB/s", f"{'':<28}{'forward':>22}{'backward':>22}"]
+    parts += [
+        "",
+        "counted bytes of 32 images over the four stages of Swin-B at 480, bfloat16 autocast, and their floor at "
+        f"{BYTES_PER_S / 1e12} TB/s",
+        f"{'':<28}{'forward':>22}{'backward':>22}",
+    ]
     for name, sums in bench.gigabytes.items():
-        cells = (f"{sums[direction]:.2f} GB {sums[direction] / BYTES_PER_S * 1e15:>5.0f} us" for direction in DIRECTIONS[:2])
+        cells = (
+            f"{sums[direction]:.2f} GB {sums[direction] / BYTES_PER_S * 1e15:>5.0f} us"
+            for direction in DIRECTIONS[:2]
+        )
         parts.append(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(parts)
 
@@ -328,7 +452,16 @@ def _shares(bench: KernelBench, batch: int) -> Iterator[str]:
     for copy in (c for c in bench.copies if c.batch == batch):
         cells = ""
         for direction in DIRECTIONS[:2]:
-            ms = next(t.ms for t in bench.timings if (t.variant, t.batch, t.pixels, t.direction) == (KERNEL, batch, copy.pixels, direction))
-            rate = kernel_bytes(direction, batch, copy.pixels, copy.channels, itemsize) / ms / 1e6 if ms else None
+            ms = next(
+                t.ms
+                for t in bench.timings
+                if (t.variant, t.batch, t.pixels, t.direction)
+                == (KERNEL, batch, copy.pixels, direction)
+            )
+            rate = (
+                kernel_bytes(direction, batch, copy.pixels, copy.channels, itemsize) / ms / 1e6
+                if ms
+                else None
+            )
             cells += f"{'-' if rate is None else f'{rate:,.0f} ({rate / copy.gb_per_s:.0%})':>18}"
         yield f"{f'{copy.pixels} x {copy.channels}':<28}{copy.gb_per_s:>14,.0f}{cells}"

@@ -1,4 +1,5 @@
 """Which machine a figure belongs to, how fast its matrix products are, and how two results of it compare."""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 from coupalign.errors import InputError
 
-Rates = tuple[float, float, float]     # median, lower and upper quartile; a second
+Rates = tuple[float, float, float]  # median, lower and upper quartile; a second
 
 
 class Result(ABC):
@@ -31,7 +32,9 @@ class Result(ABC):
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """What `to_json` gave; fields that have come since then have their defaults."""
-        return cls(**{field.name: value[field.name] for field in fields(cls) if field.name in value})
+        return cls(
+            **{field.name: value[field.name] for field in fields(cls) if field.name in value}
+        )
 
     @abstractmethod
     def figures(self) -> dict[str, float]:
@@ -45,8 +48,13 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         name = processor(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
-    return {"device": name, "threads": str(torch.get_num_threads()), "cores": str(os.cpu_count()), "torch": torch.__version__,
-            "python": platform.python_version()}
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def resident_gigabytes(process: int | str = "self") -> float:
@@ -57,7 +65,9 @@ def resident_gigabytes(process: int | str = "self") -> float:
 
 def rates(samples: int, seconds: Sequence[float]) -> Rates:
     """Samples a second of steps that took so long."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+    low, middle, high = (
+        statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+    )
     return samples / middle, samples / high, samples / low
 
 
@@ -77,11 +87,15 @@ def read_result(file: Path, machine: Mapping[str, str], what: str) -> dict[str, 
         theirs = value["machine"]["device"]
         known = value["bench"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--against {file}: not a result of a bench ({type(error).__name__}: {error}); --out writes one") from None
+        raise InputError(
+            f"--against {file}: not a result of a bench ({type(error).__name__}: {error}); --out writes one"
+        ) from None
     if known != what:
         raise InputError(f"--against {file}: a result of bench {known}, not of bench {what}")
     if theirs != machine["device"]:
-        raise InputError(f"--against {file}: measured on {theirs}, this is {machine['device']}: ratios of times would mean nothing")
+        raise InputError(
+            f"--against {file}: measured on {theirs}, this is {machine['device']}: ratios of times would mean nothing"
+        )
     return value
 
 
@@ -95,10 +109,18 @@ def processor(cpuinfo: str) -> str:
         cpuinfo: what Linux has in /proc/cpuinfo.
     """
     first = cpuinfo.partition("\n\n")[0].splitlines()
-    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    known = {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)
+    }
     name = known.get("model name") or platform.processor() or platform.machine()
-    details = [f"{key.removeprefix('cpu ')} {known[key]}" for key in ("cpu family", "model") if key in known]
+    details = [
+        f"{key.removeprefix('cpu ')} {known[key]}"
+        for key in ("cpu family", "model")
+        if key in known
+    ]
     details.append(torch.backends.cpu.get_cpu_capability())
-    if "bf16" in known.get("flags", "") + known.get("Features", ""):     # x86's name for the list, and ARM's
+    if "bf16" in known.get("flags", "") + known.get(
+        "Features", ""
+    ):  # x86's name for the list, and ARM's
         details.append("bf16")
     return f"{name} ({', '.join(details)}), {os.cpu_count()} cores"

@@ -3,6 +3,7 @@
 No sample is read, but every sample is counted: the ranks' own slices of the real order, over an epoch in the middle of
 which the run goes on with another number of nodes.
 """
+
 from __future__ import annotations
 
 import time
@@ -17,9 +18,11 @@ from tqdm import tqdm
 
 from coupalign.data.order import EpochOrders, ShardLayout, part_share, part_slices, rank_slice
 
-EPOCH = 1      # the one that is counted: it begins and ends in the middle of steps
+EPOCH = 1  # the one that is counted: it begins and ends in the middle of steps
 MOST_FETCHED = 1.05
-Readers = dict[int, list[tuple[slice, slice]]]      # part -> (a rank's slice of the step, of the part's share), for all its ranks
+Readers = dict[
+    int, list[tuple[slice, slice]]
+]  # part -> (a rank's slice of the step, of the part's share), for all its ranks
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,9 @@ class Scale:
     def layout(self) -> ShardLayout:
         """Shards of the mean size, give or take a fifth."""
         mean = self.samples // self.shards
-        sizes = np.random.default_rng(self.seed).integers(mean - mean // 5, mean + mean // 5 + 1, self.shards)
+        sizes = np.random.default_rng(self.seed).integers(
+            mean - mean // 5, mean + mean // 5 + 1, self.shards
+        )
         excess, rest = divmod(int(sizes.sum()) - self.samples, self.shards)
         return ShardLayout.of_counts(sizes - excess - (np.arange(self.shards) < rest))
 
@@ -103,12 +108,19 @@ class OrderBench:
     def faults(self) -> list[str]:
         """What does not hold; empty where all is well."""
         samples, count = self.scale.samples, self.count
-        found = [f"one of {row.nodes} nodes fetches {row.worst:.3f} times its share, more than {MOST_FETCHED}"
-                 for row in self.fetched if row.canonical_nodes == self.scale.canonical_nodes and row.worst > MOST_FETCHED]
+        found = [
+            f"one of {row.nodes} nodes fetches {row.worst:.3f} times its share, more than {MOST_FETCHED}"
+            for row in self.fetched
+            if row.canonical_nodes == self.scale.canonical_nodes and row.worst > MOST_FETCHED
+        ]
         if not count.drawn == count.once == samples:
-            found.append(f"of {samples:,} samples {count.once:,} were read once, {count.never:,} never; {count.drawn:,} reads in all")
+            found.append(
+                f"of {samples:,} samples {count.once:,} were read once, {count.never:,} never; {count.drawn:,} reads in all"
+            )
         if count.differing:
-            found.append(f"{count.differing} of {count.checks} steps are not the same for a rank that begins there")
+            found.append(
+                f"{count.differing} of {count.checks} steps are not the same for a rank that begins there"
+            )
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -121,11 +133,19 @@ def bench_order(scale: Scale | None = None) -> OrderBench:
     scale = scale or Scale()
     layout = scale.layout()
     orders = scale.orders(layout, scale.canonical_nodes)
-    windows = sum(len(orders.window_places(EPOCH, part)) - 1 for part in range(scale.canonical_nodes))
+    windows = sum(
+        len(orders.window_places(EPOCH, part)) - 1 for part in range(scale.canonical_nodes)
+    )
     rank = rank_cost(scale)
     count = count_reads(scale, layout)
-    fetched = tuple(_fetched(scale, layout, parts, nodes) for parts, nodes in (
-        (scale.canonical_nodes, scale.before.nodes), (scale.canonical_nodes, scale.after.nodes), (1, scale.before.nodes)))
+    fetched = tuple(
+        _fetched(scale, layout, parts, nodes)
+        for parts, nodes in (
+            (scale.canonical_nodes, scale.before.nodes),
+            (scale.canonical_nodes, scale.after.nodes),
+            (1, scale.before.nodes),
+        )
+    )
     return OrderBench(scale, rank, count, fetched, scale.shards / windows)
 
 
@@ -134,14 +154,21 @@ def bench_order(scale: Scale | None = None) -> OrderBench:
 
 def rank_cost(scale: Scale) -> RankCost:
     """Rank 0 opens the order, takes its first step, takes one in the middle of a later epoch, and walks through an epoch."""
-    taken, steps = rank_slice(scale.global_batch, 0, scale.before.ranks), -(-scale.samples // scale.global_batch)
+    taken, steps = (
+        rank_slice(scale.global_batch, 0, scale.before.ranks),
+        -(-scale.samples // scale.global_batch),
+    )
     opened: list[EpochOrders] = []
-    seconds = [_seconds(act) for act in (
-        lambda: opened.append(scale.orders(scale.layout(), scale.canonical_nodes)),
-        lambda: opened[0].step(0, scale.global_batch, taken),
-        lambda: opened[0].step(7 * steps + steps // 2, scale.global_batch, taken),
-        lambda: _walk(opened[0], steps, scale.global_batch, taken))]
-    tracemalloc.start()      # after the clock: it slows everything down
+    seconds = [
+        _seconds(act)
+        for act in (
+            lambda: opened.append(scale.orders(scale.layout(), scale.canonical_nodes)),
+            lambda: opened[0].step(0, scale.global_batch, taken),
+            lambda: opened[0].step(7 * steps + steps // 2, scale.global_batch, taken),
+            lambda: _walk(opened[0], steps, scale.global_batch, taken),
+        )
+    ]
+    tracemalloc.start()  # after the clock: it slows everything down
     _walk(scale.orders(scale.layout(), scale.canonical_nodes), steps + 1, scale.global_batch, taken)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -164,7 +191,10 @@ def _seconds(act: Callable[[], Any]) -> float:
 
 def count_reads(scale: Scale, layout: ShardLayout) -> Count:
     """Count the samples of an epoch that each worker of each rank reads, the cluster changing at two fifths of it."""
-    orders, fresh = scale.orders(layout, scale.canonical_nodes), scale.orders(layout, scale.canonical_nodes)
+    orders, fresh = (
+        scale.orders(layout, scale.canonical_nodes),
+        scale.orders(layout, scale.canonical_nodes),
+    )
     share = part_share(scale.global_batch, scale.canonical_nodes)
     lengths = [orders.length(part) for part in range(scale.canonical_nodes)]
     first, stop = EPOCH * min(lengths) // share, -(-(EPOCH + 1) * max(lengths) // share)
@@ -175,15 +205,31 @@ def count_reads(scale: Scale, layout: ShardLayout) -> Count:
     for part in tqdm(range(scale.canonical_nodes), desc="counting", unit="part", leave=False):
         steps = _steps_of(orders, part, first * share, stop * share).reshape(-1, share)
         for (rows, cluster), reading in zip(phases, readers):
-            for numbers in _worker_reads(steps[rows], [own for _, own in reading[part]], cluster.workers):
-                counts[numbers] += 1      # a number twice in `numbers` counts once, but then `drawn` is too large for all to be 1
+            for numbers in _worker_reads(
+                steps[rows], [own for _, own in reading[part]], cluster.workers
+            ):
+                counts[numbers] += (
+                    1  # a number twice in `numbers` counts once, but then `drawn` is too large for all to be 1
+                )
                 drawn += len(numbers)
-            row = rows.start + part * 7919 % (rows.stop - rows.start)      # any one of the phase, and any one of its ranks
+            row = rows.start + part * 7919 % (
+                rows.stop - rows.start
+            )  # any one of the phase, and any one of its ranks
             taken, own = reading[part][part % len(reading[part])]
-            keys = fresh.step(first + row, scale.global_batch, taken)[part * share + own.start - taken.start:]
-            again = [number if epoch == EPOCH else -1 for epoch, number in keys[:own.stop - own.start]]
+            keys = fresh.step(first + row, scale.global_batch, taken)[
+                part * share + own.start - taken.start :
+            ]
+            again = [
+                number if epoch == EPOCH else -1 for epoch, number in keys[: own.stop - own.start]
+            ]
             differing += again != steps[row, own].tolist()
-    return Count(drawn, int((counts == 1).sum()), int((counts == 0).sum()), 2 * scale.canonical_nodes, differing)
+    return Count(
+        drawn,
+        int((counts == 1).sum()),
+        int((counts == 0).sum()),
+        2 * scale.canonical_nodes,
+        differing,
+    )
 
 
 def part_readers(scale: Scale, ranks: int) -> Readers:
@@ -198,7 +244,12 @@ def part_readers(scale: Scale, ranks: int) -> Readers:
 
 def _steps_of(orders: EpochOrders, part: int, first: int, stop: int) -> np.ndarray:
     """Sample numbers, int64 [stop − first]; −1 in other epochs than the one that is counted."""
-    return np.concatenate([numbers if epoch == EPOCH else np.full(len(numbers), -1) for epoch, numbers in orders.read(part, first, stop)])
+    return np.concatenate(
+        [
+            numbers if epoch == EPOCH else np.full(len(numbers), -1)
+            for epoch, numbers in orders.read(part, first, stop)
+        ]
+    )
 
 
 def _worker_reads(steps: np.ndarray, slices: list[slice], workers: int) -> Iterator[np.ndarray]:
@@ -217,15 +268,26 @@ def _fetched(scale: Scale, layout: ShardLayout, parts: int, nodes: int) -> Fetch
     return Fetched(parts, nodes, float(ratio.mean()), float(ratio.max()))
 
 
-def fetched_samples(orders: EpochOrders, layout: ShardLayout, nodes: int, global_batch: int) -> np.ndarray:
+def fetched_samples(
+    orders: EpochOrders, layout: ShardLayout, nodes: int, global_batch: int
+) -> np.ndarray:
     """Samples in all the shards that each node touches in an epoch, int64 [nodes]; a shard on a cut counts in both parts."""
     share, node_share = part_share(global_batch, orders.parts), global_batch // nodes
     sizes = np.diff(layout.starts)
     shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     total = np.zeros(nodes, np.int64)
-    with tqdm(total=orders.samples, desc=f"fetching, {orders.parts} parts", unit="sample", unit_scale=True, leave=False) as bar:
+    with tqdm(
+        total=orders.samples,
+        desc=f"fetching, {orders.parts} parts",
+        unit="sample",
+        unit_scale=True,
+        leave=False,
+    ) as bar:
         for part in range(orders.parts):
-            first, stop = part * share // node_share, -(-(part + 1) * share // node_share)      # the nodes that read this part
+            first, stop = (
+                part * share // node_share,
+                -(-(part + 1) * share // node_share),
+            )  # the nodes that read this part
             touched = np.zeros((stop - first, len(sizes)), bool)
             place, length = EPOCH * orders.length(part), orders.length(part)
             for _, numbers in orders.read(part, place, place + length):
@@ -244,32 +306,44 @@ def table(bench: OrderBench) -> str:
     """What was found, and what a user should conclude."""
     scale, rank, count = bench.scale, bench.rank, bench.count
     before, after = scale.before, scale.after
-    lines = [f"{scale.samples:,} samples in {scale.shards:,} shards, global batch {scale.global_batch:,}, canonical_nodes "
-             f"{scale.canonical_nodes}, shuffle_window {scale.shuffle_window}",
-             f"{before.ranks:,} ranks x {before.workers} workers on {before.nodes} nodes, then {after.ranks:,} ranks on {after.nodes}", "",
-             "the order, for one rank (its workers are handed sample numbers, and hold none of it)",
-             f"  opened (sizes of the shards drawn, summed)    {rank.open_s * 1e3:10,.1f} ms",
-             f"  first step                                    {rank.first_s * 1e3:10,.1f} ms",
-             f"  a step in the middle of epoch 7 (resume)      {rank.resume_s * 1e3:10,.1f} ms",
-             f"  an epoch of {rank.steps:>7,} steps                    {rank.epoch_s:10,.2f} s   "
-             f"{rank.epoch_s / rank.steps * 1e6:.1f} us a step",
-             f"  peak memory through the epoch (tracemalloc)   {rank.peak_bytes / 1e6:10,.1f} MB", "",
-             f"an epoch, counted over {before.ranks:,} ranks and from two fifths of it over {after.ranks:,}, x {before.workers} workers",
-             f"  read {count.drawn:,}, once {count.once:,}, never {count.never:,}; "
-             f"{count.checks - count.differing} of {count.checks} steps begun afresh were the same", "",
-             "whole shards fetched by a node in an epoch, as a multiple of samples / nodes",
-             f"  {'canonical_nodes':>15}{'nodes':>8}{'mean':>10}{'worst':>10}",
-             *(f"  {row.canonical_nodes:>15,}{row.nodes:>8,}{row.mean:>10.3f}{row.worst:>10.3f}" for row in bench.fetched), "",
-             *_conclusion(bench), *(f"FAULT: {fault}" for fault in bench.faults)]
+    lines = [
+        f"{scale.samples:,} samples in {scale.shards:,} shards, global batch {scale.global_batch:,}, canonical_nodes "
+        f"{scale.canonical_nodes}, shuffle_window {scale.shuffle_window}",
+        f"{before.ranks:,} ranks x {before.workers} workers on {before.nodes} nodes, then {after.ranks:,} ranks on {after.nodes}",
+        "",
+        "the order, for one rank (its workers are handed sample numbers, and hold none of it)",
+        f"  opened (sizes of the shards drawn, summed)    {rank.open_s * 1e3:10,.1f} ms",
+        f"  first step                                    {rank.first_s * 1e3:10,.1f} ms",
+        f"  a step in the middle of epoch 7 (resume)      {rank.resume_s * 1e3:10,.1f} ms",
+        f"  an epoch of {rank.steps:>7,} steps                    {rank.epoch_s:10,.2f} s   "
+        f"{rank.epoch_s / rank.steps * 1e6:.1f} us a step",
+        f"  peak memory through the epoch (tracemalloc)   {rank.peak_bytes / 1e6:10,.1f} MB",
+        "",
+        f"an epoch, counted over {before.ranks:,} ranks and from two fifths of it over {after.ranks:,}, x {before.workers} workers",
+        f"  read {count.drawn:,}, once {count.once:,}, never {count.never:,}; "
+        f"{count.checks - count.differing} of {count.checks} steps begun afresh were the same",
+        "",
+        "whole shards fetched by a node in an epoch, as a multiple of samples / nodes",
+        f"  {'canonical_nodes':>15}{'nodes':>8}{'mean':>10}{'worst':>10}",
+        *(
+            f"  {row.canonical_nodes:>15,}{row.nodes:>8,}{row.mean:>10.3f}{row.worst:>10.3f}"
+            for row in bench.fetched
+        ),
+        "",
+        *_conclusion(bench),
+        *(f"FAULT: {fault}" for fault in bench.faults),
+    ]
     return "\n".join(lines)
 
 
 def _conclusion(bench: OrderBench) -> list[str]:
     scale = bench.scale
-    return [f"Choose for data.canonical_nodes a common multiple of the numbers of nodes you may use ({scale.before.nodes} and "
-            f"{scale.after.nodes}: {scale.canonical_nodes}) that divides",
-            "train.global_batch, before the run begins: changing it changes the order. Its price: a window mixes shards of one part",
-            f"only, at most shuffle_window, here {bench.window_shards:.0f}; yet a step takes from all the parts, "
-            f"from {scale.canonical_nodes * bench.window_shards:,.0f} shards at a time,",
-            "and the parts are drawn anew each epoch. A node's cache should hold a window of each of its parts, here "
-            f"{scale.canonical_nodes // scale.before.nodes} x {bench.window_shards:.0f} shards."]
+    return [
+        f"Choose for data.canonical_nodes a common multiple of the numbers of nodes you may use ({scale.before.nodes} and "
+        f"{scale.after.nodes}: {scale.canonical_nodes}) that divides",
+        "train.global_batch, before the run begins: changing it changes the order. Its price: a window mixes shards of one part",
+        f"only, at most shuffle_window, here {bench.window_shards:.0f}; yet a step takes from all the parts, "
+        f"from {scale.canonical_nodes * bench.window_shards:,.0f} shards at a time,",
+        "and the parts are drawn anew each epoch. A node's cache should hold a window of each of its parts, here "
+        f"{scale.canonical_nodes // scale.before.nodes} x {bench.window_shards:.0f} shards.",
+    ]

@@ -4,6 +4,7 @@ A training says what it begins (`watch.doing`), which is an audit event: a child
 folder that is thrown away. A second child does the same under `-X importtime`, Python's own times of imports, which are added up by
 package until that step ends; what they do not explain of the phase "imports" is said.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,7 @@ from coupalign.bench.machine import Result, describe_machine
 from coupalign.errors import InputError
 
 _HELPS = 5
-_SHOWN = 12      # packages
+_SHOWN = 12  # packages
 _MARK = "phase: "
 _TRAIN = f"""
 import json, sys, time
@@ -67,19 +68,39 @@ class StartBench(Result):
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
-        return {"s --help": self.help, "s to the first step": sum(self.phases.values()),
-                **{f"s {name}": value for name, value in self.phases.items()}}
+        return {
+            "s --help": self.help,
+            "s to the first step": sum(self.phases.values()),
+            **{f"s {name}": value for name, value in self.phases.items()},
+        }
 
     def table(self) -> str:
         """The same for people."""
-        lines = ["  ".join(f"{name} {value}" for name, value in self.machine.items()), "", f"coupalign --help{self.help:>28.2f} s", "",
-                 f"from nothing to the end of the first step of {self.config}"]
-        lines += [f"  {name:<40}{value:>8.2f} s" for name, value in {**self.phases, "together": sum(self.phases.values())}.items()]
+        lines = [
+            "  ".join(f"{name} {value}" for name, value in self.machine.items()),
+            "",
+            f"coupalign --help{self.help:>28.2f} s",
+            "",
+            f"from nothing to the end of the first step of {self.config}",
+        ]
+        lines += [
+            f"  {name:<40}{value:>8.2f} s"
+            for name, value in {**self.phases, "together": sum(self.phases.values())}.items()
+        ]
         most = sorted(self.imports.items(), key=lambda item: -item[1])
-        lines += ["", "imports until then, by package, each without what it imports itself (timed one by one, which makes them slower)"]
-        lines += [f"  {name:<40}{value:>8.2f} s" for name, value in
-                  [*most[:_SHOWN], (f"{len(most) - _SHOWN} more", sum(value for _, value in most[_SHOWN:])),
-                   ("together", sum(self.imports.values())), ("of the phase, no import", self.unaccounted)]]
+        lines += [
+            "",
+            "imports until then, by package, each without what it imports itself (timed one by one, which makes them slower)",
+        ]
+        lines += [
+            f"  {name:<40}{value:>8.2f} s"
+            for name, value in [
+                *most[:_SHOWN],
+                (f"{len(most) - _SHOWN} more", sum(value for _, value in most[_SHOWN:])),
+                ("together", sum(self.imports.values())),
+                ("of the phase, no import", self.unaccounted),
+            ]
+        ]
         return "\n".join(lines)
 
 
@@ -98,18 +119,37 @@ def bench_startup(config: Path, overrides: Sequence[str]) -> StartBench:
         for name, value in of_phase.items():
             together[name] += value
     unaccounted = _until_first_step(times)["imports"] - sum(imports["imports"].values())
-    return StartBench(describe_machine(torch.device("cpu")), config.stem, statistics.median(helps), phases, dict(together), unaccounted)
+    return StartBench(
+        describe_machine(torch.device("cpu")),
+        config.stem,
+        statistics.median(helps),
+        phases,
+        dict(together),
+        unaccounted,
+    )
 
 
-def _train(config: Path, overrides: Sequence[str], *options: str) -> tuple[list[tuple[str, float]], str]:
+def _train(
+    config: Path, overrides: Sequence[str], *options: str
+) -> tuple[list[tuple[str, float]], str]:
     """Train one step; when each phase began, seconds since 1970, and what was printed to standard error."""
     with tempfile.TemporaryDirectory() as folder:
         found, run = Path(folder) / "times.json", Path(folder) / "run"
-        words = ["train", str(config), *overrides, f"run_dir={run}", "train.steps=1", "tracking.kind=none", "data.evaluate=[]"]
+        words = [
+            "train",
+            str(config),
+            *overrides,
+            f"run_dir={run}",
+            "train.steps=1",
+            "tracking.kind=none",
+            "data.evaluate=[]",
+        ]
         command = [sys.executable, *options, "-c", _TRAIN, str(time.time()), str(found), *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"{config}: its training ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+            raise InputError(
+                f"{config}: its training ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+            )
         return json.loads(found.read_text()), done.stderr
 
 

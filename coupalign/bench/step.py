@@ -3,6 +3,7 @@
 Three looks at the same steps, so that looking costs the times nothing: whole steps without any instrument; steps whose parts are
 timed, by the phases that every engine marks and by hooks on the parts of the model; a few steps under torch's profiler.
 """
+
 from __future__ import annotations
 
 import resource
@@ -82,32 +83,57 @@ class StepBench(Result):
 
     def figures(self) -> dict[str, float]:
         """What is compared with an earlier result, by name."""
-        return {"samples/s": self.samples_per_second[0], "utilization": self.utilization,
-                **{f"ms {name}": value for name, value in self.milliseconds.items()},
-                **{f"GB {name}": value for name, value in self.gigabytes.items()}, **self.calls}
+        return {
+            "samples/s": self.samples_per_second[0],
+            "utilization": self.utilization,
+            **{f"ms {name}": value for name, value in self.milliseconds.items()},
+            **{f"GB {name}": value for name, value in self.gigabytes.items()},
+            **self.calls,
+        }
 
     def table(self) -> str:
         """The same for people."""
         median, low, high = self.samples_per_second
         looked_at = sum(self.milliseconds.values()) - self.milliseconds["step"]
-        lines = [f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, {self.global_batch} samples a step in micro-batches "
-                 f"of {self.micro_batch}", "  ".join(f"{name} {value}" for name, value in self.machine.items()), "",
-                 f"{median:,.2f} samples/s (median of {self.steps} steps; quartiles {low:,.2f} … {high:,.2f})",
-                 f"{self.flop / 1e12:,.3f} TFLOP a step; {self.utilization:.1%} of the {self.matmul_flop_per_s / 1e12:,.2f} TFLOP/s "
-                 "that this machine's fastest matrix product reaches", "", f"{'part':<14}{'ms':>10}{'share':>8}"]
-        lines += [f"{name:<14}{value:>10.2f}" + (f"{value / looked_at:>8.1%}" if name != "step" else "")
-                  for name, value in self.milliseconds.items()]
-        lines += ["", "  ".join(f"{name} {value:.2f} GB" for name, value in self.gigabytes.items()),
-                  "  ".join(f"{name} {value:,.1f}" for name, value in self.calls.items()) + "  (a step)"]
+        lines = [
+            f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, {self.global_batch} samples a step in micro-batches "
+            f"of {self.micro_batch}",
+            "  ".join(f"{name} {value}" for name, value in self.machine.items()),
+            "",
+            f"{median:,.2f} samples/s (median of {self.steps} steps; quartiles {low:,.2f} … {high:,.2f})",
+            f"{self.flop / 1e12:,.3f} TFLOP a step; {self.utilization:.1%} of the {self.matmul_flop_per_s / 1e12:,.2f} TFLOP/s "
+            "that this machine's fastest matrix product reaches",
+            "",
+            f"{'part':<14}{'ms':>10}{'share':>8}",
+        ]
+        lines += [
+            f"{name:<14}{value:>10.2f}" + (f"{value / looked_at:>8.1%}" if name != "step" else "")
+            for name, value in self.milliseconds.items()
+        ]
+        lines += [
+            "",
+            "  ".join(f"{name} {value:.2f} GB" for name, value in self.gigabytes.items()),
+            "  ".join(f"{name} {value:,.1f}" for name, value in self.calls.items()) + "  (a step)",
+        ]
         if self.beside:
             ratio, low, high = self.beside["ratio"]
-            lines += ["", f"{ratio:.2f} times the samples/s of the same with {self.beside['overrides']} "
-                      f"({self.beside['samples_per_second'][0]:,.2f}), steps in turn; quartiles {low:.2f} … {high:.2f}"]
+            lines += [
+                "",
+                f"{ratio:.2f} times the samples/s of the same with {self.beside['overrides']} "
+                f"({self.beside['samples_per_second'][0]:,.2f}), steps in turn; quartiles {low:.2f} … {high:.2f}",
+            ]
         return "\n".join(lines)
 
 
-def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, random: bool = False,
-               trace: Path | None = None, beside: Sequence[str] = ()) -> StepBench:
+def bench_step(
+    config: Config,
+    world: World,
+    steps: int = 20,
+    warmup: int = 5,
+    random: bool = False,
+    trace: Path | None = None,
+    beside: Sequence[str] = (),
+) -> StepBench:
     """Time training steps; collective.
 
     Args:
@@ -126,22 +152,51 @@ def bench_step(config: Config, world: World, steps: int = 20, warmup: int = 5, r
         gigabytes = _by_kind(run.engine, start, _gigabytes(world, peak=True))
         milliseconds = _parts(run, run.engine.model, statistics.median(seconds))
         calls = _calls(run, trace)
-        in_turn = _beside(run, _start(override(config, beside), world, stack, random, warmup), beside, steps) if beside else {}
+        in_turn = (
+            _beside(
+                run, _start(override(config, beside), world, stack, random, warmup), beside, steps
+            )
+            if beside
+            else {}
+        )
     _, micro = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
-    flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (config.train.global_batch // micro)
+    flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (
+        config.train.global_batch // micro
+    )
     fastest = matmul_peak(DTYPES[config.precision], world.device)
     rate = rates(config.train.global_batch, seconds)
     share = flop * rate[0] / config.train.global_batch / world.size / fastest
-    return StepBench(describe_machine(world.device), config.name, world.size, config.train.global_batch, micro, config.precision,
-                     config.engine.kind + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""), steps, rate,
-                     milliseconds, flop, fastest, share, gigabytes, calls, in_turn)
+    return StepBench(
+        describe_machine(world.device),
+        config.name,
+        world.size,
+        config.train.global_batch,
+        micro,
+        config.precision,
+        config.engine.kind
+        + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""),
+        steps,
+        rate,
+        milliseconds,
+        flop,
+        fastest,
+        share,
+        gigabytes,
+        calls,
+        in_turn,
+    )
 
 
 def _start(config: Config, world: World, stack: ExitStack, random: bool, warmup: int) -> _Runner:
     """Everything that a configuration's steps need, and its first ones."""
     vocabulary, batches = _random(config, world) if random else _read(config, world, stack)
     model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
-    run = _Runner(build_engine(model, build_optimizer(model, config.optim), config, world), batches, config, world)
+    run = _Runner(
+        build_engine(model, build_optimizer(model, config.optim), config, world),
+        batches,
+        config,
+        world,
+    )
     for _ in range(warmup):
         run.step()
     return run
@@ -151,10 +206,15 @@ def _beside(run: _Runner, other: _Runner, overrides: Sequence[str], steps: int) 
     """Steps of two configurations in turn, see `StepBench.beside`."""
     pairs = [(run.timed(1)[0], other.timed(1)[0]) for _ in range(steps)]
     samples = other.config.train.global_batch
-    gain = samples / run.config.train.global_batch      # a step of the other may be of another size
-    low, median, high = np.quantile([theirs / own / gain for own, theirs in pairs], (0.25, 0.5, 0.75)).tolist()
-    return {"overrides": " ".join(overrides), "samples_per_second": rates(samples, [theirs for _, theirs in pairs]),
-            "ratio": (median, low, high)}
+    gain = samples / run.config.train.global_batch  # a step of the other may be of another size
+    low, median, high = np.quantile(
+        [theirs / own / gain for own, theirs in pairs], (0.25, 0.5, 0.75)
+    ).tolist()
+    return {
+        "overrides": " ".join(overrides),
+        "samples_per_second": rates(samples, [theirs for _, theirs in pairs]),
+        "ratio": (median, low, high),
+    }
 
 
 class _Runner:
@@ -202,9 +262,16 @@ def _parts(run: _Runner, model: nn.Module, step_s: float) -> dict[str, float]:
     forward = found.pop("forward")
     means = found.pop("losses", 0.0)
     order = [name for name, _ in model.named_children() if name in own]
-    return {"step": 1e3 * step_s, "data": found["data"], "copy": found["copy"], **{name: own[name] for name in order},
-            "losses": forward - sum(own.values()), "backward": found["backward"], "optimizer": found.get("optimizer", 0.0),
-            "loss means": means}
+    return {
+        "step": 1e3 * step_s,
+        "data": found["data"],
+        "copy": found["copy"],
+        **{name: own[name] for name in order},
+        "losses": forward - sum(own.values()),
+        "backward": found["backward"],
+        "optimizer": found.get("optimizer", 0.0),
+        "loss means": means,
+    }
 
 
 @contextmanager
@@ -240,15 +307,29 @@ def _calls(run: _Runner, trace: Path | None) -> dict[str, float]:
         trace.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(trace))
     events = profiler.events()
-    exchange = sum(event.device_time_total if cuda else event.cpu_time_total for event in events if event.name.startswith(_EXCHANGES))
+    exchange = sum(
+        event.device_time_total if cuda else event.cpu_time_total
+        for event in events
+        if event.name.startswith(_EXCHANGES)
+    )
     # The last wait is ours.
-    return {**count_calls(events, _PROFILED, run.world.device, own_waits=1), "ms of exchange": exchange / 1e3 / _PROFILED}
+    return {
+        **count_calls(events, _PROFILED, run.world.device, own_waits=1),
+        "ms of exchange": exchange / 1e3 / _PROFILED,
+    }
 
 
 def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
     tokenizer = open_tokenizer(config.data)
-    loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch, world.rank, world.size,
-                                tokenizer)
+    loader = build_train_loader(
+        config.data,
+        config.seed,
+        config.train.global_batch,
+        config.train.max_micro_batch,
+        world.rank,
+        world.size,
+        tokenizer,
+    )
     stack.callback(loader.close)
     return len(tokenizer), (batches for _, batches in loader.steps_from(0))
 
@@ -256,9 +337,16 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
 def _random(config: Config, world: World) -> tuple[int, Steps]:
     """The same few random batches again and again."""
     vocabulary = vocabulary_of(config.model.text)
-    count, samples = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
-    step = [random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary) for _ in range(count)]
-    return vocabulary, cycle([[batch.pin_memory() for batch in step] if world.device.type == "cuda" else step])
+    count, samples = micro_batches(
+        config.train.global_batch, config.train.max_micro_batch, world.size
+    )
+    step = [
+        random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary)
+        for _ in range(count)
+    ]
+    return vocabulary, cycle(
+        [[batch.pin_memory() for batch in step] if world.device.type == "cuda" else step]
+    )
 
 
 def _wait(device: torch.device) -> None:
@@ -276,7 +364,11 @@ def _by_kind(engine: Engine, start: float, peak: float) -> dict[str, float]:
 def _gigabytes(world: World, peak: bool) -> float:
     """Memory that is held, or the most that was since the last look, 1e9 bytes. On a CPU that of the process, whose most never falls."""
     if world.device.type == "cuda":
-        value = torch.cuda.max_memory_allocated(world.device) if peak else torch.cuda.memory_allocated(world.device)
+        value = (
+            torch.cuda.max_memory_allocated(world.device)
+            if peak
+            else torch.cuda.memory_allocated(world.device)
+        )
         torch.cuda.reset_peak_memory_stats(world.device)
         return value / 1e9
     if peak:

@@ -1,4 +1,5 @@
 """YAML and `key=value` overrides -> Config; Config -> YAML, flat parameters, differences."""
+
 from __future__ import annotations
 
 import difflib
@@ -52,12 +53,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a mapping of keys is expected at the top, found {type(tree).__name__}")
+        raise InputError(
+            f"{path}: a mapping of keys is expected at the top, found {type(tree).__name__}"
+        )
     return tree
 
 
-def parse_section(kind: type[AnySection], tree: Mapping[str, Any], file: Path | str,
-                  overrides: Mapping[str, str] | None = None) -> AnySection:
+def parse_section(
+    kind: type[AnySection],
+    tree: Mapping[str, Any],
+    file: Path | str,
+    overrides: Mapping[str, str] | None = None,
+) -> AnySection:
     """Check `tree` against a section of the schema; `file` and `overrides` are only named in errors."""
     try:
         return kind.model_validate(_expand(tree, str(file)))
@@ -68,7 +75,9 @@ def parse_section(kind: type[AnySection], tree: Mapping[str, Any], file: Path | 
 
 def dump(config: Section) -> str:
     """The whole configuration as YAML, defaults included; `read_config` gives the same Config back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def flatten(config: Section) -> dict[str, Any]:
@@ -91,7 +100,11 @@ def flatten(config: Section) -> dict[str, Any]:
 def diff(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     """The leaves that differ: `{"optim.lr": (old, new)}`."""
     before, after = flatten(old), flatten(new)
-    return {key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)}
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    }
 
 
 # -------------------------------------------------------------------------------------------------- the small print
@@ -103,30 +116,42 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _overridden(kind: type[AnySection], tree: dict[str, Any], file: Path | str, overrides: Sequence[str]) -> AnySection:
+def _overridden(
+    kind: type[AnySection], tree: dict[str, Any], file: Path | str, overrides: Sequence[str]
+) -> AnySection:
     for change in overrides:
         _apply(kind, tree, change)
-    return parse_section(kind, tree, file, {change.partition("=")[0].strip(): change for change in overrides})
+    return parse_section(
+        kind, tree, file, {change.partition("=")[0].strip(): change for change in overrides}
+    )
 
 
 def _with_base(kind: type[Section], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
-        raise InputError(f"{path}: `base` leads back to the file itself: {' -> '.join(file.name for file in (*above, path))}")
+        raise InputError(
+            f"{path}: `base` leads back to the file itself: {' -> '.join(file.name for file in (*above, path))}"
+        )
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise InputError(f"{path}: base: the name of a YAML file beside it is expected, found {base!r}")
+        raise InputError(
+            f"{path}: base: the name of a YAML file beside it is expected, found {base!r}"
+        )
     return _merged(kind, [], _with_base(kind, path.parent / base, (*above, path.resolve())), tree)
 
 
-def _merged(kind: type[Section], path: list[str], old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    kind: type[Section], path: list[str], old: dict[str, Any], new: Mapping[str, Any]
+) -> dict[str, Any]:
     """`old` with what `new` says instead, mappings key by key; another `kind` keeps of `old` what an override would keep."""
     if "kind" in new and new["kind"] != old.get("kind"):
         kept = _shared(_walk(kind, path), old.get("kind"), new["kind"])
@@ -167,8 +192,13 @@ def _shared(variants: Sequence[type[Section]], old: str | None, new: Any) -> set
     if new not in by_tag:
         return set()
     before, after = by_tag.get(old, variants[0]).model_fields, by_tag[new].model_fields
-    return {name for name, field in before.items()
-            if name in after and after[name].annotation == field.annotation and _sections(field.annotation)}
+    return {
+        name
+        for name, field in before.items()
+        if name in after
+        and after[name].annotation == field.annotation
+        and _sections(field.annotation)
+    }
 
 
 def _enter(place: Any, part: str, change: str) -> Any:
@@ -194,18 +224,24 @@ def _expand(value: Any, file: str) -> Any:
         return value
     expanded = os.path.expandvars(value)
     if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise InputError(f"{file}: {value!r} uses the environment variable {missing[1]}, which is not set")
+        raise InputError(
+            f"{file}: {value!r} uses the environment variable {missing[1]}, which is not set"
+        )
     return expanded
 
 
-def _explain(kind: type[Section], problem: Mapping[str, Any], file: str, overrides: Mapping[str, str]) -> str:
+def _explain(
+    kind: type[Section], problem: Mapping[str, Any], file: str, overrides: Mapping[str, str]
+) -> str:
     where = [part for part in problem["loc"] if not _is_tag(kind, problem["loc"], part)]
     key = ".".join(str(part) for part in where)
     source = f"override {overrides[key]!r}" if key in overrides else file
     if problem["type"] == "extra_forbidden":
         valid = _fields(kind, problem["loc"][:-1])
         nearest = difflib.get_close_matches(str(where[-1]), valid, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys here: {', '.join(valid)}"
+        hint = (
+            f"did you mean {nearest[0]!r}?" if nearest else f"valid keys here: {', '.join(valid)}"
+        )
         return f"{source}: unknown key {key!r}; {hint}"
     found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
@@ -220,7 +256,11 @@ def _walk(kind: type[Section], path: Sequence[Any]) -> list[type[Section]]:
         if tagged and len(here) > 1:
             here = tagged
         elif isinstance(part, str):
-            fields = [section.model_fields[part].annotation for section in here if part in section.model_fields]
+            fields = [
+                section.model_fields[part].annotation
+                for section in here
+                if part in section.model_fields
+            ]
             here = [section for annotation in fields for section in _sections(annotation)]
     return here
 
@@ -237,7 +277,7 @@ def _tag(section: type[Section]) -> str | None:
 
 
 def _is_tag(kind: type[Section], path: Sequence[Any], part: Any) -> bool:
-    sections = _walk(kind, path[:list(path).index(part)])
+    sections = _walk(kind, path[: list(path).index(part)])
     return len(sections) > 1 and any(_tag(section) == part for section in sections)
 
 

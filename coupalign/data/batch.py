@@ -1,4 +1,5 @@
 """What the loader hands over: tensors for the model, and for each sample what scoring and pictures need."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -71,10 +72,15 @@ class Batch:
         return {**self.__dict__, "words": self.words.numpy(), "word_mask": self.word_mask.numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, words=torch.from_numpy(state["words"]), word_mask=torch.from_numpy(state["word_mask"]))
+        self.__dict__.update(
+            state,
+            words=torch.from_numpy(state["words"]),
+            word_mask=torch.from_numpy(state["word_mask"]),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; from pinned memory the copy does not block."""
+
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
@@ -86,12 +92,24 @@ class Batch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         target = None if self.target is None else change(self.target)
-        return replace(self, image=change(self.image), words=change(self.words), word_mask=change(self.word_mask), target=target)
+        return replace(
+            self,
+            image=change(self.image),
+            words=change(self.words),
+            word_mask=change(self.word_mask),
+            target=target,
+        )
 
 
 def random_batch(samples: int, size: int, tokens: int, vocabulary: int) -> Batch:
     """A training batch of the loader's shapes and memory layout: noise, whole sentences of random words, a square for a target."""
     image = torch.randint(0, 256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     target = torch.zeros(samples, size, size, dtype=torch.bool)
-    target[:, size // 4:size // 2, size // 4:size // 2] = True
-    return Batch(image, torch.randint(vocabulary, (samples, tokens)), torch.ones(samples, tokens, dtype=torch.bool), target, ())
+    target[:, size // 4 : size // 2, size // 4 : size // 2] = True
+    return Batch(
+        image,
+        torch.randint(vocabulary, (samples, tokens)),
+        torch.ones(samples, tokens, dtype=torch.bool),
+        target,
+        (),
+    )

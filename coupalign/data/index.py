@@ -2,6 +2,7 @@
 
 `index.json` is at the same time a `wids` shard index. It is written last, so a directory with an index is a finished one.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -29,7 +30,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Shard:
-    url: str       # file name beside the index
+    url: str  # file name beside the index
     samples: int
     bytes: int
     sha256: str
@@ -37,7 +38,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class RefEntry:
-    set: str       # "refcoco/unc"
+    set: str  # "refcoco/unc"
     split: str
     ref_id: int
     sentences: int
@@ -56,13 +57,13 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    location: str                     # directory or URL prefix, no trailing slash
+    location: str  # directory or URL prefix, no trailing slash
     name: str
     shards: tuple[Shard, ...]
-    images: tuple[ImageEntry, ...]    # sorted by shard, then by place in the tar
+    images: tuple[ImageEntry, ...]  # sorted by shard, then by place in the tar
     counts: dict[str, dict[str, dict[str, int]]]
-    vocabulary: str | None            # file name beside the index
-    fingerprint: str                  # sha256 of the index file: equal fingerprints, equal data
+    vocabulary: str | None  # file name beside the index
+    fingerprint: str  # sha256 of the index file: equal fingerprints, equal data
     tool: str
     source_fingerprint: str = ""
     vocabulary_sha256: str | None = None
@@ -92,13 +93,17 @@ def read_index(location: str | Path, text: bytes | None = None) -> ShardIndex:
         try:
             text = Path(file).read_bytes()
         except FileNotFoundError:
-            raise InputError(f"{file}: no such file; is {base} a packed (and finished) shard directory?") from None
+            raise InputError(
+                f"{file}: no such file; is {base} a packed (and finished) shard directory?"
+            ) from None
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {error}") from None
     return _read(text, base, file)
 
 
-@lru_cache(maxsize=8)      # by content: a start reads the same index for the vocabulary, for training and for each split to be scored
+@lru_cache(
+    maxsize=8
+)  # by content: a start reads the same index for the vocabulary, for training and for each split to be scored
 def _read(text: bytes, base: str, file: str) -> ShardIndex:
     try:
         tree = json.loads(text)
@@ -107,12 +112,16 @@ def _read(text: bytes, base: str, file: str) -> ShardIndex:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise InputError(f"{file}: not an index of {FORMAT}; `coupalign pack` writes one")
     if tree.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{file}: format_version {tree.get('format_version')}, this tool reads {FORMAT_VERSION}; "
-                         f"it was written by {tree.get('tool', 'an unknown tool')}: pack again, or use that version")
+        raise InputError(
+            f"{file}: format_version {tree.get('format_version')}, this tool reads {FORMAT_VERSION}; "
+            f"it was written by {tree.get('tool', 'an unknown tool')}: pack again, or use that version"
+        )
     try:
         return _parse(tree, base, hashlib.sha256(text).hexdigest())
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{file}: damaged index ({type(error).__name__}: {error}); pack again") from None
+        raise InputError(
+            f"{file}: damaged index ({type(error).__name__}: {error}); pack again"
+        ) from None
 
 
 def write_index(index: ShardIndex) -> None:
@@ -120,7 +129,10 @@ def write_index(index: ShardIndex) -> None:
     head = {
         "wids_version": 1,
         "name": index.name,
-        "shardlist": [{"url": s.url, "nsamples": s.samples, "filesize": s.bytes, "sha256": s.sha256} for s in index.shards],
+        "shardlist": [
+            {"url": s.url, "nsamples": s.samples, "filesize": s.bytes, "sha256": s.sha256}
+            for s in index.shards
+        ],
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "tool": index.tool,
@@ -129,7 +141,10 @@ def write_index(index: ShardIndex) -> None:
         "vocabulary_sha256": index.vocabulary_sha256,
         "counts": index.counts,
     }
-    lines = [json.dumps(image_record(image), ensure_ascii=False, separators=(",", ":")) for image in index.images]
+    lines = [
+        json.dumps(image_record(image), ensure_ascii=False, separators=(",", ":"))
+        for image in index.images
+    ]
     with whole_file(Path(index.location) / INDEX_NAME, "w") as file:
         file.write(json.dumps(head, ensure_ascii=False, indent=1)[:-2] + ',\n "images": [\n')
         file.write(",\n".join(lines) + "\n]}\n")
@@ -137,14 +152,24 @@ def write_index(index: ShardIndex) -> None:
 
 def image_record(image: ImageEntry) -> dict[str, Any]:
     """An image as the index holds it; `image_entry` is the inverse."""
-    return {"id": image.image_id, "shard": image.shard, "jpg": list(image.jpg), "json": list(image.json),
-            "refs": [[ref.set, ref.split, ref.ref_id, ref.sentences] for ref in image.refs]}
+    return {
+        "id": image.image_id,
+        "shard": image.shard,
+        "jpg": list(image.jpg),
+        "json": list(image.json),
+        "refs": [[ref.set, ref.split, ref.ref_id, ref.sentences] for ref in image.refs],
+    }
 
 
 def image_entry(record: Mapping[str, Any]) -> ImageEntry:
     """Raises KeyError, TypeError or ValueError where the record is damaged."""
-    refs = tuple(RefEntry(str(name), str(split), int(ref_id), int(n)) for name, split, ref_id, n in record["refs"])
-    return ImageEntry(int(record["id"]), int(record["shard"]), _span(record["jpg"]), _span(record["json"]), refs)
+    refs = tuple(
+        RefEntry(str(name), str(split), int(ref_id), int(n))
+        for name, split, ref_id, n in record["refs"]
+    )
+    return ImageEntry(
+        int(record["id"]), int(record["shard"]), _span(record["jpg"]), _span(record["json"]), refs
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- verification
@@ -170,11 +195,21 @@ class VerifyReport:
         if len(self.problems) > len(shown):
             shown.append(f"  … and {len(self.problems) - len(shown)} more")
         size = f"{self.shards} shards, {self.samples:,} images, {self.bytes / 1e6:,.1f} MB"
-        return "\n".join([f"{self.directory}: {self.name}, {size}: {verdict}", counts_table(self.counts), *shown])
+        return "\n".join(
+            [f"{self.directory}: {self.name}, {size}: {verdict}", counts_table(self.counts), *shown]
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {"directory": str(self.directory), "name": self.name, "ok": self.ok, "shards": self.shards,
-                "samples": self.samples, "bytes": self.bytes, "counts": self.counts, "problems": list(self.problems)}
+        return {
+            "directory": str(self.directory),
+            "name": self.name,
+            "ok": self.ok,
+            "shards": self.shards,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "counts": self.counts,
+            "problems": list(self.problems),
+        }
 
 
 def verify(directory: Path | str, workers: int = 2) -> VerifyReport:
@@ -199,11 +234,21 @@ def verify(directory: Path | str, workers: int = 2) -> VerifyReport:
         if not file.is_file():
             problems.append(f"{index.vocabulary}: missing")
         elif sha256_of(file) != index.vocabulary_sha256:
-            problems.append(f"{index.vocabulary}: its sha256 is not the one in the index: the file was changed")
+            problems.append(
+                f"{index.vocabulary}: its sha256 is not the one in the index: the file was changed"
+            )
     if count_entries(index.images) != index.counts:
         problems.append(f"{INDEX_NAME}: `counts` do not follow from its list of images")
     total = sum(shard.bytes for shard in index.shards)
-    return VerifyReport(directory, index.name, len(index.shards), len(index.images), total, index.counts, tuple(problems))
+    return VerifyReport(
+        directory,
+        index.name,
+        len(index.shards),
+        len(index.images),
+        total,
+        index.counts,
+        tuple(problems),
+    )
 
 
 def count_entries(images: Iterable[ImageEntry]) -> dict[str, dict[str, dict[str, int]]]:
@@ -212,7 +257,9 @@ def count_entries(images: Iterable[ImageEntry]) -> dict[str, dict[str, dict[str,
     for image in images:
         seen = set()
         for ref in image.refs:
-            here = counts.setdefault(ref.set, {}).setdefault(ref.split, {"images": 0, "refs": 0, "sentences": 0})
+            here = counts.setdefault(ref.set, {}).setdefault(
+                ref.split, {"images": 0, "refs": 0, "sentences": 0}
+            )
             here["images"] += (ref.set, ref.split) not in seen
             here["refs"] += 1
             here["sentences"] += ref.sentences
@@ -234,7 +281,9 @@ def check_jpeg(data: bytes, height: int, width: int) -> None:
     if image.format not in ("JPEG", "MPO"):
         raise ValueError(f"a {image.format} file, not a JPEG")
     if image.size != (width, height):
-        raise ValueError(f"the picture is {image.size[0]} x {image.size[1]}, its annotations are for {width} x {height}")
+        raise ValueError(
+            f"the picture is {image.size[0]} x {image.size[1]}, its annotations are for {width} x {height}"
+        )
 
 
 def sample_key(image_id: int) -> str:
@@ -257,11 +306,18 @@ def _check_shard(directory: Path, shard: Shard, images: Sequence[ImageEntry]) ->
         what = "truncated" if size < shard.bytes else "changed"
         problems.append(f"{shard.url}: {size:,} bytes, the index says {shard.bytes:,}: {what}")
     elif (digest := sha256_of(file)) != shard.sha256:
-        problems.append(f"{shard.url}: sha256 {digest[:12]}…, the index says {shard.sha256[:12]}…: its bytes were changed")
+        problems.append(
+            f"{shard.url}: sha256 {digest[:12]}…, the index says {shard.sha256[:12]}…: its bytes were changed"
+        )
     if len(images) != shard.samples:
-        problems.append(f"{shard.url}: {shard.samples} samples by `shardlist`, {len(images)} by `images`")
-    expected = [(f"{sample_key(image.image_id)}.{kind}", *span) for image in images
-                for kind, span in (("jpg", image.jpg), ("json", image.json))]
+        problems.append(
+            f"{shard.url}: {shard.samples} samples by `shardlist`, {len(images)} by `images`"
+        )
+    expected = [
+        (f"{sample_key(image.image_id)}.{kind}", *span)
+        for image in images
+        for kind, span in (("jpg", image.jpg), ("json", image.json))
+    ]
     try:
         if tar_spans(file) != expected:
             problems.append(f"{shard.url}: the files in the tar are not those of the index")
@@ -272,7 +328,9 @@ def _check_shard(directory: Path, shard: Shard, images: Sequence[ImageEntry]) ->
             try:
                 _check_sample(_read_span(stream, image.jpg), _read_span(stream, image.json), image)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                problems.append(f"{shard.url}: sample {sample_key(image.image_id)}: {type(error).__name__}: {error}")
+                problems.append(
+                    f"{shard.url}: sample {sample_key(image.image_id)}: {type(error).__name__}: {error}"
+                )
     return problems
 
 
@@ -280,15 +338,24 @@ def _check_sample(jpg: bytes, text: bytes, image: ImageEntry) -> None:
     record = json.loads(text)
     if record["image_id"] != image.image_id:
         raise ValueError(f"its json is of image {record['image_id']}")
-    refs = tuple(RefEntry(f"{ref['dataset']}/{ref['split_by']}", ref["split"], ref["ref_id"], len(ref["sentences"]))
-                 for ref in record["refs"])
+    refs = tuple(
+        RefEntry(
+            f"{ref['dataset']}/{ref['split_by']}",
+            ref["split"],
+            ref["ref_id"],
+            len(ref["sentences"]),
+        )
+        for ref in record["refs"]
+    )
     if refs != image.refs:
         raise ValueError("its refs are not those of the index")
     height, width = record["height"], record["width"]
     for ref in record["refs"]:
         check_segmentation(ref["rle"], height, width)
         if area(ref["rle"]) != ref["area"]:
-            raise ValueError(f"ref {ref['ref_id']}: a mask of {area(ref['rle'])} pixels, `area` says {ref['area']}")
+            raise ValueError(
+                f"ref {ref['ref_id']}: a mask of {area(ref['rle'])} pixels, `area` says {ref['area']}"
+            )
     check_jpeg(jpg, height, width)
 
 
@@ -313,13 +380,15 @@ def _span(pair: Iterable[int]) -> tuple[int, int]:
 def _split(location: str) -> tuple[str, str]:
     base = location.rstrip("/") or "/"
     if base.endswith(f"/{INDEX_NAME}") or base == INDEX_NAME:
-        base = base[:-len(INDEX_NAME)].rstrip("/") or "."
+        base = base[: -len(INDEX_NAME)].rstrip("/") or "."
     return base, f"{base}/{INDEX_NAME}"
 
 
 def _parse(tree: Mapping[str, Any], base: str, fingerprint: str) -> ShardIndex:
-    shards = tuple(Shard(_plain_name(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
-                   for s in tree["shardlist"])
+    shards = tuple(
+        Shard(_plain_name(s["url"]), int(s["nsamples"]), int(s["filesize"]), str(s["sha256"]))
+        for s in tree["shardlist"]
+    )
     images = tuple(image_entry(record) for record in tree["images"])
     for image in images:
         shard = shards[image.shard] if image.shard >= 0 else None
@@ -327,9 +396,17 @@ def _parse(tree: Mapping[str, Any], base: str, fingerprint: str) -> ShardIndex:
             raise ValueError(f"image {image.image_id} lies outside shard {image.shard}")
     vocabulary = tree["vocabulary"]
     return ShardIndex(
-        location=base, name=str(tree["name"]), shards=shards, images=images, counts=tree["counts"],
-        vocabulary=None if vocabulary is None else _plain_name(vocabulary), fingerprint=fingerprint, tool=str(tree["tool"]),
-        source_fingerprint=str(tree["source_fingerprint"]), vocabulary_sha256=tree.get("vocabulary_sha256"))
+        location=base,
+        name=str(tree["name"]),
+        shards=shards,
+        images=images,
+        counts=tree["counts"],
+        vocabulary=None if vocabulary is None else _plain_name(vocabulary),
+        fingerprint=fingerprint,
+        tool=str(tree["tool"]),
+        source_fingerprint=str(tree["source_fingerprint"]),
+        vocabulary_sha256=tree.get("vocabulary_sha256"),
+    )
 
 
 def _plain_name(name: str) -> str:

@@ -6,6 +6,7 @@ another collection by its number and the length of its file.
 
     <run>/trained_on.json     what a run was trained on; a copy lies in every checkpoint
 """
+
 from __future__ import annotations
 
 import json
@@ -26,7 +27,7 @@ from coupalign.files import write_json
 COCO = ("refcoco", "refcoco+", "refcocog")
 TRAINED_ON = "trained_on.json"
 
-Photo = tuple[str, int, int]      # collection, number, bytes of the file (0 in COCO)
+Photo = tuple[str, int, int]  # collection, number, bytes of the file (0 in COCO)
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class TrainedOn:
         """How far a score on these photographs is to be trusted."""
         scored = set(scored)
         shared = len(scored & self.photos)
-        words = (f"LEAKY: {shared:,} of {len(scored):,} scored photographs were trained on" if shared else
-                 "none: no scored photograph was trained on")
+        words = (
+            f"LEAKY: {shared:,} of {len(scored):,} scored photographs were trained on"
+            if shared
+            else "none: no scored photograph was trained on"
+        )
         return "; ".join([words, *self.weights])
 
     def after(self, starts: Iterable[Path], weights: Iterable[str] = ()) -> TrainedOn:
@@ -67,7 +71,10 @@ class TrainedOn:
         collections: dict[str, list[list[int]]] = defaultdict(list)
         for collection, *rest in sorted(self.photos):
             collections[collection].append(rest)
-        write_json(folder / TRAINED_ON, {"mix": self.mix, "weights": list(self.weights), "photos": collections})
+        write_json(
+            folder / TRAINED_ON,
+            {"mix": self.mix, "weights": list(self.weights), "photos": collections},
+        )
 
 
 def read_trained_on(folder: Path) -> TrainedOn | None:
@@ -81,14 +88,24 @@ def read_trained_on(folder: Path) -> TrainedOn | None:
         return None
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        photos = frozenset((name, number, size) for name, pairs in value["photos"].items() for number, size in pairs)
+        photos = frozenset(
+            (name, number, size)
+            for name, pairs in value["photos"].items()
+            for number, size in pairs
+        )
         return TrainedOn(photos, value["mix"], tuple(value["weights"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: damaged ({type(error).__name__}: {error}); copy it from another checkpoint of the run") from None
+        raise InputError(
+            f"{file}: damaged ({type(error).__name__}: {error}); copy it from another checkpoint of the run"
+        ) from None
 
 
-def guard(config: DataConfig, table: SampleTable, train: Sequence[ShardIndex],
-          evaluate: Sequence[ShardIndex]) -> tuple[SampleTable, list[str]]:
+def guard(
+    config: DataConfig,
+    table: SampleTable,
+    train: Sequence[ShardIndex],
+    evaluate: Sequence[ShardIndex],
+) -> tuple[SampleTable, list[str]]:
     """Hold the training samples against everything that may be reported.
 
     Held out is what `data.evaluate` names, and every split but train of each set (a data set and its partition) that is trained on.
@@ -106,25 +123,41 @@ def guard(config: DataConfig, table: SampleTable, train: Sequence[ShardIndex],
     for source, index in zip(config.evaluate, evaluate, strict=True):
         _collect(held, index, lambda ref, source=source: wanted(source, ref.set, ref.split))
     for source, index in zip(config.train, train, strict=True):
-        sets = {ref.set for image in index.images for ref in image.refs if wanted(source, ref.set, ref.split)}
+        sets = {
+            ref.set
+            for image in index.images
+            for ref in image.refs
+            if wanted(source, ref.set, ref.split)
+        }
         _collect(held, index, lambda ref, sets=sets: ref.set in sets and ref.split != "train")
     own = _photos_of(table)
     leaks = {name: len(photos & set(own)) for name, photos in held.items() if photos & set(own)}
     if not leaks:
         return table, []
-    told = "; ".join(f"{count:,} of {len(held[name]):,} photographs of {name}" for name, count in sorted(leaks.items()))
+    told = "; ".join(
+        f"{count:,} of {len(held[name]):,} photographs of {name}"
+        for name, count in sorted(leaks.items())
+    )
     everything = set().union(*held.values())
     if config.mix == "leaky":
-        return table, [f"LEAKY, as data.mix says: the training samples show {told}. Every score of this run says so"]
+        return table, [
+            f"LEAKY, as data.mix says: the training samples show {told}. Every score of this run says so"
+        ]
     if config.mix is None:
-        raise InputError(f"data.train shows photographs that are to be scored: {told}. Set data.mix=clean to leave them out, or "
-                         "data.mix=leaky to compare with papers that did not; every score then says so")
+        raise InputError(
+            f"data.train shows photographs that are to be scored: {told}. Set data.mix=clean to leave them out, or "
+            "data.mix=leaky to compare with papers that did not; every score then says so"
+        )
     kept = np.array([photo not in everything for photo in own])
     if not kept.any():
-        raise InputError(f"data.mix=clean leaves nothing to train on: all {len(table):,} samples show {told}")
+        raise InputError(
+            f"data.mix=clean leaves nothing to train on: all {len(table):,} samples show {told}"
+        )
     lost = len({photo for photo in own if photo in everything})
-    return table.take(np.flatnonzero(kept)), [f"clean mix: {int((~kept).sum()):,} of {len(table):,} training samples on {lost:,} "
-                                              f"photographs were left out, since they show {told}"]
+    return table.take(np.flatnonzero(kept)), [
+        f"clean mix: {int((~kept).sum()):,} of {len(table):,} training samples on {lost:,} "
+        f"photographs were left out, since they show {told}"
+    ]
 
 
 def trained_on(table: SampleTable, mix: str | None, weights: Sequence[str] = ()) -> TrainedOn:
@@ -147,18 +180,30 @@ class Overlaps:
     def table(self) -> str:
         """The photographs of each split, and a line for each train split and each split that it leaks into."""
         trains = [name for name in self.sizes if name.endswith(" train")]
-        lines = [f"{'trained on':<28}{'scored on':<28}{'photographs of both':>22}{'share of the scored':>22}"]
+        lines = [
+            f"{'trained on':<28}{'scored on':<28}{'photographs of both':>22}{'share of the scored':>22}"
+        ]
         for train in trains:
             for other, size in self.sizes.items():
                 if other not in trains and (both := self.shared.get((train, other))):
                     lines.append(f"{train:<28}{other:<28}{both:>22,}{both / size:>22.1%}")
         if len(lines) == 1:
             lines = ["no photograph of a train split is in another split"]
-        return "\n".join(["", *(f"{name:<28}{size:>10,} photographs" for name, size in self.sizes.items()), "", *lines])
+        return "\n".join(
+            [
+                "",
+                *(f"{name:<28}{size:>10,} photographs" for name, size in self.sizes.items()),
+                "",
+                *lines,
+            ]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"photographs": dict(self.sizes), "shared": [[a, b, count] for (a, b), count in self.shared.items()]}
+        return {
+            "photographs": dict(self.sizes),
+            "shared": [[a, b, count] for (a, b), count in self.shared.items()],
+        }
 
 
 def overlaps(indexes: Sequence[ShardIndex]) -> Overlaps:
@@ -167,11 +212,18 @@ def overlaps(indexes: Sequence[ShardIndex]) -> Overlaps:
     for index in indexes:
         _collect(splits, index, lambda _: True)
     names = sorted(splits)
-    shared = {(a, b): len(splits[a] & splits[b]) for a in names for b in names if a != b and splits[a] & splits[b]}
+    shared = {
+        (a, b): len(splits[a] & splits[b])
+        for a in names
+        for b in names
+        if a != b and splits[a] & splits[b]
+    }
     return Overlaps({name: len(splits[name]) for name in names}, shared)
 
 
-def _collect(into: dict[str, set[Photo]], index: ShardIndex, chosen: Callable[[RefEntry], bool]) -> None:
+def _collect(
+    into: dict[str, set[Photo]], index: ShardIndex, chosen: Callable[[RefEntry], bool]
+) -> None:
     """Add the photographs of the chosen refs, by "set split"."""
     for image in index.images:
         for ref in image.refs:
@@ -187,4 +239,6 @@ def _photos_of(table: SampleTable) -> list[Photo]:
 
 def _photo(image: ImageEntry, ref: RefEntry) -> Photo:
     dataset = ref.set.partition("/")[0]
-    return ("coco", image.image_id, 0) if dataset in COCO else (dataset, image.image_id, image.jpg[1])
+    return (
+        ("coco", image.image_id, 0) if dataset in COCO else (dataset, image.image_id, image.jpg[1])
+    )

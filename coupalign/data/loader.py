@@ -3,6 +3,7 @@
 One item of the DataLoader is one micro-batch, asked for by its keys (epoch, sample number); so a run resumes at any step
 without decoding what came before, and a worker process holds no state.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -24,8 +25,24 @@ from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Batch, SampleInfo
 from coupalign.data.index import ShardIndex
 from coupalign.data.leak import Photo, TrainedOn, guard, scored_photos, trained_on
-from coupalign.data.order import EpochOrders, ShardLayout, micro_batches, part_share, part_slices, rank_slice
-from coupalign.data.samples import BadSample, Key, Rule, SampleReader, SampleTable, build_table, evaluation_table, other_sentences
+from coupalign.data.order import (
+    EpochOrders,
+    ShardLayout,
+    micro_batches,
+    part_share,
+    part_slices,
+    rank_slice,
+)
+from coupalign.data.samples import (
+    BadSample,
+    Key,
+    Rule,
+    SampleReader,
+    SampleTable,
+    build_table,
+    evaluation_table,
+    other_sentences,
+)
 from coupalign.data.server import SIGNALS, fork_server
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.tokenizer import Tokenizer
@@ -33,9 +50,9 @@ from coupalign.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_SIDE_BY_SIDE = 32                # samples of a micro-batch that go through each step together; their stored photographs are held
-_FEWEST_DRAWS = 100               # before the share of bad samples is judged
-_MOST_REPLACEMENTS = 100          # bad samples in a row
+_SIDE_BY_SIDE = 32  # samples of a micro-batch that go through each step together; their stored photographs are held
+_FEWEST_DRAWS = 100  # before the share of bad samples is judged
+_MOST_REPLACEMENTS = 100  # bad samples in a row
 
 
 # --------------------------------------------------------------------------------------------------------- building
@@ -51,8 +68,15 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     return Tokenizer.open(open_vocabulary(open_index(sources[0].index), config.cache_dir))
 
 
-def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_micro_batch: int | None, rank: int, ranks: int,
-                       tokenizer: Tokenizer) -> TrainLoader:
+def build_train_loader(
+    config: DataConfig,
+    seed: int,
+    global_batch: int,
+    max_micro_batch: int | None,
+    rank: int,
+    ranks: int,
+    tokenizer: Tokenizer,
+) -> TrainLoader:
     """The endless training batches of one rank.
 
     Raises:
@@ -66,18 +90,35 @@ def build_train_loader(config: DataConfig, seed: int, global_batch: int, max_mic
     indexes = _open_indexes(config.train)
     table = build_table(config.train, indexes, config.unit)
     table, leaks = guard(config, table, indexes, _open_indexes(config.evaluate))
-    _warn_of_small_cache(config, table, len(part_slices(global_batch, config.canonical_nodes, taken)))
-    orders = EpochOrders(ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes)
+    _warn_of_small_cache(
+        config, table, len(part_slices(global_batch, config.canonical_nodes, taken))
+    )
+    orders = EpochOrders(
+        ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes
+    )
     accumulation, _ = micro_batches(global_batch, max_micro_batch, ranks)
     keys = _MicroBatchKeys(orders, global_batch, taken, accumulation)
     dataset = _TrainSamples(SampleReader(config, table, tokenizer), seed)
-    fingerprint = _fingerprint(config.train, indexes, f"{config.unit}, {len(table)}" if config.mix == "clean" else config.unit)
+    fingerprint = _fingerprint(
+        config.train,
+        indexes,
+        f"{config.unit}, {len(table)}" if config.mix == "clean" else config.unit,
+    )
     return TrainLoader(dataset, keys, config, fingerprint, trained_on(table, config.mix), leaks)
 
 
-def build_eval_loader(config: DataConfig, sources: Sequence[Source], batch: int, rank: int, ranks: int, tokenizer: Tokenizer,
-                      limit: int | None = None, shuffle_sentences: bool = False, images: bool = False,
-                      rules: Sequence[Rule] = ("each",)) -> EvalLoader:
+def build_eval_loader(
+    config: DataConfig,
+    sources: Sequence[Source],
+    batch: int,
+    rank: int,
+    ranks: int,
+    tokenizer: Tokenizer,
+    limit: int | None = None,
+    shuffle_sentences: bool = False,
+    images: bool = False,
+    rules: Sequence[Rule] = ("each",),
+) -> EvalLoader:
     """Every text of `sources` that the sentence rules ask for once, in batches of `batch` neighbors.
 
     Rank r of R takes the batches r, r + R, …; sentences about one photograph stand side by side, so it is decoded once for most of them.
@@ -100,32 +141,55 @@ def build_eval_loader(config: DataConfig, sources: Sequence[Source], batch: int,
     table, members = evaluation_table(sources, indexes, rules, limit)
     others = other_sentences(table) if shuffle_sentences else None
     dataset = _EvalSamples(SampleReader(config, table, tokenizer), others, images)
-    return EvalLoader(dataset, _eval_batches(len(table), batch, rank, ranks), config, _fingerprint(sources, indexes, "sentence"), members)
+    return EvalLoader(
+        dataset,
+        _eval_batches(len(table), batch, rank, ranks),
+        config,
+        _fingerprint(sources, indexes, "sentence"),
+        members,
+    )
 
 
 def _open_indexes(sources: Sequence[Source]) -> list[ShardIndex]:
-    opened = {location: open_index(location) for location in dict.fromkeys(source.index for source in sources)}
+    opened = {
+        location: open_index(location)
+        for location in dict.fromkeys(source.index for source in sources)
+    }
     return [opened[source.index] for source in sources]
 
 
 def _fingerprint(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit: str) -> str:
     """SHA-256 over what decides which samples there are, and their bytes; where the shards lie does not matter."""
-    parts = [[index.fingerprint, source.dataset, source.split_by, source.split] for source, index in zip(sources, indexes)]
+    parts = [
+        [index.fingerprint, source.dataset, source.split_by, source.split]
+        for source, index in zip(sources, indexes)
+    ]
     return hashlib.sha256(json.dumps([unit, parts]).encode()).hexdigest()
 
 
 def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts: int) -> None:
     """`parts`: how many canonical nodes' parts this rank reads at a time, each of them in its own window."""
-    remote = sorted(shard.bytes for index in table.indexes if is_remote(index.location) for shard in index.shards)
+    remote = sorted(
+        shard.bytes
+        for index in table.indexes
+        if is_remote(index.location)
+        for shard in index.shards
+    )
     shards = min(config.shuffle_window, -(-len(remote) // config.canonical_nodes) + 1) * parts
     if (window := sum(remote[-shards:])) > config.cache_gb * 1e9:
-        log.warning("data.cache_gb=%g is less than the %.3g GB of the shuffle windows that a process reads at a time: shards will be "
-                    "fetched again and again; raise it, or lower data.shuffle_window=%d", config.cache_gb, window / 1e9,
-                    config.shuffle_window)
+        log.warning(
+            "data.cache_gb=%g is less than the %.3g GB of the shuffle windows that a process reads at a time: shards will be "
+            "fetched again and again; raise it, or lower data.shuffle_window=%d",
+            config.cache_gb,
+            window / 1e9,
+            config.shuffle_window,
+        )
 
 
 def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[int]]:
-    batches = [list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)]
+    batches = [
+        list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)
+    ]
     own = batches[rank::ranks]
     spare = own[-1][-1:] if own else [0]
     return own + [spare] * (-(-len(batches) // ranks) - len(own))
@@ -141,8 +205,15 @@ class TrainLoader:
     photographs), `leaks` (what the leak guard has to say), and `bad`: name -> reason of the unreadable samples that this rank met.
     """
 
-    def __init__(self, dataset: _TrainSamples, keys: _MicroBatchKeys, config: DataConfig, fingerprint: str, trained_on: TrainedOn,
-                 leaks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        dataset: _TrainSamples,
+        keys: _MicroBatchKeys,
+        config: DataConfig,
+        fingerprint: str,
+        trained_on: TrainedOn,
+        leaks: Sequence[str] = (),
+    ) -> None:
         self.trained_on, self.leaks = trained_on, leaks
         self.reader = dataset.reader
         self.samples = keys.orders.samples
@@ -152,7 +223,9 @@ class TrainLoader:
         self._drawn = self._bad_drawn = 0
         self._max_bad_share = config.max_bad_share
         self._keys = keys
-        self._loader: DataLoader | None = _data_loader(dataset, keys, config.workers, persistent=True)
+        self._loader: DataLoader | None = _data_loader(
+            dataset, keys, config.workers, persistent=True
+        )
         self._running: Iterator[tuple[int, list[Batch]]] | None = None
 
     def steps_from(self, step: int) -> Iterator[tuple[int, list[Batch]]]:
@@ -171,14 +244,22 @@ class TrainLoader:
     @property
     def worker_pids(self) -> list[int]:
         """Of the worker processes, once an iteration has begun."""
-        items = self._loader._iterator if self._loader is not None and self._loader.num_workers else None
+        items = (
+            self._loader._iterator
+            if self._loader is not None and self._loader.num_workers
+            else None
+        )
         return [] if items is None else [worker.pid for worker in items._workers]
 
     def close(self) -> None:
         """End the worker processes."""
         if self._running is not None:
             self._running.close()
-        if self._loader is not None and self._loader.num_workers and self._loader._iterator is not None:
+        if (
+            self._loader is not None
+            and self._loader.num_workers
+            and self._loader._iterator is not None
+        ):
             _end(self._loader._iterator)
         self._running = self._loader = None
 
@@ -199,8 +280,10 @@ class TrainLoader:
         enough = self._drawn >= min(_FEWEST_DRAWS, self.samples)
         if enough and self._bad_drawn > self._max_bad_share * self._drawn:
             named = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
-            raise InputError(f"{self._bad_drawn} of {self._drawn} samples drawn cannot be read, more than data.max_bad_share="
-                             f"{self._max_bad_share}: {named}. `coupalign verify` lists what is damaged")
+            raise InputError(
+                f"{self._bad_drawn} of {self._drawn} samples drawn cannot be read, more than data.max_bad_share="
+                f"{self._max_bad_share}: {named}. `coupalign verify` lists what is damaged"
+            )
         return batch
 
 
@@ -210,8 +293,14 @@ class EvalLoader:
     Attributes: `samples` (of all ranks), `fingerprint` (of the data), `members` (by sentence rule the numbers of its samples).
     """
 
-    def __init__(self, dataset: _EvalSamples, batches: list[list[int]], config: DataConfig, fingerprint: str,
-                 members: dict[Rule, np.ndarray]) -> None:
+    def __init__(
+        self,
+        dataset: _EvalSamples,
+        batches: list[list[int]],
+        config: DataConfig,
+        fingerprint: str,
+        members: dict[Rule, np.ndarray],
+    ) -> None:
         self.samples = len(dataset.reader.table)
         self.fingerprint = fingerprint
         self.members = members
@@ -247,9 +336,18 @@ class EvalLoader:
 
 def _data_loader(dataset: Dataset, keys: object, workers: int, persistent: bool) -> DataLoader:
     # its own generator: the seed that a DataLoader draws for its workers must not move the global random state
-    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=workers, collate_fn=_same, generator=torch.Generator(),
-                      pin_memory=torch.cuda.is_available(), persistent_workers=persistent and workers > 0,
-                      worker_init_fn=_start_worker, multiprocessing_context=fork_server() if workers else None)
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_same,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=persistent and workers > 0,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=fork_server() if workers else None,
+    )
 
 
 def _same(item: object) -> object:
@@ -261,7 +359,9 @@ def _start(loader: DataLoader) -> Iterator[Batch | _Failure]:
     items = iter(loader)
     if loader.num_workers:
         atexit.unregister(_end_all)
-        atexit.register(_end_all)         # anew, to come before the exit handler of multiprocessing, which waits for the workers
+        atexit.register(
+            _end_all
+        )  # anew, to come before the exit handler of multiprocessing, which waits for the workers
         _running.add(items)
         weakref.finalize(loader, _end, items)
     return items
@@ -281,7 +381,7 @@ def _end(items: Iterator) -> None:
         items._shutdown_workers()
         for worker in items._workers:
             if worker.is_alive():
-                worker.kill()             # it does not listen to SIGTERM
+                worker.kill()  # it does not listen to SIGTERM
 
 
 def _start_worker(_: int) -> None:
@@ -294,7 +394,9 @@ def _start_worker(_: int) -> None:
 class _MicroBatchKeys:
     """The keys of one rank's micro-batches from `first_step` on, without end."""
 
-    def __init__(self, orders: EpochOrders, global_batch: int, taken: slice, accumulation: int) -> None:
+    def __init__(
+        self, orders: EpochOrders, global_batch: int, taken: slice, accumulation: int
+    ) -> None:
         self.orders = orders
         self.accumulation = accumulation
         self.first_step = 0
@@ -306,7 +408,7 @@ class _MicroBatchKeys:
             keys = self.orders.step(step, self._global_batch, self._taken)
             size = len(keys) // self.accumulation
             for first in range(0, len(keys), size):
-                yield keys[first:first + size]
+                yield keys[first : first + size]
 
 
 # ---------------------------------------------------------------------------------------------------------- samples
@@ -337,29 +439,45 @@ class _TrainSamples(Dataset):
         try:
             canvas = self.reader.canvas(len(keys), target=True)
             image, target = canvas.image.numpy(), canvas.target.numpy()
-            groups = [slice(first, first + _SIDE_BY_SIDE) for first in range(0, len(keys), _SIDE_BY_SIDE)]
-            infos = [info for group in groups for info in self._group(keys[group], image[group], target[group], bad)]
+            groups = [
+                slice(first, first + _SIDE_BY_SIDE) for first in range(0, len(keys), _SIDE_BY_SIDE)
+            ]
+            infos = [
+                info
+                for group in groups
+                for info in self._group(keys[group], image[group], target[group], bad)
+            ]
             return self.reader.collate(canvas, infos, bad)
         except InputError as error:
             return _Failure(str(error))
 
-    def _group(self, keys: Sequence[Key], image: np.ndarray, target: np.ndarray, bad: list[str]) -> list[SampleInfo]:
+    def _group(
+        self, keys: Sequence[Key], image: np.ndarray, target: np.ndarray, bad: list[str]
+    ) -> list[SampleInfo]:
         """Write the samples, which differ from `keys` where one of these cannot be read."""
         try:
             return self.reader.train_samples(self._seed, keys, image, target)
         except BadSample:
             rows = [slice(row, row + 1) for row in range(len(keys))]
-            return [self._readable(key, image[row], target[row], bad) for key, row in zip(keys, rows)]
+            return [
+                self._readable(key, image[row], target[row], bad) for key, row in zip(keys, rows)
+            ]
 
-    def _readable(self, key: Key, image: np.ndarray, target: np.ndarray, bad: list[str]) -> SampleInfo:
+    def _readable(
+        self, key: Key, image: np.ndarray, target: np.ndarray, bad: list[str]
+    ) -> SampleInfo:
         """Write the sample, or with `skip` the next one that can be read: the size of a batch does not change."""
         (epoch, number), total = key, len(self.reader.table)
         for step in range(min(total, _MOST_REPLACEMENTS)):
             try:
-                return self.reader.train_samples(self._seed, [(epoch, (number + step) % total)], image, target)[0]
+                return self.reader.train_samples(
+                    self._seed, [(epoch, (number + step) % total)], image, target
+                )[0]
             except BadSample as error:
                 if self.reader.config.bad_samples == "fail":
-                    raise InputError(f"unreadable sample {error}. Pack the shard again, or set data.bad_samples=skip") from error
+                    raise InputError(
+                        f"unreadable sample {error}. Pack the shard again, or set data.bad_samples=skip"
+                    ) from error
                 bad.append(str(error))
         raise InputError(f"{len(bad)} samples in a row cannot be read, the last one {bad[-1]}")
 
@@ -377,8 +495,16 @@ class _EvalSamples(Dataset):
         try:
             canvas = self.reader.canvas(len(numbers), target=False)
             rows = zip(numbers, others, canvas.image.numpy())
-            return self.reader.collate(canvas, [self.reader.eval_sample(n, other, self._images, image) for n, other, image in rows])
+            return self.reader.collate(
+                canvas,
+                [
+                    self.reader.eval_sample(n, other, self._images, image)
+                    for n, other, image in rows
+                ],
+            )
         except BadSample as error:
-            return _Failure(f"unreadable sample {error}. An evaluation leaves no sample out: pack the shard again")
+            return _Failure(
+                f"unreadable sample {error}. An evaluation leaves no sample out: pack the shard again"
+            )
         except InputError as error:
             return _Failure(str(error))

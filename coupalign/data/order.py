@@ -14,6 +14,7 @@ of that. So the samples of a step do not depend on ranks, accumulation or worker
 where the number of nodes divides C and a node's ranks follow each other, a node reads its own parts and no others. Any
 place is found by shuffling its own window alone: time and memory go with shards and windows, not with samples.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import numpy as np
 
 from coupalign.errors import InputError
 
-_ORDER = 1      # a spawn key: keeps these random numbers apart from the samples' own, which are seeded [seed, epoch, number]
+_ORDER = 1  # a spawn key: keeps these random numbers apart from the samples' own, which are seeded [seed, epoch, number]
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,27 @@ class EpochOrders:
     def __init__(self, layout: ShardLayout, seed: int, window: int, parts: int = 1) -> None:
         self.samples, self.parts = len(layout), parts
         if self.samples < parts:
-            raise InputError(f"data.canonical_nodes={parts} is more than there are training samples, {self.samples}: lower it")
+            raise InputError(
+                f"data.canonical_nodes={parts} is more than there are training samples, {self.samples}: lower it"
+            )
         self._layout, self._seed, self._window_shards = layout, seed, window
-        self._cuts = [part * self.samples // parts for part in range(parts + 1)]      # the same in every epoch
+        self._cuts = [
+            part * self.samples // parts for part in range(parts + 1)
+        ]  # the same in every epoch
         self._line = lru_cache(maxsize=2)(self._lay_line)
         self._current: dict[int, _Window] = {}
 
-    def step(self, step: int, global_batch: int, taken: slice | None = None) -> list[tuple[int, int]]:
+    def step(
+        self, step: int, global_batch: int, taken: slice | None = None
+    ) -> list[tuple[int, int]]:
         """The (epoch, sample) pairs of one optimizer step, over all ranks, or of the places `taken` of it."""
         first = step * part_share(global_batch, self.parts)
-        return [(epoch, number) for part, own in part_slices(global_batch, self.parts, taken or slice(0, global_batch))
-                for epoch, numbers in self.read(part, first + own.start, first + own.stop) for number in numbers.tolist()]
+        return [
+            (epoch, number)
+            for part, own in part_slices(global_batch, self.parts, taken or slice(0, global_batch))
+            for epoch, numbers in self.read(part, first + own.start, first + own.stop)
+            for number in numbers.tolist()
+        ]
 
     def read(self, part: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """The places first … stop − 1 of a part's endless stream, in pieces: the epoch, and sample numbers (int64, read only)."""
@@ -100,7 +111,7 @@ class EpochOrders:
             window = self._current.get(part)
             if window is None or not window.holds(epoch, place):
                 window = self._current[part] = self._shuffle(part, epoch, place)
-            numbers = window.numbers[place - window.first:][:stop - first]
+            numbers = window.numbers[place - window.first :][: stop - first]
             yield epoch, numbers
             first += len(numbers)
 
@@ -111,7 +122,10 @@ class EpochOrders:
     def window_places(self, epoch: int, part: int) -> np.ndarray:
         """Where the windows of a part begin and end: int64 [windows + 1] places in the part."""
         cuts, line = slice(self._cuts[part], self._cuts[part + 1]), self._line(epoch)[1]
-        return np.clip(line[window_edges(line, cuts, self._window_shards)], cuts.start, cuts.stop) - cuts.start
+        return (
+            np.clip(line[window_edges(line, cuts, self._window_shards)], cuts.start, cuts.stop)
+            - cuts.start
+        )
 
     def _lay_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The permuted shards, int64 [shards], and where on the line each of them begins, int64 [shards + 1]."""
@@ -123,11 +137,13 @@ class EpochOrders:
         shards, line = self._line(epoch)
         places = self.window_places(epoch, part)
         window = int(np.searchsorted(places, place, side="right")) - 1
-        first, stop = (self._cuts[part] + int(edge) for edge in places[window:window + 2])
+        first, stop = (self._cuts[part] + int(edge) for edge in places[window : window + 2])
         inside = slice(*_shards_between(line, first, stop))
-        grouped = np.repeat(self._layout.starts[shards[inside]] - line[inside], np.diff(line)[inside])      # of whole shards
+        grouped = np.repeat(
+            self._layout.starts[shards[inside]] - line[inside], np.diff(line)[inside]
+        )  # of whole shards
         begin = first - int(line[inside.start])
-        grouped = grouped[begin:begin + stop - first] + np.arange(first, stop)
+        grouped = grouped[begin : begin + stop - first] + np.arange(first, stop)
         grouped = _generator(self._seed, epoch, part, window).permutation(grouped)
         numbers = grouped if self._layout.numbers is None else self._layout.numbers[grouped]
         numbers.flags.writeable = False
@@ -151,14 +167,18 @@ def window_edges(line: np.ndarray, part: slice, window: int) -> np.ndarray:
 
 def _shards_between(line: np.ndarray, first: int, stop: int) -> tuple[int, int]:
     """The shards on the line, first and last + 1, that hold the places first … stop − 1."""
-    return int(np.searchsorted(line, first, side="right")) - 1, int(np.searchsorted(line, stop, side="left"))
+    return int(np.searchsorted(line, first, side="right")) - 1, int(
+        np.searchsorted(line, stop, side="left")
+    )
 
 
 def _generator(seed: int, *place: int) -> np.random.Generator:
     """Independent random numbers for each (epoch) and each (epoch, part, window)."""
     # as a spawn key, which is mixed in after `seed` was filled up with zeros: in a list [seed, epoch], a seed above 32 bits would
     # run into the epoch, and [seed, epoch] would be the same as [seed, epoch, 0, 0]
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_ORDER, *place))))
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_ORDER, *place)))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- sharing
@@ -172,8 +192,10 @@ def rank_slice(global_batch: int, rank: int, ranks: int) -> slice:
     """
     assert 0 <= rank < ranks
     if global_batch % ranks:
-        raise InputError(f"train.global_batch={global_batch} cannot be shared evenly by {ranks} processes: "
-                         f"use {_nearest(global_batch, ranks)}, or another number of processes")
+        raise InputError(
+            f"train.global_batch={global_batch} cannot be shared evenly by {ranks} processes: "
+            f"use {_nearest(global_batch, ranks)}, or another number of processes"
+        )
     share = global_batch // ranks
     return slice(rank * share, (rank + 1) * share)
 
@@ -185,8 +207,10 @@ def part_share(global_batch: int, parts: int, ranks: int = 1) -> int:
         InputError: not the same number from each; the message names the nearest sizes that work, for `ranks` processes, too.
     """
     if global_batch % parts:
-        raise InputError(f"train.global_batch={global_batch} cannot be taken evenly from data.canonical_nodes={parts} parts: "
-                         f"use {_nearest(global_batch, lcm(parts, ranks))}, or another data.canonical_nodes")
+        raise InputError(
+            f"train.global_batch={global_batch} cannot be taken evenly from data.canonical_nodes={parts} parts: "
+            f"use {_nearest(global_batch, lcm(parts, ranks))}, or another data.canonical_nodes"
+        )
     return global_batch // parts
 
 
@@ -194,7 +218,10 @@ def part_slices(global_batch: int, parts: int, taken: slice) -> list[tuple[int, 
     """The places `taken` of a step as (part, places in that part's share of the step)."""
     share = part_share(global_batch, parts)
     touched = range(taken.start // share, -(-taken.stop // share))
-    return [(part, slice(max(taken.start - part * share, 0), min(taken.stop - part * share, share))) for part in touched]
+    return [
+        (part, slice(max(taken.start - part * share, 0), min(taken.stop - part * share, share)))
+        for part in touched
+    ]
 
 
 def micro_batches(global_batch: int, max_micro_batch: int | None, ranks: int) -> tuple[int, int]:
@@ -205,7 +232,11 @@ def micro_batches(global_batch: int, max_micro_batch: int | None, ranks: int) ->
     """
     share = rank_slice(global_batch, 0, ranks).stop
     most = max_micro_batch or share
-    return next((count, share // count) for count in range(1, share + 1) if share % count == 0 and share // count <= most)
+    return next(
+        (count, share // count)
+        for count in range(1, share + 1)
+        if share % count == 0 and share // count <= most
+    )
 
 
 def _nearest(batch: int, divisor: int) -> str:

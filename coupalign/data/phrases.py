@@ -6,6 +6,7 @@ disagree. `Scene.refers` accepts a phrase only if it is true of one object and f
 Left and right occur only as words of their own, so that exchanging them describes the mirrored picture; every
 threshold is symmetric.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -19,10 +20,10 @@ from coupalign.data.shapes import Thing
 SIDES = {"left": ("x", 1), "right": ("x", -1), "top": ("y", 1), "bottom": ("y", -1)}
 RELATIONS = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
 ORDINALS = ("first", "second", "third")
-SURE, NEITHER = 0.42, 0.54      # "on the left": true up to, false from; shares of the side
-STEP = 0.09                     # smallest gap between neighbors that are counted
-APART, ALIGNED = 0.11, 0.02     # "left of": true from, false up to
-CONE = 0.8                      # "left of": largest sideways offset, relative to the distance
+SURE, NEITHER = 0.42, 0.54  # "on the left": true up to, false from; shares of the side
+STEP = 0.09  # smallest gap between neighbors that are counted
+APART, ALIGNED = 0.11, 0.02  # "left of": true from, false up to
+CONE = 0.8  # "left of": largest sideways offset, relative to the distance
 SYNONYMS = {"small": ("small", "little"), "big": ("big", "large")}
 NOUNS = ("one", "shape", "thing")
 
@@ -36,8 +37,8 @@ class Phrase(NamedTuple):
     color: str | None = None
     size: str | None = None
     places: tuple[str, ...] = ()
-    order: tuple[int, str] | None = None                # (0 for the first, side it is counted from)
-    relation: tuple[str, Phrase] | None = None          # ("left of", landmark)
+    order: tuple[int, str] | None = None  # (0 for the first, side it is counted from)
+    relation: tuple[str, Phrase] | None = None  # ("left of", landmark)
 
 
 class Scene:
@@ -51,7 +52,9 @@ class Scene:
     def refers(self, phrase: Phrase) -> int | None:
         """The index of the one object that a phrase means; None where it is ambiguous or empty."""
         yes, no = self.judge(phrase)
-        return yes.bit_length() - 1 if yes.bit_count() == 1 and yes | no == self.everything else None
+        return (
+            yes.bit_length() - 1 if yes.bit_count() == 1 and yes | no == self.everything else None
+        )
 
     def judge(self, phrase: Phrase) -> tuple[int, int]:
         """Of which objects the phrase is true, of which it is false (in bits); a false part outweighs an unclear one."""
@@ -75,12 +78,19 @@ class Scene:
                 return [_placed(thing, value, self.side) for thing in self.things]
             case "order":
                 named, order = self.judge(Phrase(*value[0]))[0], value[1]
-                return _ordered(self.things, [bool(named >> number & 1) for number in range(len(self.things))], order, self.side)
+                return _ordered(
+                    self.things,
+                    [bool(named >> number & 1) for number in range(len(self.things))],
+                    order,
+                    self.side,
+                )
             case "relation":
                 mark = self.refers(value[1])
                 if mark is None:
                     return [None] * len(self.things)
-                return [_related(thing, self.things[mark], value[0], self.side) for thing in self.things]
+                return [
+                    _related(thing, self.things[mark], value[0], self.side) for thing in self.things
+                ]
             case _:
                 return [getattr(thing, kind) == value for thing in self.things]
 
@@ -100,10 +110,16 @@ def _placed(thing: Thing, place: str, side: float) -> Verdict:
     return True if share <= SURE else False if share >= NEITHER else None
 
 
-def _ordered(things: list[Thing], named: list[bool], order: tuple[int, str], side: float) -> list[Verdict]:
+def _ordered(
+    things: list[Thing], named: list[bool], order: tuple[int, str], side: float
+) -> list[Verdict]:
     rank, from_side = order
     axis, sign = SIDES[from_side]
-    row = sorted((sign * getattr(thing, axis), number) for number, thing in enumerate(things) if named[number])
+    row = sorted(
+        (sign * getattr(thing, axis), number)
+        for number, thing in enumerate(things)
+        if named[number]
+    )
     clear = all(b - a >= STEP * side for (a, _), (b, _) in zip(row, row[1:]))
     verdicts: list[Verdict] = [False] * len(things)
     for position, (_, number) in enumerate(row):
@@ -124,7 +140,10 @@ def _related(thing: Thing, landmark: Thing, word: str, side: float) -> Verdict:
 def plain_phrases(thing: Thing) -> list[Phrase]:
     """Every true combination of noun, color and size, shortest first."""
     colors = (None, thing.color) if thing.color else (None,)
-    found = [Phrase(shape, color, size) for shape, color, size in product((thing.shape, None), colors, (None, thing.size))]
+    found = [
+        Phrase(shape, color, size)
+        for shape, color, size in product((thing.shape, None), colors, (None, thing.size))
+    ]
     return sorted(found, key=lambda phrase: (phrase.color is not None) + (phrase.size is not None))
 
 
@@ -135,8 +154,18 @@ def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phras
     """
     thing = scene.things[target]
     places = [place for place in SIDES if _placed(thing, place, scene.side)]
-    choices = [(), *((place,) for place in places), *([tuple(places[::-1])] if len(places) == 2 else [])]
-    kinds: dict[str, list[Phrase]] = {"plain": [], "generic": [], "wordy": [], "order": [], "relation": []}
+    choices = [
+        (),
+        *((place,) for place in places),
+        *([tuple(places[::-1])] if len(places) == 2 else []),
+    ]
+    kinds: dict[str, list[Phrase]] = {
+        "plain": [],
+        "generic": [],
+        "wordy": [],
+        "order": [],
+        "relation": [],
+    }
     nouns = plain_phrases(thing)
     for noun, choice in product(nouns, choices):
         phrase = noun._replace(places=choice)
@@ -158,7 +187,10 @@ def _shortened(phrase: Phrase) -> list[Phrase]:
     """The phrase without one of its color, size or places."""
     shorter = [phrase._replace(color=None)] if phrase.color else []
     shorter += [phrase._replace(size=None)] if phrase.size else []
-    return shorter + [phrase._replace(places=tuple(p for p in phrase.places if p != place)) for place in phrase.places]
+    return shorter + [
+        phrase._replace(places=tuple(p for p in phrase.places if p != place))
+        for place in phrase.places
+    ]
 
 
 def _order_phrases(target: int, scene: Scene, nouns: list[Phrase]) -> list[Phrase]:
@@ -177,8 +209,18 @@ def _relation_phrases(target: int, scene: Scene, nouns: list[Phrase]) -> list[Ph
     """Relations that are needed, each with the shortest noun phrases that do: the target's alone is ambiguous."""
     found: list[Phrase] = []
     for number, landmark in enumerate(scene.things):
-        words = [word for word in RELATIONS if number != target and _related(scene.things[target], landmark, word, scene.side)]
-        mark = next((p for p in plain_phrases(landmark) if p.shape and scene.refers(p) == number), None) if words else None
+        words = [
+            word
+            for word in RELATIONS
+            if number != target and _related(scene.things[target], landmark, word, scene.side)
+        ]
+        mark = (
+            next(
+                (p for p in plain_phrases(landmark) if p.shape and scene.refers(p) == number), None
+            )
+            if words
+            else None
+        )
         for word, noun in product(words if mark else (), nouns):
             phrase = noun._replace(relation=(word, mark))
             needless = any(scene.refers(shorter) == target for shorter in _shortened(phrase))

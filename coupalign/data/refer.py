@@ -5,6 +5,7 @@
 
 The `.p` files are pickles of Python 2. They need no global at all, so none is ever looked up.
 """
+
 from __future__ import annotations
 
 import json
@@ -18,9 +19,9 @@ from typing import Any
 from coupalign.data.masks import check_segmentation
 from coupalign.errors import InputError
 
-IMAGE_FOLDERS = (   # below the root, tried in this order
-    "images/mscoco/images/train2014",   # refer, LAVT, LISA
-    "images/train2014",                 # CRIS, ReLA, SimREC
+IMAGE_FOLDERS = (  # below the root, tried in this order
+    "images/mscoco/images/train2014",  # refer, LAVT, LISA
+    "images/train2014",  # CRIS, ReLA, SimREC
     "images/mscoco/images/train2017",
     "images/train2017",
     "train2014",
@@ -30,12 +31,28 @@ IMAGE_FOLDERS = (   # below the root, tried in this order
 # (images, refs, sentences) of a full download; None: not published. Sources: tensorflow/datasets `ref_coco` README (images and
 # refs), OneRef's merge script (sentences); lichengunc/refer's notebook gives the totals.
 PUBLISHED: dict[str, dict[str, tuple[int, int, int | None]]] = {
-    "refcoco/unc": {"train": (16994, 42404, 120624), "val": (1500, 3811, 10834),
-                    "testA": (750, 1975, 5657), "testB": (750, 1810, 5095)},
-    "refcoco/google": {"train": (19213, 40000, None), "val": (4559, 5000, None), "test": (4527, 5000, None)},
-    "refcoco+/unc": {"train": (16992, 42278, 120191), "val": (1500, 3805, 10758),
-                     "testA": (750, 1975, 5726), "testB": (750, 1798, 4889)},
-    "refcocog/umd": {"train": (21899, 42226, 80512), "val": (1300, 2573, 4896), "test": (2600, 5023, 9602)},
+    "refcoco/unc": {
+        "train": (16994, 42404, 120624),
+        "val": (1500, 3811, 10834),
+        "testA": (750, 1975, 5657),
+        "testB": (750, 1810, 5095),
+    },
+    "refcoco/google": {
+        "train": (19213, 40000, None),
+        "val": (4559, 5000, None),
+        "test": (4527, 5000, None),
+    },
+    "refcoco+/unc": {
+        "train": (16992, 42278, 120191),
+        "val": (1500, 3805, 10758),
+        "testA": (750, 1975, 5726),
+        "testB": (750, 1798, 4889),
+    },
+    "refcocog/umd": {
+        "train": (21899, 42226, 80512),
+        "val": (1300, 2573, 4896),
+        "test": (2600, 5023, 9602),
+    },
     "refcocog/google": {"train": (24698, 44822, 85474), "val": (4650, 5000, 9536)},
 }
 
@@ -43,8 +60,8 @@ PUBLISHED: dict[str, dict[str, tuple[int, int, int | None]]] = {
 @dataclass(frozen=True)
 class Sentence:
     sent_id: int
-    raw: str       # as typed
-    cleaned: str   # `sent` of the file: lower case, punctuation split off or removed
+    raw: str  # as typed
+    cleaned: str  # `sent` of the file: lower case, punctuation split off or removed
 
 
 @dataclass(frozen=True)
@@ -58,11 +75,11 @@ class Referral:
     ann_id: int
     image_id: int
     category: str
-    file_name: str        # of the image, from instances.json (a ref's own `file_name` is no image)
-    height: int           # of the image, pixels
+    file_name: str  # of the image, from instances.json (a ref's own `file_name` is no image)
+    height: int  # of the image, pixels
     width: int
     crowd: bool
-    same_class: int       # other objects of its category on the image, from all of instances.json, crowds not counted
+    same_class: int  # other objects of its category on the image, from all of instances.json, crowds not counted
     segmentation: list | dict
     sentences: tuple[Sentence, ...]
 
@@ -74,8 +91,9 @@ class FoundImage:
     mtime_ns: int
 
 
-def read_set(root: Path, dataset: str, split_by: str, folder: str | None = None,
-             skip_missing: bool = False) -> tuple[list[Referral], list[str]]:
+def read_set(
+    root: Path, dataset: str, split_by: str, folder: str | None = None, skip_missing: bool = False
+) -> tuple[list[Referral], list[str]]:
     """Read `<root>/<folder or dataset>/{instances.json, refs(<split_by>).p}`.
 
     Returns:
@@ -104,7 +122,9 @@ def read_set(root: Path, dataset: str, split_by: str, folder: str | None = None,
         if gap is not None:
             line = f"{file}: ref {_name(ref)}: {gap} is not in {instances.name}"
             if not skip_missing:
-                raise InputError(f"{line}; take {instances.name} and the refs from the same download, or set `missing: skip`")
+                raise InputError(
+                    f"{line}; take {instances.name} and the refs from the same download, or set `missing: skip`"
+                )
             missing.append(line)
             continue
         if referral.ref_id in referrals:
@@ -123,9 +143,13 @@ def find_refs(place: Path, split_by: str) -> Path:
         if (file := place / f"refs({split_by}){ending}").is_file():
             return file
     if not place.is_dir():
-        raise InputError(f"{place}: no such folder; `root` of the recipe must hold one folder a data set")
+        raise InputError(
+            f"{place}: no such folder; `root` of the recipe must hold one folder a data set"
+        )
     there = ", ".join(sorted(file.name for file in place.glob("refs(*"))) or "none"
-    raise InputError(f"{place}: neither refs({split_by}).p nor refs({split_by}).json is here; refs files found: {there}")
+    raise InputError(
+        f"{place}: neither refs({split_by}).p nor refs({split_by}).json is here; refs files found: {there}"
+    )
 
 
 def read_refs(file: Path) -> list[dict[str, Any]]:
@@ -142,15 +166,18 @@ def read_refs(file: Path) -> list[dict[str, Any]]:
                 refs = _NoGlobals(stream, encoding="latin1").load()
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except Exception as error:   # a broken pickle raises nearly anything
-        raise InputError(f"{file}: not a readable refs file ({type(error).__name__}: {error}); download it again") from None
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise InputError(
+            f"{file}: not a readable refs file ({type(error).__name__}: {error}); download it again"
+        ) from None
     if not isinstance(refs, list):
         raise InputError(f"{file}: holds a {type(refs).__name__}, not a list of refs")
     return refs
 
 
-def find_images(root: Path, referrals: Iterable[Referral],
-                folder: Path | None = None) -> tuple[dict[int, FoundImage], dict[int, str]]:
+def find_images(
+    root: Path, referrals: Iterable[Referral], folder: Path | None = None
+) -> tuple[dict[int, FoundImage], dict[int, str]]:
     """Where the image of each referral lies: in `folder`, or in the first of IMAGE_FOLDERS below `root` that has it.
 
     An image is looked for by its name in instances.json, then as `%012d.jpg`.
@@ -159,27 +186,47 @@ def find_images(root: Path, referrals: Iterable[Referral],
         Images found by image_id, and the expected names of those missing by image_id.
     """
     places = [Path(folder)] if folder else [Path(root) / name for name in IMAGE_FOLDERS]
-    listings = [(place, {entry.name for entry in place.iterdir()}) for place in places if place.is_dir()]
+    listings = [
+        (place, {entry.name for entry in place.iterdir()}) for place in places if place.is_dir()
+    ]
     names = {referral.image_id: referral.file_name for referral in referrals}
     found: dict[int, FoundImage] = {}
     for image_id, name in sorted(names.items()):
         for place, listing in listings:
-            here = next((place / n for n in (name, f"{image_id:012d}.jpg") if n in listing and (place / n).is_file()), None)
+            here = next(
+                (
+                    place / n
+                    for n in (name, f"{image_id:012d}.jpg")
+                    if n in listing and (place / n).is_file()
+                ),
+                None,
+            )
             if here is not None:
                 found[image_id] = FoundImage(here, here.stat().st_size, here.stat().st_mtime_ns)
                 break
-    return found, {image_id: name for image_id, name in sorted(names.items()) if image_id not in found}
+    return found, {
+        image_id: name for image_id, name in sorted(names.items()) if image_id not in found
+    }
 
 
 def count(referrals: Iterable[Referral]) -> dict[str, dict[str, dict[str, int]]]:
     """`{"refcoco/unc": {"train": {"images": …, "refs": …, "sentences": …}}}`, splits in the customary order."""
     groups: dict[str, dict[str, list[Referral]]] = {}
     for referral in referrals:
-        groups.setdefault(f"{referral.dataset}/{referral.split_by}", {}).setdefault(referral.split, []).append(referral)
-    return {name: {split: {"images": len({r.image_id for r in splits[split]}), "refs": len(splits[split]),
-                           "sentences": sum(len(r.sentences) for r in splits[split])}
-                   for split in sorted(splits, key=split_order)}
-            for name, splits in sorted(groups.items())}
+        groups.setdefault(f"{referral.dataset}/{referral.split_by}", {}).setdefault(
+            referral.split, []
+        ).append(referral)
+    return {
+        name: {
+            split: {
+                "images": len({r.image_id for r in splits[split]}),
+                "refs": len(splits[split]),
+                "sentences": sum(len(r.sentences) for r in splits[split]),
+            }
+            for split in sorted(splits, key=split_order)
+        }
+        for name, splits in sorted(groups.items())
+    }
 
 
 def split_order(split: str) -> tuple[int, str]:
@@ -194,7 +241,9 @@ def differences(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[s
     for name, splits in counts.items():
         for split, published in PUBLISHED.get(name, {}).items():
             here = [splits.get(split, {}).get(what, 0) for what in ("images", "refs", "sentences")]
-            if any(expected is not None and got != expected for got, expected in zip(here, published)):
+            if any(
+                expected is not None and got != expected for got, expected in zip(here, published)
+            ):
                 counted = f"{here[0]:,} images, {here[1]:,} refs, {here[2]:,} sentences"
                 lines.append(f"{name} {split}: {counted}; published: {_triple(published)}")
     return lines
@@ -206,11 +255,24 @@ def counts_table(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
     for name, splits in counts.items():
         for split, here in splits.items():
             published = PUBLISHED.get(name, {}).get(split)
-            rows.append((name, split, f"{here['images']:,}", f"{here['refs']:,}", f"{here['sentences']:,}",
-                         _triple(published) if published else "-"))
+            rows.append(
+                (
+                    name,
+                    split,
+                    f"{here['images']:,}",
+                    f"{here['refs']:,}",
+                    f"{here['sentences']:,}",
+                    _triple(published) if published else "-",
+                )
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the small print
@@ -220,8 +282,10 @@ class _NoGlobals(pickle.Unpickler):
     """Plain data only: a pickle that names a global is not a refs file, and looking it up could run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise InputError(f"the pickle asks for the global {module}.{name}; refs files hold plain lists and dicts only, so this "
-                         "one was damaged or made to run code; it was not loaded")
+        raise InputError(
+            f"the pickle asks for the global {module}.{name}; refs files hold plain lists and dicts only, so this "
+            "one was damaged or made to run code; it was not loaded"
+        )
 
     def persistent_load(self, pid: Any) -> Any:
         raise InputError(f"the pickle asks for the outside object {pid!r}; it was not loaded")
@@ -230,9 +294,9 @@ class _NoGlobals(pickle.Unpickler):
 @dataclass(frozen=True)
 class _Instances:
     images: dict[int, dict]
-    annotations: dict[int, dict]                    # those that refs speak of
+    annotations: dict[int, dict]  # those that refs speak of
     categories: dict[int, str]
-    objects: Counter[tuple[int, int]]               # by image and category, crowds not counted
+    objects: Counter[tuple[int, int]]  # by image and category, crowds not counted
 
 
 def _read_instances(file: Path, wanted: set[Any]) -> _Instances:
@@ -240,13 +304,24 @@ def _read_instances(file: Path, wanted: set[Any]) -> _Instances:
         tree = json.loads(file.read_text(encoding="utf-8"))
         return _Instances(
             images={image["id"]: image for image in tree["images"]},
-            annotations={found["id"]: found for found in tree["annotations"] if found["id"] in wanted},
+            annotations={
+                found["id"]: found for found in tree["annotations"] if found["id"] in wanted
+            },
             categories={category["id"]: category["name"] for category in tree["categories"]},
-            objects=Counter((found["image_id"], found["category_id"]) for found in tree["annotations"] if not found.get("iscrowd", 0)))
+            objects=Counter(
+                (found["image_id"], found["category_id"])
+                for found in tree["annotations"]
+                if not found.get("iscrowd", 0)
+            ),
+        )
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; it comes with the refs files of the same download") from None
+        raise InputError(
+            f"{file}: no such file; it comes with the refs files of the same download"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a COCO instances file ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{file}: not a COCO instances file ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _gap(ref: Mapping[str, Any], known: _Instances) -> str | None:
@@ -260,20 +335,35 @@ def _gap(ref: Mapping[str, Any], known: _Instances) -> str | None:
 def _referral(ref: Mapping[str, Any], dataset: str, split_by: str, known: _Instances) -> Referral:
     image, found = known.images[ref["image_id"]], known.annotations[ref["ann_id"]]
     if found["image_id"] != ref["image_id"]:
-        raise ValueError(f"its annotation is on image {found['image_id']}, the ref on {ref['image_id']}")
+        raise ValueError(
+            f"its annotation is on image {found['image_id']}, the ref on {ref['image_id']}"
+        )
     if found["category_id"] not in known.categories:
         raise ValueError(f"category_id {found['category_id']} is not in instances.json")
     check_segmentation(found["segmentation"], image["height"], image["width"])
-    sentences = tuple(Sentence(int(s["sent_id"]), _repair(s.get("raw", s["sent"])), _repair(s["sent"])) for s in ref["sentences"])
+    sentences = tuple(
+        Sentence(int(s["sent_id"]), _repair(s.get("raw", s["sent"])), _repair(s["sent"]))
+        for s in ref["sentences"]
+    )
     if not sentences:
         raise ValueError("it has no sentences")
     crowd = bool(found.get("iscrowd", 0))
     return Referral(
-        dataset=dataset, split_by=split_by, split=str(ref["split"]), ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]),
-        image_id=int(ref["image_id"]), category=known.categories[found["category_id"]], file_name=Path(image["file_name"]).name,
-        height=int(image["height"]), width=int(image["width"]), crowd=crowd,
+        dataset=dataset,
+        split_by=split_by,
+        split=str(ref["split"]),
+        ref_id=int(ref["ref_id"]),
+        ann_id=int(ref["ann_id"]),
+        image_id=int(ref["image_id"]),
+        category=known.categories[found["category_id"]],
+        file_name=Path(image["file_name"]).name,
+        height=int(image["height"]),
+        width=int(image["width"]),
+        crowd=crowd,
         same_class=known.objects[ref["image_id"], found["category_id"]] - (not crowd),
-        segmentation=found["segmentation"], sentences=sentences)
+        segmentation=found["segmentation"],
+        sentences=sentences,
+    )
 
 
 def _repair(text: str) -> str:
@@ -291,4 +381,6 @@ def _triple(published: tuple[int, int, int | None]) -> str:
 def _name(ref: Any) -> str:
     if not isinstance(ref, Mapping):
         return f"{ref!r:.60}"
-    return f"ref_id {ref.get('ref_id')} (ann_id {ref.get('ann_id')}, image_id {ref.get('image_id')})"
+    return (
+        f"ref_id {ref.get('ref_id')} (ann_id {ref.get('ann_id')}, image_id {ref.get('image_id')})"
+    )

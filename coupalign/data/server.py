@@ -1,11 +1,17 @@
 """The server that worker processes are forked from; it needs no torch here, so that it can begin before this process imports torch."""
+
 from __future__ import annotations
 
 import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)      # meant for the run, not for its workers
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # meant for the run, not for its workers
 PRELOADED = ["coupalign.data.loader"]
 
 
@@ -18,7 +24,7 @@ def fork_server() -> multiprocessing.context.BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()       # or it would be started below, and unblock signals
+    resource_tracker.ensure_running()  # or it would be started below, and unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()

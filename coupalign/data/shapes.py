@@ -4,6 +4,7 @@ Lengths are pixels of the finished picture. Everything is drawn once, as a map o
 colors and masks both follow from that map, so a mask never disagrees with the picture by more than half a pixel.
 Legend: S side of the picture, V vertices, y grows downward.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,10 +13,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-COLORS = {"red": (221, 38, 42), "orange": (246, 124, 16), "yellow": (246, 230, 50), "green": (36, 168, 62),
-          "blue": (42, 88, 228), "purple": (156, 56, 196)}
+COLORS = {
+    "red": (221, 38, 42),
+    "orange": (246, 124, 16),
+    "yellow": (246, 230, 50),
+    "green": (36, 168, 62),
+    "blue": (42, 88, 228),
+    "purple": (156, 56, 196),
+}
 OVERSAMPLE = 4
-GROUND, CLUTTER = 0, 200     # labels; object i has 2i + 1 (rim) and 2i + 2 (inside); clutter has CLUTTER and above
+GROUND, CLUTTER = (
+    0,
+    200,
+)  # labels; object i has 2i + 1 (rim) and 2i + 2 (inside); clutter has CLUTTER and above
 
 
 @dataclass(frozen=True)
@@ -24,11 +34,11 @@ class Thing:
 
     shape: str
     color: str | None
-    size: str                      # "small" or "big"
-    x: float                       # of the center; after `render` of what is visible
+    size: str  # "small" or "big"
+    x: float  # of the center; after `render` of what is visible
     y: float
-    radius: float                  # of the circle with this area (other shapes have 0.85 of it)
-    angle: float                   # radians
+    radius: float  # of the circle with this area (other shapes have 0.85 of it)
+    angle: float  # radians
     paint: tuple[int, int, int]
 
 
@@ -43,7 +53,9 @@ class Bar:
 
 def outline(thing: Thing, shrink: float = 0.0) -> np.ndarray:
     """Vertices float [V, 2] (x, y) of an object's border, drawn in by `shrink` pixels of its radius."""
-    turn = np.array([[np.cos(thing.angle), np.sin(thing.angle)], [-np.sin(thing.angle), np.cos(thing.angle)]])
+    turn = np.array(
+        [[np.cos(thing.angle), np.sin(thing.angle)], [-np.sin(thing.angle), np.cos(thing.angle)]]
+    )
     return _UNIT[thing.shape] @ turn * (thing.radius - shrink) + (thing.x, thing.y)
 
 
@@ -59,7 +71,10 @@ def full_area(thing: Thing) -> float:
 
 def polygon_area(vertices: list[tuple[float, float]]) -> float:
     """Shoelace area; positive where the vertices (x, y) run clockwise on the screen."""
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(vertices, [*vertices[1:], vertices[0]])) / 2
+    return (
+        sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(vertices, [*vertices[1:], vertices[0]]))
+        / 2
+    )
 
 
 def label_map(things: list[Thing], behind: list[Bar], before: list[Bar], size: int) -> np.ndarray:
@@ -80,11 +95,18 @@ def label_map(things: list[Thing], behind: list[Bar], before: list[Bar], size: i
 def visible_masks(labels: np.ndarray, count: int) -> np.ndarray:
     """bool [count, S, S]: pixels of which an object covers at least half."""
     owner = np.where(labels < CLUTTER, (labels + 1) // 2, 0)
-    return np.stack([_covered(owner == number) * 2 >= OVERSAMPLE**2 for number in range(1, count + 1)])
+    return np.stack(
+        [_covered(owner == number) * 2 >= OVERSAMPLE**2 for number in range(1, count + 1)]
+    )
 
 
-def colorize(labels: np.ndarray, things: list[Thing], bars: list[Bar], ground: np.ndarray,
-             rng: np.random.Generator) -> Image.Image:
+def colorize(
+    labels: np.ndarray,
+    things: list[Thing],
+    bars: list[Bar],
+    ground: np.ndarray,
+    rng: np.random.Generator,
+) -> Image.Image:
     """The picture of a label map over `ground` float [S, S, 3]: flat paints, darker rims, uneven light, sensor noise."""
     table = np.zeros((256, 3), np.uint8)
     for number, thing in enumerate(things):
@@ -95,7 +117,10 @@ def colorize(labels: np.ndarray, things: list[Thing], bars: list[Bar], ground: n
     flat = Image.fromarray(labels, "L")
     flat.putpalette(table.tobytes())
     picture = np.asarray(flat.convert("RGB").reduce(OVERSAMPLE), np.float32)
-    picture = picture + (_covered(labels == GROUND).astype(np.float32) / OVERSAMPLE**2)[..., None] * ground
+    picture = (
+        picture
+        + (_covered(labels == GROUND).astype(np.float32) / OVERSAMPLE**2)[..., None] * ground
+    )
     size = ground.shape[0]
     light = _ramp(size, rng.uniform(0, 2 * np.pi)) - np.float32(0.5)
     picture *= (1 + np.float32(rng.uniform(0, 0.12)) * light)[..., None]
@@ -117,7 +142,9 @@ def textured_ground(rng: np.random.Generator, size: int, level: float) -> np.nda
         case 0:
             cells = int(rng.integers(5, 14))
             coarse = Image.fromarray(rng.integers(0, 256, (cells, cells), np.uint8))
-            pattern = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            pattern = (
+                np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+            )
         case 1:
             angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(6, 18) * unit
             wave = np.sin(2 * np.pi * _ramp(size, angle) * size * 1.4 / period)
@@ -128,7 +155,9 @@ def textured_ground(rng: np.random.Generator, size: int, level: float) -> np.nda
             cell = rng.uniform(6, 16) * unit
             index = (np.arange(size) / cell + rng.uniform(0, 1)).astype(int)
             pattern = (index[:, None] + index[None, :]) % 2
-    return (level + (np.asarray(pattern, np.float32)[..., None] - 0.5) * contrast + tint).astype(np.float32)
+    return (level + (np.asarray(pattern, np.float32)[..., None] - 0.5) * contrast + tint).astype(
+        np.float32
+    )
 
 
 def trace(mask: np.ndarray) -> list[list[int]]:
@@ -156,8 +185,12 @@ def _loops(mask: np.ndarray) -> list[list[tuple[int, int]]]:
     inside = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)
     here = inside[1:-1, 1:-1]
     steps: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for dx, dy, neighbor, ox, oy in ((1, 0, inside[:-2, 1:-1], 0, 0), (0, 1, inside[1:-1, 2:], 1, 0),
-                                     (-1, 0, inside[2:, 1:-1], 1, 1), (0, -1, inside[1:-1, :-2], 0, 1)):
+    for dx, dy, neighbor, ox, oy in (
+        (1, 0, inside[:-2, 1:-1], 0, 0),
+        (0, 1, inside[1:-1, 2:], 1, 0),
+        (-1, 0, inside[2:, 1:-1], 1, 1),
+        (0, -1, inside[1:-1, :-2], 0, 1),
+    ):
         for y, x in np.argwhere(here & ~neighbor).tolist():
             steps.setdefault((x + ox + left, y + oy + top), []).append((dx, dy))
     loops = []
@@ -210,7 +243,9 @@ def _unit_outlines() -> dict[str, np.ndarray]:
     lobes = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
     heart = np.stack([16 * np.sin(turns) ** 3, -lobes], 1)
     tips = np.arange(10) * np.pi / 5 - np.pi / 2
-    star = np.stack([np.cos(tips), np.sin(tips)], 1) * np.where(np.arange(10) % 2, 0.52, 1.0)[:, None]
+    star = (
+        np.stack([np.cos(tips), np.sin(tips)], 1) * np.where(np.arange(10) % 2, 0.52, 1.0)[:, None]
+    )
     arm = 0.4
     corner = np.array([[-arm, -1], [arm, -1], [arm, -arm]], float)
     quarter = np.array([[0, 1], [-1, 0]], float)
@@ -223,7 +258,10 @@ def _unit_outlines() -> dict[str, np.ndarray]:
         "heart": heart - (0, 2.5),
     }
     areas = {name: np.pi if name == "circle" else 0.85 * np.pi for name in shapes}
-    return {name: points * np.sqrt(areas[name] / polygon_area(points.tolist())) for name, points in shapes.items()}
+    return {
+        name: points * np.sqrt(areas[name] / polygon_area(points.tolist()))
+        for name, points in shapes.items()
+    }
 
 
 _UNIT = _unit_outlines()

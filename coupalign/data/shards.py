@@ -11,6 +11,7 @@ The cache is a flat folder that all processes of a node share:
 
 A shard in use is one whose file is open under a shared flock; it is never thrown out.
 """
+
 from __future__ import annotations
 
 import errno
@@ -33,10 +34,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 4
-FIRST_DELAY = 0.5            # seconds before the second attempt; doubled before each further one
-SILENCE_S = 60.0             # without a byte, after which an attempt has failed
-_OPEN_LOCAL = 64             # files a process keeps open
-_OPEN_CACHED = 2             # the same for cached shards, which cannot be thrown out while they are open
+FIRST_DELAY = 0.5  # seconds before the second attempt; doubled before each further one
+SILENCE_S = 60.0  # without a byte, after which an attempt has failed
+_OPEN_LOCAL = 64  # files a process keeps open
+_OPEN_CACHED = 2  # the same for cached shards, which cannot be thrown out while they are open
 _CANNOT_MEND = (FileNotFoundError, PermissionError, ImportError)
 
 
@@ -60,14 +61,18 @@ def open_index(location: str) -> ShardIndex:
 def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
     """The vocabulary file that was learned when the shards were packed; a remote one is copied to the cache."""
     if index.vocabulary is None:
-        raise InputError(f"{index.location} was packed without a vocabulary: name a tokenizer in data.tokenizer")
+        raise InputError(
+            f"{index.location} was packed without a vocabulary: name a tokenizer in data.tokenizer"
+        )
     if not is_remote(index.location):
         return Path(index.location) / index.vocabulary
     address = f"{index.location}/{index.vocabulary}"
     data = fetch(address)
     found = hashlib.sha256(data).hexdigest()
     if found != (index.vocabulary_sha256 or found):
-        raise InputError(f"{address} is not the vocabulary of its index (sha256 {found}, not {index.vocabulary_sha256})")
+        raise InputError(
+            f"{address} is not the vocabulary of its index (sha256 {found}, not {index.vocabulary_sha256})"
+        )
     path = (cache_dir or default_cache()) / f"{found}.vocab.txt"
     if not path.is_file():
         with whole_file(path) as file:
@@ -83,10 +88,16 @@ def default_cache() -> Path:
 class ShardStore:
     """Reads byte ranges of the shards of one index. Can be pickled and forked; files are opened when they are needed."""
 
-    def __init__(self, index: ShardIndex, cache_dir: Path | None = None, cache_bytes: float = 100e9) -> None:
+    def __init__(
+        self, index: ShardIndex, cache_dir: Path | None = None, cache_bytes: float = 100e9
+    ) -> None:
         self._shards = index.shards
         self._addresses = tuple(index.address(shard) for shard in range(len(index.shards)))
-        self._cache = ShardCache(cache_dir or default_cache(), cache_bytes) if is_remote(index.location) else None
+        self._cache = (
+            ShardCache(cache_dir or default_cache(), cache_bytes)
+            if is_remote(index.location)
+            else None
+        )
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
@@ -98,7 +109,9 @@ class ShardStore:
         """
         data = os.pread(self._handle(shard), length, offset)
         if len(data) != length:
-            raise ValueError(f"the shard is cut short: {length} bytes at {offset}, of which {len(data)} are there")
+            raise ValueError(
+                f"the shard is cut short: {length} bytes at {offset}, of which {len(data)} are there"
+            )
         return data
 
     def address(self, shard: int) -> str:
@@ -122,8 +135,10 @@ class ShardStore:
             try:
                 handle = os.open(self._addresses[shard], os.O_RDONLY)
             except OSError as error:
-                raise InputError(f"shard {self._addresses[shard]} cannot be opened: {error.strerror}; "
-                                 "`coupalign verify` shows what else is missing") from error
+                raise InputError(
+                    f"shard {self._addresses[shard]} cannot be opened: {error.strerror}; "
+                    "`coupalign verify` shows what else is missing"
+                ) from error
         self._open[shard] = handle
         return handle
 
@@ -159,12 +174,12 @@ class ShardCache:
             if os.fstat(handle).st_nlink:
                 os.utime(path)
                 return handle
-            os.close(handle)              # it was thrown out between open and flock
+            os.close(handle)  # it was thrown out between open and flock
 
     def _bring(self, url: str, shard: Shard, path: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            if path.exists():             # another process was faster
+            if path.exists():  # another process was faster
                 return
             partial = path.with_suffix(f".{shard.bytes}.partial")
             try:
@@ -181,7 +196,10 @@ class ShardCache:
             for other in self.directory.glob("*.partial"):
                 _remove_abandoned(other, besides=partial)
             used = sum(int(other.suffixes[-2][1:]) for other in self.directory.glob("*.partial"))
-            whole = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.directory.glob("*.tar"))
+            whole = sorted(
+                (path.stat().st_mtime_ns, path.stat().st_size, path)
+                for path in self.directory.glob("*.tar")
+            )
             used += sum(size for _, size, _ in whole)
             for _, size, path in whole:
                 if used <= self.limit:
@@ -189,8 +207,10 @@ class ShardCache:
                 if _remove_unused(path):
                     used -= size
             if used > self.limit:
-                raise InputError(f"the shard cache {self.directory} is full: {used / 1e9:.3f} GB are in use or needed for shard "
-                                 f"{shard.url}, data.cache_gb allows {self.limit / 1e9:.3f}; raise it")
+                raise InputError(
+                    f"the shard cache {self.directory} is full: {used / 1e9:.3f} GB are in use or needed for shard "
+                    f"{shard.url}, data.cache_gb allows {self.limit / 1e9:.3f}; raise it"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -209,10 +229,22 @@ def _download(url: str, shard: Shard, partial: Path) -> None:
         found = sha256_of(partial) if size == shard.bytes else None
         if found == shard.sha256:
             return
-        problem = f"{size} bytes instead of {shard.bytes}" if found is None else f"sha256 {found} instead of {shard.sha256}"
-        log.warning("shard %s from %s arrived with %s%s", shard.url, url, problem, "" if last else "; fetching it again")
-    raise InputError(f"shard {shard.url} at {url} is not the one its index describes: {problem}, twice. "
-                     "Upload the shard or the index again (`coupalign verify` on the source finds the wrong one)")
+        problem = (
+            f"{size} bytes instead of {shard.bytes}"
+            if found is None
+            else f"sha256 {found} instead of {shard.sha256}"
+        )
+        log.warning(
+            "shard %s from %s arrived with %s%s",
+            shard.url,
+            url,
+            problem,
+            "" if last else "; fetching it again",
+        )
+    raise InputError(
+        f"shard {shard.url} at {url} is not the one its index describes: {problem}, twice. "
+        "Upload the shard or the index again (`coupalign verify` on the source finds the wrong one)"
+    )
 
 
 def _persist(url: str, act: Callable[[], T]) -> T:
@@ -220,14 +252,25 @@ def _persist(url: str, act: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return act()
-        except Exception as error:        # each protocol's library has its own kinds
+        except Exception as error:  # each protocol's library has its own kinds
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(f"the disk of the shard cache is full, {url} does not fit: lower data.cache_gb") from error
-            if isinstance(error, _CANNOT_MEND) or getattr(error, "status", 500) in (400, 401, 403, 404, 405, 410):
+                raise InputError(
+                    f"the disk of the shard cache is full, {url} does not fit: lower data.cache_gb"
+                ) from error
+            if isinstance(error, _CANNOT_MEND) or getattr(error, "status", 500) in (
+                400,
+                401,
+                403,
+                404,
+                405,
+                410,
+            ):
                 raise InputError(f"{url} cannot be fetched: {reason}") from error
             if attempt == ATTEMPTS:
-                raise InputError(f"{url} cannot be fetched, tried {ATTEMPTS} times: {reason}") from error
+                raise InputError(
+                    f"{url} cannot be fetched, tried {ATTEMPTS} times: {reason}"
+                ) from error
         log.warning("%s: attempt %d of %d failed (%s)", url, attempt, ATTEMPTS, reason)
         time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
     raise AssertionError
@@ -241,7 +284,9 @@ def _file_system(url: str) -> Any:
         return fsspec.filesystem(scheme)
     import aiohttp
 
-    patience = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)    # the library's own: 5 minutes in all
+    patience = aiohttp.ClientTimeout(
+        total=None, sock_connect=30, sock_read=SILENCE_S
+    )  # the library's own: 5 minutes in all
     return fsspec.filesystem(scheme, client_kwargs={"timeout": patience})
 
 

@@ -4,6 +4,7 @@ The learned vocabulary is byte-pair merging over the counted words, ties broken 
 on nothing but the multiset of sentences: not on their order, on a hash seed or on the number of processes. (The trainer
 of the `tokenizers` library walks hash maps; it gives no such promise.)
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LONGEST_WORD = 100          # characters; WordPiece calls anything longer unknown
-_LARGEST_ALPHABET = 1000     # characters; rarer ones become [UNK]
+_LONGEST_WORD = 100  # characters; WordPiece calls anything longer unknown
+_LARGEST_ALPHABET = 1000  # characters; rarer ones become [UNK]
 
 
 # ------------------------------------------------------------------------------------------------------ learning
@@ -47,13 +48,22 @@ def train_vocabulary(sentences: Iterable[str], path: Path, size: int = 8000) -> 
     alphabet = _alphabet(words)
     room = size - len(SPECIAL) - len(alphabet)
     if room < 0:
-        raise InputError(f"a vocabulary of {size} is too small: its letters alone need {len(SPECIAL) + len(alphabet)}")
+        raise InputError(
+            f"a vocabulary of {size} is too small: its letters alone need {len(SPECIAL) + len(alphabet)}"
+        )
     with whole_file(Path(path), "w") as file:
-        file.write("".join(f"{piece}\n" for piece in (*SPECIAL, *alphabet, *_merge(words, set(alphabet), room))))
+        file.write(
+            "".join(
+                f"{piece}\n" for piece in (*SPECIAL, *alphabet, *_merge(words, set(alphabet), room))
+            )
+        )
 
 
 def _count_words(sentences: Iterable[str]) -> Counter[str]:
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = (
+        normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     counts: Counter[str] = Counter()
     for sentence, times in Counter(sentences).items():
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
@@ -67,7 +77,9 @@ def _alphabet(words: Counter[str]) -> list[str]:
     for word, times in words.items():
         for piece in _spell(word):
             counts[piece] += times
-    always = {mark + letter for letter in string.ascii_lowercase + string.digits for mark in ("", "##")}
+    always = {
+        mark + letter for letter in string.ascii_lowercase + string.digits for mark in ("", "##")
+    }
     frequent = sorted(counts.keys() - always, key=lambda piece: (-counts[piece], piece))
     return sorted(always.union(frequent[:_LARGEST_ALPHABET]))
 
@@ -91,9 +103,9 @@ def _merge(words: Counter[str], known: set[str], room: int) -> list[str]:
     while heap and len(merged) < room:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
-            continue                      # an old entry: the pair was counted again since
+            continue  # an old entry: the pair was counted again since
         if -count < 2:
-            break                         # what occurs once is not worth a line
+            break  # what occurs once is not worth a line
         whole = pair[0] + pair[1][2:]
         if whole not in known:
             known.add(whole)
@@ -104,8 +116,13 @@ def _merge(words: Counter[str], known: set[str], room: int) -> list[str]:
     return merged
 
 
-def _replace(pair: tuple[str, str], whole: str, spelled: list[tuple[list[str], int]], counts: Counter[tuple[str, str]],
-             places: defaultdict[tuple[str, str], set[int]]) -> set[tuple[str, str]]:
+def _replace(
+    pair: tuple[str, str],
+    whole: str,
+    spelled: list[tuple[list[str], int]],
+    counts: Counter[tuple[str, str]],
+    places: defaultdict[tuple[str, str], set[int]],
+) -> set[tuple[str, str]]:
     """Write `whole` for `pair` in every word that has it; return the pairs whose count changed."""
     changed: set[tuple[str, str]] = set()
     for place in places.pop(pair):
@@ -141,9 +158,13 @@ class Tokenizer:
         ids = [backend.token_to_id(token) for token in SPECIAL[:4]]
         missing = [token for token, number in zip(SPECIAL, ids) if number is None]
         if missing:
-            raise InputError(f"tokenizer {source}: {', '.join(missing)} not in the vocabulary; it is no BERT tokenizer")
+            raise InputError(
+                f"tokenizer {source}: {', '.join(missing)} not in the vocabulary; it is no BERT tokenizer"
+            )
         if backend.get_vocab_size() < 10:
-            raise InputError(f"tokenizer {source}: a vocabulary of {backend.get_vocab_size()} is none; is vocab.txt whole?")
+            raise InputError(
+                f"tokenizer {source}: a vocabulary of {backend.get_vocab_size()} is none; is vocab.txt whole?"
+            )
         self.source = source
         self._backend = backend
         self._pad, self._unknown, self._start, self._end = ids
@@ -163,11 +184,17 @@ class Tokenizer:
                 if file.is_file():
                     return cls(_read_backend(file), source)
             raise InputError(f"tokenizer folder {path} holds neither tokenizer.json nor vocab.txt")
-        if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or path.suffix in (".txt", ".json"):
+        if (
+            source.startswith(("/", "./", "../", "~"))
+            or source.count("/") > 1
+            or path.suffix in (".txt", ".json")
+        ):
             raise InputError(f"tokenizer {source}: no such file or folder")
         return cls(_fetch_backend(source), source)
 
-    def encode(self, sentences: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    def encode(
+        self, sentences: Sequence[str], max_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         """Number the words of `sentences`.
 
         Returns:
@@ -176,10 +203,17 @@ class Tokenizer:
         """
         import torch
 
-        numbers = [self._backend.encode(sentence, add_special_tokens=False).ids for sentence in sentences]
-        rows = [[self._start, *ids[:max_tokens - 2], self._end] for ids in numbers]
-        words = torch.tensor([row + [self._pad] * (max_tokens - len(row)) for row in rows], dtype=torch.int64).view(-1, max_tokens)
-        mask = torch.arange(max_tokens) < torch.tensor([len(row) for row in rows], dtype=torch.int64)[:, None]
+        numbers = [
+            self._backend.encode(sentence, add_special_tokens=False).ids for sentence in sentences
+        ]
+        rows = [[self._start, *ids[: max_tokens - 2], self._end] for ids in numbers]
+        words = torch.tensor(
+            [row + [self._pad] * (max_tokens - len(row)) for row in rows], dtype=torch.int64
+        ).view(-1, max_tokens)
+        mask = (
+            torch.arange(max_tokens)
+            < torch.tensor([len(row) for row in rows], dtype=torch.int64)[:, None]
+        )
         cut = [len(ids) > max_tokens - 2 for ids in numbers]
         return words, mask, cut
 
@@ -211,31 +245,42 @@ class Tokenizer:
             file.write("".join(f"{token}\n" for token in self.vocabulary))
         with whole_file(folder / "tokenizer.json", "w") as file:
             file.write(self._backend.to_str(pretty=True))
-        lower = self._backend.normalizer is None or self._backend.normalizer.normalize_str("A") == "a"
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": lower})
+        lower = (
+            self._backend.normalizer is None or self._backend.normalizer.normalize_str("A") == "a"
+        )
+        write_json(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "BertTokenizer", "do_lower_case": lower},
+        )
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if file.suffix == ".json":
         try:
             return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:        # the library raises a bare Exception
+        except Exception as error:  # the library raises a bare Exception
             raise InputError(f"tokenizer {file} cannot be read: {error}") from error
     tokens = file.read_text(encoding="utf-8").split("\n")
     tokens = tokens[:-1] if tokens[-1] == "" else tokens
     numbers = {token: number for number, token in enumerate(tokens)}
     if len(numbers) != len(tokens):
         twice = next(token for token, times in Counter(tokens).items() if times > 1)
-        raise InputError(f"vocabulary {file}: {twice!r} is listed twice; the numbers after it would be wrong")
+        raise InputError(
+            f"vocabulary {file}: {twice!r} is listed twice; the numbers after it would be wrong"
+        )
     if "[UNK]" not in numbers:
-        raise InputError(f"vocabulary {file}: [UNK] is missing; it is no BERT vocabulary (one token a line)")
+        raise InputError(
+            f"vocabulary {file}: [UNK] is missing; it is no BERT vocabulary (one token a line)"
+        )
     config = file.with_name("tokenizer_config.json")
     lower = json.loads(config.read_text()).get("do_lower_case", True) if config.is_file() else True
     return _build_backend(numbers, lower)
 
 
 def _build_backend(numbers: dict[str, int], lower: bool) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
+    backend = tokenizers.Tokenizer(
+        models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+    )
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
@@ -252,5 +297,7 @@ def _fetch_backend(name: str) -> tokenizers.Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"tokenizer {name}: no such folder, and the Hugging Face hub does not give it "
-                         f"({str(error).splitlines()[0]}); name a local folder with vocab.txt") from error
+        raise InputError(
+            f"tokenizer {name}: no such folder, and the Hugging Face hub does not give it "
+            f"({str(error).splitlines()[0]}); name a local folder with vocab.txt"
+        ) from error

@@ -3,6 +3,7 @@
 Pictures are taken as their pixels are stored: an EXIF orientation is ignored, because the annotations of COCO refer to
 the stored pixels.
 """
+
 from __future__ import annotations
 
 import io
@@ -19,9 +20,15 @@ from PIL import Image, ImageEnhance, UnidentifiedImageError
 from coupalign.data import masks
 from coupalign.data.batch import Frame
 
-PADDING = (124, 116, 104)       # the mean color of ImageNet, which the model normalizes to about 0
-_ORDINARY = ("YCbCr", "RGB", "Gray")       # colors of a JPEG that libjpeg-turbo converts as Pillow does; CMYK differs by a level
-_REDUCING_GAP = 2               # as Pillow's `thumbnail`: the rest of the way down hides what the decoder's own filter did
+PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normalizes to about 0
+_ORDINARY = (
+    "YCbCr",
+    "RGB",
+    "Gray",
+)  # colors of a JPEG that libjpeg-turbo converts as Pillow does; CMYK differs by a level
+_REDUCING_GAP = (
+    2  # as Pillow's `thumbnail`: the rest of the way down hides what the decoder's own filter did
+)
 
 # -------------------------------------------------------------------------------------------------------- pictures
 
@@ -44,7 +51,9 @@ def decode_image(data: bytes, frame: Frame | None = None) -> np.ndarray:
     """
     pixels, size = _decode_jpeg(data, frame) or _decode_any(data)
     if frame is not None and size != (frame.height, frame.width):
-        raise ValueError(f"the picture is {size[::-1]}, its annotation says {(frame.width, frame.height)}")
+        raise ValueError(
+            f"the picture is {size[::-1]}, its annotation says {(frame.width, frame.height)}"
+        )
     return pixels
 
 
@@ -81,11 +90,24 @@ def frame_of(height: int, width: int, size: int, resize: Literal["squash", "lett
         return Frame(height, width, size, 0, 0, size, size)
     scale = size / max(height, width)
     inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
-    return Frame(height, width, size, (size - inner_height) // 2, (size - inner_width) // 2, inner_height, inner_width)
+    return Frame(
+        height,
+        width,
+        size,
+        (size - inner_height) // 2,
+        (size - inner_width) // 2,
+        inner_height,
+        inner_width,
+    )
 
 
-def image_to_square(pixels: np.ndarray, frame: Frame, mirrored: bool = False, jitter: tuple[float, float, float] | None = None,
-                    out: np.ndarray | None = None) -> np.ndarray:
+def image_to_square(
+    pixels: np.ndarray,
+    frame: Frame,
+    mirrored: bool = False,
+    jitter: tuple[float, float, float] | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Resize (bilinear with antialiasing) into the square, on a gray-mean ground where it is letterboxed.
 
     Args:
@@ -101,8 +123,18 @@ def image_to_square(pixels: np.ndarray, frame: Frame, mirrored: bool = False, ji
     inner = square[_inside(frame)]
     if inner.shape != square.shape:
         square[:] = np.tile(np.uint8(PADDING), (frame.size, 1))
-    by = 1 if pixels.shape[:2] == (frame.height, frame.width) else reduction(frame.height, frame.width, frame)
-    _resize(pixels, inner, None if by == 1 else (by * frame.inner_height / frame.height, by * frame.inner_width / frame.width))
+    by = (
+        1
+        if pixels.shape[:2] == (frame.height, frame.width)
+        else reduction(frame.height, frame.width, frame)
+    )
+    _resize(
+        pixels,
+        inner,
+        None
+        if by == 1
+        else (by * frame.inner_height / frame.height, by * frame.inner_width / frame.width),
+    )
     if jitter is not None:
         inner[:] = _jittered(inner, jitter)
     if mirrored:
@@ -126,17 +158,27 @@ def _resize(pixels: np.ndarray, out: np.ndarray, scales: tuple[float, float] | N
         scales: new by old height and width, where the last old row and column stand for less than a whole one (513 rows, decoded
             at a quarter, are 128.25, and libjpeg gives 129); none: as the sizes say.
     """
-    target = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)       # the operator would not see gaps between the rows
-    source, written = (torch.from_numpy(array.reshape(1, *array.shape).transpose(0, 3, 1, 2))        # [1, 3, H, W], channels last
-                       for array in (np.require(pixels, np.uint8, ["C", "W"]), target))
-    torch.ops.aten._upsample_bilinear2d_aa.out(source, list(out.shape[:2]), False, *(scales or (None, None)), out=written)
+    target = (
+        out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+    )  # the operator would not see gaps between the rows
+    source, written = (
+        torch.from_numpy(
+            array.reshape(1, *array.shape).transpose(0, 3, 1, 2)
+        )  # [1, 3, H, W], channels last
+        for array in (np.require(pixels, np.uint8, ["C", "W"]), target)
+    )
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        source, list(out.shape[:2]), False, *(scales or (None, None)), out=written
+    )
     if target is not out:
         out[:] = target
 
 
 def _jittered(pixels: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
     image = Image.fromarray(pixels)
-    for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors
+    ):
         image = enhance(image).enhance(factor)
     return np.asarray(image)
 
@@ -148,8 +190,12 @@ def rle_to_square(rle: dict[str, Any], frame: Frame, mirrored: bool, out: np.nda
         ValueError: the mask is damaged or not of the size of `frame`.
     """
     if tuple(rle["size"]) != (frame.height, frame.width):
-        raise ValueError(f"the mask is {tuple(rle['size'])}, its picture is {(frame.height, frame.width)}")
-    inner = masks.sample(rle, _nearest(frame.height, frame.inner_height), _nearest(frame.width, frame.inner_width))
+        raise ValueError(
+            f"the mask is {tuple(rle['size'])}, its picture is {(frame.height, frame.width)}"
+        )
+    inner = masks.sample(
+        rle, _nearest(frame.height, frame.inner_height), _nearest(frame.width, frame.inner_width)
+    )
     if inner.shape != out.shape:
         out[:] = False
     out[_inside(frame)] = inner
@@ -170,7 +216,9 @@ def mask_to_square(mask: np.ndarray, frame: Frame, mirrored: bool = False) -> np
 
 
 def _inside(frame: Frame) -> tuple[slice, slice]:
-    return slice(frame.top, frame.top + frame.inner_height), slice(frame.left, frame.left + frame.inner_width)
+    return slice(frame.top, frame.top + frame.inner_height), slice(
+        frame.left, frame.left + frame.inner_width
+    )
 
 
 @lru_cache(maxsize=256)
@@ -184,12 +232,16 @@ def _nearest(old: int, new: int) -> np.ndarray:
 _OPPOSITE = {"left": "right", "right": "left"}
 _SIDE = re.compile(
     r"(?<![a-z0-9])(top|bottom|upper|lower|far|front|back|mid|middle|center)?(left|right)"
-    r"(most|hand|handed|hander|side|sided|ward|wards|er)?(?![a-z0-9])", re.IGNORECASE)
+    r"(most|hand|handed|hander|side|sided|ward|wards|er)?(?![a-z0-9])",
+    re.IGNORECASE,
+)
 # "right" that means "directly" unless a word before it makes it a place, abbreviations, and places on a clock or a map
 _UNSURE = re.compile(
     r"(?<![\w])(?:(?<!the )(?<!on )(?<!to )(?<!at )(?<!far )(?<!top )(?<!bottom )(?<!upper )(?<!lower )right "
     r"(?:next|behind|above|below|beneath|under|underneath|over|beside|near|by|there|here|now|before|after|where|up|in|on top|at)"
-    r"|all right|l|r|lt|rt|lft|rgt|rite|o'?clock|(?:anti|counter)?-?clockwise|east|west)(?![\w])", re.IGNORECASE)
+    r"|all right|l|r|lt|rt|lft|rgt|rite|o'?clock|(?:anti|counter)?-?clockwise|east|west)(?![\w])",
+    re.IGNORECASE,
+)
 
 _COLORS = re.compile(
     r"(?<![a-z])(?:multi-?)?(?:black|white|gray|grey|red|green|blue|yellow|orange|purple|pink|brown|tan|beige|gold|golden|silver|"
@@ -197,7 +249,8 @@ _COLORS = re.compile(
     r"lime|peach|bronze|copper|rust|charcoal|rainbow|dark|light|bright|pale|faded|shiny|colou?r|colou?red|colou?rful|colou?rless|"
     r"blk|wht|grn|blu|yello|gry|drk)"
     r"(?:s|y|er|est|ish)?(?![a-z])|(?<![a-z])(?:reddish|whit(?:er|est|ish)|redd(?:er|est)|bluish|purplish|pal(?:er|est))(?![a-z])",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 
 
 def mirror_sentence(sentence: str) -> str | None:
@@ -224,9 +277,13 @@ def names_color(sentence: str) -> bool:
 # -------------------------------------------------------------------------------------------------------- the dice
 
 
-def draw_jitter(sentence: str, strength: float, generator: np.random.Generator) -> tuple[float, float, float] | None:
+def draw_jitter(
+    sentence: str, strength: float, generator: np.random.Generator
+) -> tuple[float, float, float] | None:
     """Factors of brightness, contrast and saturation, each in 1 ± strength; None where the sentence names a color."""
-    factors = generator.uniform(1 - strength, 1 + strength, 3)      # drawn in any case: the stream does not depend on the text
+    factors = generator.uniform(
+        1 - strength, 1 + strength, 3
+    )  # drawn in any case: the stream does not depend on the text
     if strength == 0 or names_color(sentence):
         return None
     return float(factors[0]), float(factors[1]), float(factors[2])

@@ -1,4 +1,5 @@
 """Exponential moving average of the weights, wherever an engine keeps them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,11 @@ class Average:
         """Move towards the live tensors after optimizer step `step`, counted from 1, if it was `taken`; both 0-dim, on their device."""
         decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
         weight = (1 - decay) * taken
-        torch._foreach_lerp_(list(self.kept.values()), [tensor.detach() for tensor in self.live.values()], [weight] * len(self.kept))
+        torch._foreach_lerp_(
+            list(self.kept.values()),
+            [tensor.detach() for tensor in self.live.values()],
+            [weight] * len(self.kept),
+        )
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
 """The engine seam: everything that differs between DDP and DeepSpeed, at the level where they agree, one optimizer step."""
+
 from __future__ import annotations
 
 import math
@@ -25,11 +26,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TrainState:
     """All that a run needs, besides weights and optimizer, to go on exactly: the data order is a function of the step."""
 
-    step: int = 0                     # optimizer steps done, skipped ones included: the place in the data
-    bad_steps: int = 0                # consecutive steps skipped up to here
-    best: float | None = None         # best score on the first evaluated split
+    step: int = 0  # optimizer steps done, skipped ones included: the place in the data
+    bad_steps: int = 0  # consecutive steps skipped up to here
+    best: float | None = None  # best score on the first evaluated split
     best_step: int | None = None
-    evaluated: int | None = None      # after which step the scores were last taken; one that was cut short is taken again
+    evaluated: int | None = (
+        None  # after which step the scores were last taken; one that was cut short is taken again
+    )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,9 +45,9 @@ class StepStats:
     The numbers stay on the device until somebody asks for one of them: a step itself makes nobody wait.
     """
 
-    terms: tuple[str, ...]            # "loss" is the weighted sum; the others are unweighted
-    means: Tensor                     # float64 [ranks, terms]: each rank's means over its micro-batches
-    norm: Tensor                      # of the whole gradient, before clipping; 0-dim
+    terms: tuple[str, ...]  # "loss" is the weighted sum; the others are unweighted
+    means: Tensor  # float64 [ranks, terms]: each rank's means over its micro-batches
+    norm: Tensor  # of the whole gradient, before clipping; 0-dim
     loss_scale: float = 1.0
     # Of this rank, seconds: "forward" (which no other rank delays but under ZeRO 3), "backward" (with the exchange of gradients that
     # runs beside it), "losses" (averaged over the ranks), "optimizer" (clipping, update, moving average).
@@ -76,7 +79,7 @@ class Engine(Protocol):
     """Every method is collective: all ranks call it, in the same order."""
 
     device: torch.device
-    model: nn.Module                  # the bare one, whatever wraps it
+    model: nn.Module  # the bare one, whatever wraps it
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         """One optimizer step over this rank's micro-batches; learning rates are their peaks times `lr_scale`."""
@@ -132,9 +135,9 @@ def same_statistics(net: nn.Module) -> Iterator[None]:
 class Phases:
     """Adds up the time of each phase of a step: on a GPU that of its stream, which nobody waits for.
 
-        with phases("forward"):
-            ...
-        phases.read()             # {"forward": 0.21}
+    with phases("forward"):
+        ...
+    phases.read()             # {"forward": 0.21}
     """
 
     def __init__(self, device: torch.device):
@@ -210,8 +213,13 @@ def backward_loss(losses: dict[str, Tensor]) -> Tensor:
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
-def end_step(micro_losses: Sequence[dict[str, Tensor]], world: World, phases: Phases, updates: Updates,
-             update: Callable[[], Tensor]) -> StepStats:
+def end_step(
+    micro_losses: Sequence[dict[str, Tensor]],
+    world: World,
+    phases: Phases,
+    updates: Updates,
+    update: Callable[[], Tensor],
+) -> StepStats:
     """What is the same for every engine once the gradients are there.
 
     Args:
@@ -219,7 +227,12 @@ def end_step(micro_losses: Sequence[dict[str, Tensor]], world: World, phases: Ph
     """
     terms = tuple(micro_losses[0])
     with phases("losses"):
-        mine = torch.stack([torch.stack([losses[name].detach().float() for name in terms]) for losses in micro_losses]).mean(0)
+        mine = torch.stack(
+            [
+                torch.stack([losses[name].detach().float() for name in terms])
+                for losses in micro_losses
+            ]
+        ).mean(0)
         means = dist.gather_on_device(mine, world)
     with phases("optimizer"):
         norm = update()
@@ -228,16 +241,26 @@ def end_step(micro_losses: Sequence[dict[str, Tensor]], world: World, phases: Ph
     return StepStats(terms, means, norm, scale, phases.read())
 
 
-def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, average: Iterable[Tensor]) -> dict[str, int]:
+def held_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Iterable[Tensor]
+) -> dict[str, int]:
     """Bytes by kind. Under ZeRO the optimizer has copies of a rank's share of the weights, too; they count as its own."""
     shares = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
-    kinds = {"weights": [*model.parameters(), *model.buffers(), *shares],
-             "optimizer": tree_leaves([[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]),
-             "average": list(average)}
+    kinds = {
+        "weights": [*model.parameters(), *model.buffers(), *shares],
+        "optimizer": tree_leaves(
+            [[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]
+        ),
+        "average": list(average),
+    }
     counted: set[int] = set()
     found = {}
     for kind, tensors in kinds.items():
-        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
+        storages = {
+            x.untyped_storage()._cdata: x.untyped_storage().nbytes()
+            for x in tensors
+            if isinstance(x, Tensor)
+        }
         found[kind] = sum(size for place, size in storages.items() if place not in counted)
         counted |= storages.keys()
     return found
@@ -249,7 +272,11 @@ def agree_on_statistics(model: nn.Module, world: World) -> None:
     Without it the ranks would score, and rank 0 save, models that differ.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.weight.requires_grad:
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and module.weight.requires_grad
+        ):
             for statistic in (module.running_mean, module.running_var):
                 dist.sum_over_ranks(statistic, world)
                 statistic /= world.size
@@ -257,7 +284,7 @@ def agree_on_statistics(model: nn.Module, world: World) -> None:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout and stochastic depth become a function of (seed, step, rank): nothing to save, nothing to lose on resume."""
-    mixed = 0x9E3779B97F4A7C15                               # the increment and multipliers of splitmix64
+    mixed = 0x9E3779B97F4A7C15  # the increment and multipliers of splitmix64
     for word in (seed, step, rank):
         mixed = ((mixed ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
         mixed ^= mixed >> 31

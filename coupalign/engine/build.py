@@ -1,4 +1,5 @@
 """Config -> engine."""
+
 from __future__ import annotations
 
 import torch
@@ -11,21 +12,27 @@ from coupalign.model.compiled import compile_regions
 from coupalign.model.referring import ReferringModel
 
 
-def build_engine(model: ReferringModel, optimizer: torch.optim.Optimizer, config: Config, world: World) -> Engine:
+def build_engine(
+    model: ReferringModel, optimizer: torch.optim.Optimizer, config: Config, world: World
+) -> Engine:
     """Wrap a model on `world.device` and its optimizer in the engine that the config names.
 
     Raises:
         InputError: the config asks for what this device cannot do.
     """
     if config.cuda_graphs and world.device.type != "cuda":
-        raise InputError(f"cuda_graphs: true needs an NVIDIA GPU, and this process computes on the {world.device.type}: "
-                         "set cuda_graphs: false")
+        raise InputError(
+            f"cuda_graphs: true needs an NVIDIA GPU, and this process computes on the {world.device.type}: "
+            "set cuda_graphs: false"
+        )
     if config.compile:
         compile_regions(model)
     match config.engine:
         case DdpEngine():
             from coupalign.engine.ddp import Ddp
+
             return Ddp(model, optimizer, config, world)
         case DeepSpeedEngine():
             from coupalign.engine.zero import Zero
+
             return Zero(model, optimizer, config, world)

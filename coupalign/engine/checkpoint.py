@@ -1,20 +1,21 @@
 """Checkpoints of a run: whole or absent, the newest few and the best.
 
-    checkpoints/
-      step-00000200/
-        config.yaml           the run's whole configuration
-        state.json            step, best score, engine, number of ranks, data fingerprint
-        weights.safetensors   all weights, fp32, by the model's names: readable without any engine
-        ema.safetensors       their moving average, where the run keeps one
-        tokenizer/            what turns sentences into the model's words
-        text/                 the shape of a published text encoder
-        optimizer.pt          optimizer state of DDP and ZeRO 0 …
-        deepspeed/            … and of ZeRO 1 to 3, in shares
-        universal/            those made whole by DeepSpeed's converter, where the run went on with other ranks or another stage
-        manifest.json         sha256 of every file but those in universal/
-      damaged-step-00000400/  one whose files no longer have their sha256
-      best -> step-00000200
+checkpoints/
+  step-00000200/
+    config.yaml           the run's whole configuration
+    state.json            step, best score, engine, number of ranks, data fingerprint
+    weights.safetensors   all weights, fp32, by the model's names: readable without any engine
+    ema.safetensors       their moving average, where the run keeps one
+    tokenizer/            what turns sentences into the model's words
+    text/                 the shape of a published text encoder
+    optimizer.pt          optimizer state of DDP and ZeRO 0 …
+    deepspeed/            … and of ZeRO 1 to 3, in shares
+    universal/            those made whole by DeepSpeed's converter, where the run went on with other ranks or another stage
+    manifest.json         sha256 of every file but those in universal/
+  damaged-step-00000400/  one whose files no longer have their sha256
+  best -> step-00000200
 """
+
 from __future__ import annotations
 
 import json
@@ -45,10 +46,33 @@ from coupalign.watch import doing
 logger = logging.getLogger("coupalign.checkpoints")
 
 # What may differ between the run that wrote a checkpoint and the run that goes on from it: nothing that changes a number.
-FREE = ("name", "run_dir", "tracking.", "evaluate.", "data.evaluate", "data.workers", "data.cache", "data.tokenizer",
-        "train.steps", "train.epochs", "train.max_micro_batch", "train.max_bad_steps", "train.log_every", "train.evaluate_every",
-        "train.save_every", "train.keep_last", "train.hang_minutes", "engine.", "compile", "cuda_graphs", "model.wpa.impl",
-        "model.image.weights", "model.text.weights", "model.image.checkpointing", "model.text.checkpointing")
+FREE = (
+    "name",
+    "run_dir",
+    "tracking.",
+    "evaluate.",
+    "data.evaluate",
+    "data.workers",
+    "data.cache",
+    "data.tokenizer",
+    "train.steps",
+    "train.epochs",
+    "train.max_micro_batch",
+    "train.max_bad_steps",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.hang_minutes",
+    "engine.",
+    "compile",
+    "cuda_graphs",
+    "model.wpa.impl",
+    "model.image.weights",
+    "model.text.weights",
+    "model.image.checkpointing",
+    "model.text.checkpointing",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,7 @@ class Checkpoints:
             doing(f"checking {path.name}")
             damage = find_damage(path, self.world)
             if damage:
-                dist.on_main(lambda: self._set_aside(path, damage), self.world)      # noqa: B023, called at once
+                dist.on_main(lambda: self._set_aside(path, damage), self.world)  # noqa: B023, called at once
                 continue
             meta = json.loads((path / "state.json").read_text("utf-8"))
             self._check(path, meta)
@@ -101,8 +125,10 @@ class Checkpoints:
             self._load(path, meta, engine)
             return TrainState(**meta["state"])
         if found:
-            raise InputError(f"{self.folder}: every checkpoint is damaged. Start a new run under another name, or remove "
-                             "the folder to begin anew")
+            raise InputError(
+                f"{self.folder}: every checkpoint is damaged. Start a new run under another name, or remove "
+                "the folder to begin anew"
+            )
         return None
 
     def _load(self, path: Path, meta: dict[str, Any], engine: Engine) -> None:
@@ -129,26 +155,49 @@ class Checkpoints:
             (partial / "config.yaml").write_text(dump(self.config), encoding="utf-8")
             if (seen := self.config.directory / TRAINED_ON).is_file():
                 shutil.copyfile(seen, partial / TRAINED_ON)
-            write_json(partial / "state.json", {"format": 2, "tool": f"coupalign {__version__}", "state": state.to_json(),
-                                                "engine": self._engine(), "counters": engine.counters(), "data": self.data_fingerprint})
+            write_json(
+                partial / "state.json",
+                {
+                    "format": 2,
+                    "tool": f"coupalign {__version__}",
+                    "state": state.to_json(),
+                    "engine": self._engine(),
+                    "counters": engine.counters(),
+                    "data": self.data_fingerprint,
+                },
+            )
 
         dist.on_main(write_all_but_the_optimizer, self.world)
         engine.save(partial)
 
     def _engine(self) -> dict[str, Any]:
-        stage = self.config.engine.stage if isinstance(self.config.engine, DeepSpeedEngine) else None
+        stage = (
+            self.config.engine.stage if isinstance(self.config.engine, DeepSpeedEngine) else None
+        )
         return {"kind": self.config.engine.kind, "stage": stage, "ranks": self.world.size}
 
     def _check(self, path: Path, meta: dict[str, Any]) -> None:
         old = read_config(path / "config.yaml")
-        changed = {key: values for key, values in diff(old, self.config).items() if not key.startswith(FREE)}
-        moved = [key for key in changed if key.startswith("data.train") and key.endswith(".index")]        # the fingerprint decides
-        problems = [f"{key} was {before!r}, is {after!r}" for key, (before, after) in changed.items() if key not in moved]
+        changed = {
+            key: values
+            for key, values in diff(old, self.config).items()
+            if not key.startswith(FREE)
+        }
+        moved = [
+            key for key in changed if key.startswith("data.train") and key.endswith(".index")
+        ]  # the fingerprint decides
+        problems = [
+            f"{key} was {before!r}, is {after!r}"
+            for key, (before, after) in changed.items()
+            if key not in moved
+        ]
         if meta["data"] != self.data_fingerprint:
             problems.append("the training data have another fingerprint")
         if problems:
-            raise InputError(f"{path}: cannot go on from this checkpoint: {'; '.join(problems)}. "
-                             "Go back to the old setting, or start a new run under another name")
+            raise InputError(
+                f"{path}: cannot go on from this checkpoint: {'; '.join(problems)}. "
+                "Go back to the old setting, or start a new run under another name"
+            )
 
     def _set_aside(self, path: Path, damage: list[str]) -> None:
         aside = path.with_name(f"damaged-{path.name}")
@@ -158,7 +207,12 @@ class Checkpoints:
             now = f"is now called {aside.name}"
         except OSError as error:
             now = f"could not be renamed ({error})"
-        logger.warning("%s is damaged: %s. It %s; the checkpoint before it is taken", path, "; ".join(damage), now)
+        logger.warning(
+            "%s is damaged: %s. It %s; the checkpoint before it is taken",
+            path,
+            "; ".join(damage),
+            now,
+        )
 
     @contextmanager
     def _explained(self, partial: Path, final: Path) -> Iterator[None]:
@@ -171,8 +225,10 @@ class Checkpoints:
             free = shutil.disk_usage(self.config.directory).free / 1e9
             shutil.rmtree(partial, ignore_errors=True)
             kept = ", ".join(path.name for path in finished(self.folder)) or "none"
-            raise InputError(f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints there: "
-                             f"{kept}. Make room or choose another run_dir, then start again: the run goes on from the newest") from error
+            raise InputError(
+                f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints there: "
+                f"{kept}. Make room or choose another run_dir, then start again: the run goes on from the newest"
+            ) from error
 
     def _publish(self, partial: Path, final: Path, state: TrainState) -> None:
         publish_directory(partial, final)
@@ -188,7 +244,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         best = (self.folder / "best").resolve()
-        for old in finished(self.folder)[:-self.config.train.keep_last]:
+        for old in finished(self.folder)[: -self.config.train.keep_last]:
             if old.resolve() != best:
                 shutil.rmtree(old)
 
@@ -212,7 +268,9 @@ def recovered(folder: Path) -> list[Path]:
 def _about_writing(error: BaseException | None) -> bool:
     """Whether a file could not be written: torch's own writer reports a full disk as a RuntimeError, as a lost rank is, too."""
     while error is not None:
-        if isinstance(error, OSError) or any(sign in str(error) for sign in ("inline_container.cc", "iostream error")):
+        if isinstance(error, OSError) or any(
+            sign in str(error) for sign in ("inline_container.cc", "iostream error")
+        ):
             return True
         error = error.__context__
     return False
@@ -225,4 +283,6 @@ def _empty(folder: Path) -> None:
 
 def _named(engine: dict[str, Any]) -> str:
     stage = "" if engine["stage"] is None else f" ZeRO {engine['stage']}"
-    return f"{engine['kind']}{stage} with {engine['ranks']} rank{'s' if engine['ranks'] != 1 else ''}"
+    return (
+        f"{engine['kind']}{stage} with {engine['ranks']} rank{'s' if engine['ranks'] != 1 else ''}"
+    )

@@ -1,4 +1,5 @@
 """The plain engine: DistributedDataParallel, torch's own optimizer, everything in sight."""
+
 from __future__ import annotations
 
 import warnings
@@ -15,7 +16,16 @@ from coupalign.data.batch import Batch, random_batch
 from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes, same_statistics
+from coupalign.engine.base import (
+    MixedPrecision,
+    Phases,
+    StepStats,
+    Updates,
+    backward_loss,
+    end_step,
+    held_bytes,
+    same_statistics,
+)
 from coupalign.engine.graphs import Recorded, zero_gradients
 from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
 from coupalign.model.weights import load_model_weights, read_weights
@@ -24,7 +34,9 @@ from coupalign.model.weights import load_model_weights, read_weights
 class Ddp:
     """Engine over DDP; with one rank it is plain PyTorch."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ):
         assert isinstance(config.engine, DdpEngine)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.clip = config.optim.clip_norm or float("inf")
@@ -33,12 +45,21 @@ class Ddp:
         self.net: nn.Module = MixedPrecision(model, config.precision)
         self.recorded = config.cuda_graphs
         if self.recorded:
-            self.net = Recorded(self.net, _some_batch(config, world))      # DDP asks for that to come first
+            self.net = Recorded(
+                self.net, _some_batch(config, world)
+            )  # DDP asks for that to come first
         if world.size > 1:
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)     # its successor is not in torch 2.11
+            warnings.filterwarnings(
+                "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+            )  # its successor is not in torch 2.11
             ids = [world.device.index] if world.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.net, device_ids=ids, bucket_cap_mb=config.engine.bucket_mb,
-                                               gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.net = DistributedDataParallel(
+                self.net,
+                device_ids=ids,
+                bucket_cap_mb=config.engine.bucket_mb,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
         if world.size > 2:
             self._settle_buckets(_some_batch(config, world))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -84,7 +105,9 @@ class Ddp:
     @torch.no_grad()
     def infer(self, batch: Batch) -> Tensor:
         self.net.eval()
-        net = self.net.module if isinstance(self.net, DistributedDataParallel) else self.net   # ranks may differ in batches
+        net = (
+            self.net.module if isinstance(self.net, DistributedDataParallel) else self.net
+        )  # ranks may differ in batches
         return net(batch.image, batch.words, batch.word_mask).float()
 
     @contextmanager
@@ -101,7 +124,9 @@ class Ddp:
 
     def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
         self.updates.restore(counters)
-        load_model_weights(self.model, read_weights(directory / "weights.safetensors"), str(directory))
+        load_model_weights(
+            self.model, read_weights(directory / "weights.safetensors"), str(directory)
+        )
         adopt_whole(moments, self.model, self.optimizer, int(self.updates.applied))
         if self.ema:
             averages = read_weights(directory / "ema.safetensors")
@@ -117,8 +142,12 @@ class Ddp:
         if not self.world.is_main or (averaged and not self.ema):
             return None
         with self.averaged() if averaged else nullcontext():
-            return {name: value.detach().float().cpu().clone() if value.is_floating_point() else value.cpu().clone()
-                    for name, value in self.model.state_dict().items()}
+            return {
+                name: value.detach().float().cpu().clone()
+                if value.is_floating_point()
+                else value.cpu().clone()
+                for name, value in self.model.state_dict().items()
+            }
 
     def _settle_buckets(self, batch: Batch) -> None:
         """Have DDP lay out its buckets for good, by a pass that changes nothing.
@@ -127,7 +156,9 @@ class Ddp:
         stands in a bucket, so the first step of a session would not be the one of a session that was never interrupted.
         """
         with same_statistics(self.net):
-            backward_loss(self.net(batch.image, batch.words, batch.word_mask, batch.target)).backward()
+            backward_loss(
+                self.net(batch.image, batch.words, batch.word_mask, batch.target)
+            ).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _exchange(self, last: bool) -> object:
@@ -138,4 +169,6 @@ class Ddp:
 def _some_batch(config: Config, world: World) -> Batch:
     """Of the shapes that a rank's micro-batches have, on its device."""
     _, samples = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
-    return random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary=1).to(world.device)
+    return random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary=1).to(
+        world.device
+    )

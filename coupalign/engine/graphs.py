@@ -4,6 +4,7 @@ Launching a step operator by operator keeps the host busy about as long as the G
 asks for what a step here has anyway: shapes that never change, no number read back, no tensor made on the host, weights that stay where
 they are. What it changes for whoever calls it: every result lies where that of the last playback lay.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,17 +29,29 @@ class Recorded(nn.Module):
     def __init__(self, net: nn.Module, batch: Batch):
         super().__init__()
         self.net = net
-        self.shapes = [part.shape for part in (batch.image, batch.words, batch.word_mask, batch.target)]
+        self.shapes = [
+            part.shape for part in (batch.image, batch.words, batch.word_mask, batch.target)
+        ]
         self.train()
         with same_statistics(net):
-            torch.cuda.make_graphed_callables(net, (batch.image, batch.words, batch.word_mask, batch.target), allow_unused_input=True)
+            torch.cuda.make_graphed_callables(
+                net,
+                (batch.image, batch.words, batch.word_mask, batch.target),
+                allow_unused_input=True,
+            )
 
-    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """As of the network."""
         if target is None:
             return self.net(image, words, word_mask)
-        assert [part.shape for part in (image, words, word_mask, target)] == self.shapes, "another shape than what was recorded"
-        return {name: loss.clone() for name, loss in self.net(image, words, word_mask, target).items()}
+        assert [part.shape for part in (image, words, word_mask, target)] == self.shapes, (
+            "another shape than what was recorded"
+        )
+        return {
+            name: loss.clone() for name, loss in self.net(image, words, word_mask, target).items()
+        }
 
 
 def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -47,6 +60,10 @@ def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
     Autograd adds to a gradient that is there. One that it first had to store would share memory with the graph's own, and the next
     micro-batch would write over the sum. New ones, since DDP rounds otherwise where it finds its own of the step before.
     """
-    zeros = torch.zeros(sum(parameter.numel() for parameter in parameters), device=parameters[0].device)
-    for parameter, part in zip(parameters, zeros.split([parameter.numel() for parameter in parameters])):
+    zeros = torch.zeros(
+        sum(parameter.numel() for parameter in parameters), device=parameters[0].device
+    )
+    for parameter, part in zip(
+        parameters, zeros.split([parameter.numel() for parameter in parameters])
+    ):
         parameter.grad = part.view_as(parameter)

@@ -1,4 +1,5 @@
 """The sha256 of every file of a checkpoint: written last, read first. A folder without one was never finished."""
+
 from __future__ import annotations
 
 import json
@@ -20,6 +21,7 @@ def write_manifest(folder: Path, world: World) -> None:
 
 def find_damage(folder: Path, world: World) -> list[str]:
     """What is not as the manifest says, a line a file, the same on every rank; empty where all is well; collective."""
+
     def listed() -> dict[str, dict] | None:
         try:
             return json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
@@ -46,17 +48,29 @@ def damaged_alone(folder: Path, name: str) -> str | None:
         wanted = json.loads((folder / MANIFEST).read_text("utf-8"))["files"][name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if sha256_of(folder / name) == wanted["sha256"] else f"{folder / name} has another sha256 than when it was written"
+    return (
+        None
+        if sha256_of(folder / name) == wanted["sha256"]
+        else f"{folder / name} has another sha256 than when it was written"
+    )
 
 
 def _names(folder: Path, world: World) -> list[str]:
-    return dist.on_main(lambda: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()), world)
+    return dist.on_main(
+        lambda: sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+        ),
+        world,
+    )
 
 
 def _read(folder: Path, names: list[str], world: World) -> list[tuple[str, int | None, str | None]]:
     """(name, bytes, sha256) of each file, in the order of `names`; none and none where it cannot be read."""
-    mine = [_look(folder, name) for name in names[world.rank::world.size]]
-    return sorted((entry for part in dist.gather_objects(mine, world) for entry in part), key=lambda entry: entry[0])
+    mine = [_look(folder, name) for name in names[world.rank :: world.size]]
+    return sorted(
+        (entry for part in dist.gather_objects(mine, world) for entry in part),
+        key=lambda entry: entry[0],
+    )
 
 
 def _look(folder: Path, name: str) -> tuple[str, int | None, str | None]:

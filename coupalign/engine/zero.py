@@ -4,6 +4,7 @@ Two choices make every stage give DDP's numbers. Parameters stay fp32 and autoca
 `bf16` at stage 0 takes a wrong first Adam step, and its `torch_autocast` exchanges gradients in bf16). And a step whose loss
 is not finite is turned into NaN gradients, which stages 1 to 3 refuse to apply by themselves.
 """
+
 from __future__ import annotations
 
 import logging
@@ -22,8 +23,23 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches
 from coupalign.dist import World
 from coupalign.engine.average import Average
-from coupalign.engine.base import MixedPrecision, Phases, StepStats, Updates, backward_loss, end_step, held_bytes
-from coupalign.engine.moments import SHARES, Moments, adopt_whole, fresh_state, open_moments, write_whole
+from coupalign.engine.base import (
+    MixedPrecision,
+    Phases,
+    StepStats,
+    Updates,
+    backward_loss,
+    end_step,
+    held_bytes,
+)
+from coupalign.engine.moments import (
+    SHARES,
+    Moments,
+    adopt_whole,
+    fresh_state,
+    open_moments,
+    write_whole,
+)
 from coupalign.model.weights import load_model_weights, read_weights
 from coupalign.start import absent
 
@@ -34,9 +50,15 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
     Learning rates are not in it: the optimizer is ours and each step sets them.
     """
     assert isinstance(config.engine, DeepSpeedEngine)
-    accumulation, micro_batch = micro_batches(config.train.global_batch, config.train.max_micro_batch, ranks)
-    bucket = config.engine.bucket_mb * 250_000                                     # elements of 4 bytes
-    zero: dict[str, Any] = {"stage": config.engine.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    accumulation, micro_batch = micro_batches(
+        config.train.global_batch, config.train.max_micro_batch, ranks
+    )
+    bucket = config.engine.bucket_mb * 250_000  # elements of 4 bytes
+    zero: dict[str, Any] = {
+        "stage": config.engine.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
     if config.engine.stage == 3:
         # No parameter is kept whole on every rank, so that a rank's share is the only truth about it.
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket}
@@ -46,10 +68,12 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm or 0.0 if config.engine.stage else 0.0,       # at stage 0 we clip
+        "gradient_clipping": config.optim.clip_norm or 0.0
+        if config.engine.stage
+        else 0.0,  # at stage 0 we clip
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,                # offloaded states are updated by torch's own fused AdamW
+        "zero_force_ds_cpu_optimizer": False,  # offloaded states are updated by torch's own fused AdamW
         "steps_per_print": 10**9,
     }
 
@@ -57,7 +81,9 @@ def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
 class Zero:
     """Engine over DeepSpeed, stages 0 to 3."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World):
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ):
         assert isinstance(config.engine, DeepSpeedEngine)
         self.deepspeed = _import_deepspeed(world)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
@@ -65,8 +91,12 @@ class Zero:
         self.updates = Updates(config.precision, world.device)
         self.phases = Phases(world.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
-        self.engine, *_ = self.deepspeed.initialize(model=MixedPrecision(model, config.precision), optimizer=optimizer,
-                                                    config=deepspeed_config(config, world.size), dist_init_required=False)
+        self.engine, *_ = self.deepspeed.initialize(
+            model=MixedPrecision(model, config.precision),
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size),
+            dist_init_required=False,
+        )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = config.train.ema and Average(self._shares(), config.train.ema.decay)
 
@@ -79,7 +109,7 @@ class Zero:
         micro_losses = []
         for batch in micro_batches[:-1]:
             micro_losses.append(self._backward(batch))
-            self.engine.step()                               # counts the micro-batch; updates nothing before the last
+            self.engine.step()  # counts the micro-batch; updates nothing before the last
         micro_losses.append(self._backward(micro_batches[-1]))
         return end_step(micro_losses, self.world, self.phases, self.updates, self._update)
 
@@ -139,7 +169,11 @@ class Zero:
         with self.averaged() if averaged else nullcontext():
             weights = {name: self._whole(p) for name, p in self.model.named_parameters()}
         weights |= {name: buffer.cpu().clone() for name, buffer in self.model.named_buffers()}
-        return {name: weights[name] for name in self.model.state_dict()} if self.world.is_main else None
+        return (
+            {name: weights[name] for name in self.model.state_dict()}
+            if self.world.is_main
+            else None
+        )
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         with self.phases("forward"):
@@ -163,11 +197,15 @@ class Zero:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip).item()
             if not norm < float("inf"):
                 for parameter in self.parameters:
-                    parameter.grad = None                    # AdamW passes over parameters without a gradient
+                    parameter.grad = None  # AdamW passes over parameters without a gradient
             self.engine.step()
             return norm
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else float("inf")
+        return (
+            float(self.engine.get_global_grad_norm())
+            if self.engine.was_step_applied()
+            else float("inf")
+        )
 
     def _forget_gathered(self) -> None:
         """Under ZeRO 3, drop whole parameters kept for reuse: they would hide a change of the shares they were gathered from."""
@@ -181,20 +219,29 @@ class Zero:
     def _load_average(self, directory: Path) -> None:
         if self.ema:
             averages = read_weights(directory / "ema.safetensors")
-            self.ema.restore({name: self._share_of(averages[name], share) for name, share in self.ema.live.items()})
+            self.ema.restore(
+                {
+                    name: self._share_of(averages[name], share)
+                    for name, share in self.ema.live.items()
+                }
+            )
 
     def _adopt_fragments(self, weights: dict[str, Tensor], moments: Moments) -> None:
         """ZeRO 1 and 2: each group of parameters is one flat tensor, of which a rank keeps fp32 weights and moments of a part."""
         zero = self.engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             zero.optimizer.state[flat] = fresh_state(flat, int(self.updates.applied))
-        zero._lazy_init_hp_params_optimizer_state()         # what DeepSpeed does after its first step: parameter -> place in the part
+        zero._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after its first step: parameter -> place in the part
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            self.deepspeed.utils.safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+            self.deepspeed.utils.safe_set_full_fp32_param(
+                parameter, weights[name].to(parameter.device)
+            )
             for key, value in (moments(name) or {}).items():
-                self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                self.deepspeed.utils.safe_set_full_optimizer_state(
+                    parameter, value.to(parameter.device), key
+                )
 
     def _adopt_shares(self, weights: dict[str, Tensor], moments: Moments) -> None:
         """ZeRO 3: a rank keeps its share of each parameter, of the fp32 copy and of the moments."""
@@ -212,8 +259,10 @@ class Zero:
                 continue
             self.deepspeed.utils.safe_set_local_fp32_param(parameter, share.to(self.device))
             for key, value in (moments(name) or {}).items():
-                part = self._share_of(value.flatten()[:parameter.ds_numel], parameter.ds_tensor)
-                self.deepspeed.utils.safe_set_local_optimizer_state(parameter, part.to(self.device), key)
+                part = self._share_of(value.flatten()[: parameter.ds_numel], parameter.ds_tensor)
+                self.deepspeed.utils.safe_set_local_optimizer_state(
+                    parameter, part.to(self.device), key
+                )
 
     def _share_of(self, whole: Tensor, share: Tensor) -> Tensor:
         """This rank's part of a whole tensor, in the layout that ZeRO 3 uses: flat, padded to equal parts."""
@@ -221,7 +270,7 @@ class Zero:
             return whole
         size = share.numel()
         flat = torch.nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
-        return flat[self.world.rank * size:(self.world.rank + 1) * size]
+        return flat[self.world.rank * size : (self.world.rank + 1) * size]
 
     def _whole(self, parameter: nn.Parameter) -> Tensor | None:
         gathered = self.deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3)
@@ -234,15 +283,23 @@ def _import_deepspeed(world: World) -> Any:
 
     It insists on its launcher's variables even where the process group exists already, so whoever started us, it finds them.
     """
-    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+    for name, value in (
+        ("RANK", world.rank),
+        ("WORLD_SIZE", world.size),
+        ("LOCAL_RANK", world.local_rank),
+    ):
         os.environ.setdefault(name, str(value))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with absent("mlflow"):        # its autotuner, which nobody calls here, would import it: nearly half of the time
+    with absent(
+        "mlflow"
+    ):  # its autotuner, which nobody calls here, would import it: nearly half of the time
         import deepspeed
         import deepspeed.ops
 
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)      # DeepSpeed's own calls
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed.* is deprecated", FutureWarning
+    )  # DeepSpeed's own calls
     return deepspeed

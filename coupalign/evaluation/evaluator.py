@@ -3,6 +3,7 @@
 Each rank counts pixels where the logits lie (`counting`); the integers of a batch are read once the next batch is under way, so that
 nobody waits for the device. They are gathered, repeats removed, and one rank does the sums.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,11 +51,21 @@ class Evaluation:
     pictures: tuple[Picture, ...] = ()
 
 
-def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocols: Sequence[Protocol], *,
-             gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows, rank: int = 0,
-             device: torch.device | str | None = None, bootstrap: int = 1000, seed: int = 0, pictures: int = 0,
-             conditions: Callable[[Protocol, Rule], Mapping[str, str]] = lambda protocol, rule: {}, title: str = "scoring",
-             stopped: Callable[[], bool] = lambda: False) -> dict[tuple[str, Rule], Evaluation]:
+def evaluate(
+    infer: Callable[[Batch], Tensor],
+    loader: EvalLoader,
+    protocols: Sequence[Protocol],
+    *,
+    gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
+    rank: int = 0,
+    device: torch.device | str | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    pictures: int = 0,
+    conditions: Callable[[Protocol, Rule], Mapping[str, str]] = lambda protocol, rule: {},
+    title: str = "scoring",
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[tuple[str, Rule], Evaluation]:
     """Score every sample of `loader` once under all protocols; collective over the ranks whose rows `gather` brings together.
 
     Args:
@@ -86,32 +97,47 @@ def evaluate(infer: Callable[[Batch], Tensor], loader: EvalLoader, protocols: Se
     slack = 0.0
 
     def counted() -> Iterator[Counted]:
-        for place, batch in enumerate(tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)):
+        for place, batch in enumerate(
+            tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)
+        ):
             if stopped():
                 raise Stopped
             doing(f"{title}: batch {place + 1}")
-            yield count_batch(infer(batch if device is None else batch.to(device)), batch.info, protocols, shown)
+            yield count_batch(
+                infer(batch if device is None else batch.to(device)), batch.info, protocols, shown
+            )
 
     for batch in one_behind(counted()):
         rows.append(batch.rows())
         slack = _GPU_SLACK if batch.on_gpu else slack
         shelf = prune([*shelf, *_pictures(batch, rows[-1], protocols[0])], pictures)
     doing(f"{title}: gathering the rows")
-    gathered = gather(np.concatenate(rows) if rows else np.empty((0, row_width(len(protocols))), np.int64))
+    gathered = gather(
+        np.concatenate(rows) if rows else np.empty((0, row_width(len(protocols))), np.int64)
+    )
     results: dict[tuple[str, Rule], Evaluation] = {}
     for place, protocol in enumerate(protocols):
         kept = deduplicate(rows_under(gathered, place), slack)
         _check_complete(kept, loader)
         for rule, numbers in loader.members.items():
             words = conditions(protocol, rule)
-            score = _score(kept[numbers], loader, protocol, rule, bootstrap, seed, words) if rank == 0 else None
-            results[protocol.name, rule] = Evaluation(score, kept[numbers, :WIDTH], () if results else tuple(shelf))
+            score = (
+                _score(kept[numbers], loader, protocol, rule, bootstrap, seed, words)
+                if rank == 0
+                else None
+            )
+            results[protocol.name, rule] = Evaluation(
+                score, kept[numbers, :WIDTH], () if results else tuple(shelf)
+            )
     return results
 
 
 def with_language_blind(score: Score, blind: Score) -> Score:
     """`score` with the score of the same model on the same samples with shuffled sentences beside it."""
-    same = all(getattr(score, name) == getattr(blind, name) for name in ("protocol", "sentences", "samples", "fingerprint"))
+    same = all(
+        getattr(score, name) == getattr(blind, name)
+        for name in ("protocol", "sentences", "samples", "fingerprint")
+    )
     assert same, "the language-blind score was taken on other samples or under another protocol"
     return replace(score, language_blind=blind)
 
@@ -119,33 +145,66 @@ def with_language_blind(score: Score, blind: Score) -> Score:
 def _pictures(batch: Counted, rows: np.ndarray, protocol: Protocol) -> Iterator[Picture]:
     """Those of the batch that were asked for; `rows` are its rows, `protocol` is the first."""
     counts = rows_under(rows, 0)[:, :5]
-    values, boundaries = ious(counts, protocol.empty).tolist(), boundary_ious(counts, protocol.empty).tolist()
+    values, boundaries = (
+        ious(counts, protocol.empty).tolist(),
+        boundary_ious(counts, protocol.empty).tolist(),
+    )
     for place, prediction in batch.predictions.items():
         info = batch.infos[place]
         assert info.image is not None, f"{info.name}: pictures need a loader with images=True"
-        yield Picture(info.number, info.name, info.sentence, values[place], info.image, info.truth, prediction.numpy(), info.same_class,
-                      boundaries[place])
+        yield Picture(
+            info.number,
+            info.name,
+            info.sentence,
+            values[place],
+            info.image,
+            info.truth,
+            prediction.numpy(),
+            info.same_class,
+            boundaries[place],
+        )
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:
     missing = np.setdiff1d(np.arange(loader.samples), rows[:, 0])
-    assert not len(missing), f"{len(missing)} of {loader.samples} samples were not scored: {_first_names(missing, loader)}"
-    assert len(rows) == loader.samples, f"scored samples that the loader does not list: number {rows[-1, 0]} of {loader.samples}"
+    assert not len(missing), (
+        f"{len(missing)} of {loader.samples} samples were not scored: {_first_names(missing, loader)}"
+    )
+    assert len(rows) == loader.samples, (
+        f"scored samples that the loader does not list: number {rows[-1, 0]} of {loader.samples}"
+    )
     broken = rows[rows[:, -1] > 0, 0]
     if len(broken):
         first = _first_names(broken, loader)
-        raise FloatingPointError(f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: {first}")
+        raise FloatingPointError(
+            f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: {first}"
+        )
 
 
 def _first_names(numbers: np.ndarray, loader: EvalLoader) -> str:
-    return ", ".join(loader.words[number][0] for number in numbers[:5]) + (" …" if len(numbers) > 5 else "")
+    return ", ".join(loader.words[number][0] for number in numbers[:5]) + (
+        " …" if len(numbers) > 5 else ""
+    )
 
 
-def _score(rows: np.ndarray, loader: EvalLoader, protocol: Protocol, rule: Rule, bootstrap: int, seed: int,
-           conditions: Mapping[str, str]) -> Score:
+def _score(
+    rows: np.ndarray,
+    loader: EvalLoader,
+    protocol: Protocol,
+    rule: Rule,
+    bootstrap: int,
+    seed: int,
+    conditions: Mapping[str, str],
+) -> Score:
     values = summarize(rows[:, :5], bootstrap, seed, clusters=rows[:, 5], empty=protocol.empty)
-    samples, images, intervals = values.pop("samples"), values.pop("images"), values.pop("intervals")
+    samples, images, intervals = (
+        values.pop("samples"),
+        values.pop("images"),
+        values.pop("intervals"),
+    )
     words = dict(conditions)
     if cut := int(rows[:, -2].sum()):
         words["cut"] = f"{cut:,} sentences were longer than the token limit and were cut"
-    return Score(protocol.name, values, samples, images, intervals, words, loader.fingerprint, sentences=rule)
+    return Score(
+        protocol.name, values, samples, images, intervals, words, loader.fingerprint, sentences=rule
+    )

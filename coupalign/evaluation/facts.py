@@ -11,6 +11,7 @@
 image) are at the original one. `same_class` is the number of other objects of the category in the image, -1 where the shard
 does not know it. `sentence` is the text that was read.
 """
+
 from __future__ import annotations
 
 import csv
@@ -24,8 +25,19 @@ from coupalign.errors import InputError
 from coupalign.evaluation.metrics import Empty, ious
 from coupalign.files import whole_file
 
-COLUMNS = ("sample_id", "intersection", "union", "iou", "boundary_intersection", "boundary_union", "image_id", "area", "pixels",
-           "same_class", "sentence")
+COLUMNS = (
+    "sample_id",
+    "intersection",
+    "union",
+    "iou",
+    "boundary_intersection",
+    "boundary_union",
+    "image_id",
+    "area",
+    "pixels",
+    "same_class",
+    "sentence",
+)
 WIDTH = 9  # integers of a row: number, I, U, bI, bU, image id, area, pixels, same class
 
 
@@ -52,15 +64,27 @@ class Rows:
         """Rows int64 [n, 9] of an `Evaluation`, with the (name, sentence) of each sample number."""
         assert rows.shape[1:] == (WIDTH,), rows.shape
         named = [words[number] for number in rows[:, 0]]
-        return cls(tuple(name for name, _ in named), tuple(sentence for _, sentence in named), rows[:, :5], *rows[:, 5:].T)
+        return cls(
+            tuple(name for name, _ in named),
+            tuple(sentence for _, sentence in named),
+            rows[:, :5],
+            *rows[:, 5:].T,
+        )
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, places: np.ndarray) -> Rows:
         """The rows at some places [k], in their order."""
-        return Rows(tuple(self.names[p] for p in places), tuple(self.sentences[p] for p in places), self.counts[places],
-                    self.image_ids[places], self.area[places], self.pixels[places], self.same_class[places])
+        return Rows(
+            tuple(self.names[p] for p in places),
+            tuple(self.sentences[p] for p in places),
+            self.counts[places],
+            self.image_ids[places],
+            self.area[places],
+            self.pixels[places],
+            self.same_class[places],
+        )
 
 
 def rows_path(run: Path, split: str, protocol: str, rule: str = "each") -> Path:
@@ -73,8 +97,16 @@ def write_rows(path: Path, rows: Rows, empty: Empty = "one") -> None:
     with whole_file(Path(path), "w") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
-        facts = zip(rows.image_ids.tolist(), rows.area.tolist(), rows.pixels.tolist(), rows.same_class.tolist(), rows.sentences)
-        for name, (_, *counts), iou, fact in zip(rows.names, rows.counts.tolist(), ious(rows.counts, empty), facts, strict=True):
+        facts = zip(
+            rows.image_ids.tolist(),
+            rows.area.tolist(),
+            rows.pixels.tolist(),
+            rows.same_class.tolist(),
+            rows.sentences,
+        )
+        for name, (_, *counts), iou, fact in zip(
+            rows.names, rows.counts.tolist(), ious(rows.counts, empty), facts, strict=True
+        ):
             table.writerow((name, *counts[:2], f"{iou:.6f}", *counts[2:], *fact))
 
 
@@ -90,15 +122,31 @@ def read_rows(path: Path) -> Rows:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not lines or tuple(lines[0]) != COLUMNS:
-        raise InputError(f"{path}: line 1: expected the columns {','.join(COLUMNS)}; a file of an earlier version has fewer: score "
-                         "again with `coupalign eval`")
+        raise InputError(
+            f"{path}: line 1: expected the columns {','.join(COLUMNS)}; a file of an earlier version has fewer: score "
+            "again with `coupalign eval`"
+        )
     integers, words = [], []
     for number, line in enumerate(lines[1:]):
         try:
             name, inside, union, _, *rest, sentence = line
             band_inside, band_union, image, area, pixels, same_class = map(int, rest)
-            integers.append((number, int(inside), int(union), band_inside, band_union, image, area, pixels, same_class))
+            integers.append(
+                (
+                    number,
+                    int(inside),
+                    int(union),
+                    band_inside,
+                    band_union,
+                    image,
+                    area,
+                    pixels,
+                    same_class,
+                )
+            )
         except ValueError:
-            raise InputError(f"{path}: line {number + 2}: expected {','.join(COLUMNS)}, found {','.join(line)!r}") from None
+            raise InputError(
+                f"{path}: line {number + 2}: expected {','.join(COLUMNS)}, found {','.join(line)!r}"
+            ) from None
         words.append((name, sentence))
     return Rows.of(np.asarray(integers, dtype=np.int64).reshape(-1, WIDTH), words)

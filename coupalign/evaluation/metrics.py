@@ -6,6 +6,7 @@ int64 until the last division, so a score does not depend on the order or on the
 of the field: oIoU = sum(I) / sum(U), mIoU = mean(I / U), P@X = share of samples with I / U >= X, bIoU = mean(bI / bU), the
 Boundary IoU of Cheng et al., CVPR 2021.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -43,8 +44,13 @@ def hits(rows: np.ndarray, empty: Empty = "one") -> np.ndarray:
     return np.where(union[:, None] > 0, reached, empty == "one")
 
 
-def summarize(rows: np.ndarray, bootstrap: int = 1000, seed: int = 0, clusters: np.ndarray | None = None,
-              empty: Empty = "one") -> dict[str, Any]:
+def summarize(
+    rows: np.ndarray,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
+    empty: Empty = "one",
+) -> dict[str, Any]:
     """All metrics of some rows, with 95 % percentile bootstrap intervals.
 
     Args:
@@ -58,7 +64,9 @@ def summarize(rows: np.ndarray, bootstrap: int = 1000, seed: int = 0, clusters: 
     """
     assert len(rows), "a score of no samples"
     tallies = _tallies(rows, np.arange(len(rows)) if clusters is None else clusters, empty)
-    result: dict[str, Any] = dict(zip(METRICS, _scores(tallies.sum(axis=0, keepdims=True), empty)[0].tolist()))
+    result: dict[str, Any] = dict(
+        zip(METRICS, _scores(tallies.sum(axis=0, keepdims=True), empty)[0].tolist())
+    )
     result |= {"samples": len(rows), "images": len(tallies), "intervals": {}}
     if bootstrap:
         resampled = _scores(_resample(tallies, bootstrap, seed), empty)  # [bootstrap, metrics]
@@ -67,8 +75,14 @@ def summarize(rows: np.ndarray, bootstrap: int = 1000, seed: int = 0, clusters: 
     return result
 
 
-def paired_intervals(rows: np.ndarray, others: np.ndarray, bootstrap: int = 1000, seed: int = 0, clusters: np.ndarray | None = None,
-                     empty: Empty = "one") -> dict[str, tuple[float, float]]:
+def paired_intervals(
+    rows: np.ndarray,
+    others: np.ndarray,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    clusters: np.ndarray | None = None,
+    empty: Empty = "one",
+) -> dict[str, tuple[float, float]]:
     """95 % percentile bootstrap intervals of (metric of `others`) - (metric of `rows`), by metric name.
 
     Row k of both is the same sample; every resample draws the same whole images for both.
@@ -80,7 +94,10 @@ def paired_intervals(rows: np.ndarray, others: np.ndarray, bootstrap: int = 1000
     assert len(rows) == len(others) > 0 and bootstrap
     images = np.arange(len(rows)) if clusters is None else clusters
     # the draws depend on the seed and on the number of images only: they are the same for both
-    before, after = (_scores(_resample(_tallies(part, images, empty), bootstrap, seed), empty) for part in (rows, others))
+    before, after = (
+        _scores(_resample(_tallies(part, images, empty), bootstrap, seed), empty)
+        for part in (rows, others)
+    )
     low, high = np.percentile(after - before, [2.5, 97.5], axis=0)
     return {name: (float(a), float(b)) for name, a, b in zip(METRICS, low, high)}
 
@@ -110,8 +127,10 @@ def deduplicate(rows: np.ndarray, slack: float = 0.0) -> np.ndarray:
     wrong = off.any(axis=1)
     if wrong.any():
         place = int(np.argmax(wrong))
-        raise AssertionError(f"sample {rows[place, 0]} was scored twice with different results: "
-                             f"{original[place, 1:].tolist()} and {rows[place, 1:].tolist()}")
+        raise AssertionError(
+            f"sample {rows[place, 0]} was scored twice with different results: "
+            f"{original[place, 1:].tolist()} and {rows[place, 1:].tolist()}"
+        )
     return kept
 
 
@@ -147,9 +166,16 @@ class Score:
         value: dict[str, Any] = dict(self.metrics)
         if self.language_blind is not None:
             value["language_blind_oIoU"] = self.language_blind.metrics["oIoU"]
-        value |= {"protocol": self.protocol, "sentences": self.sentences, "samples": self.samples, "images": self.images,
-                  "intervals": {name: list(pair) for name, pair in self.intervals.items()},
-                  "conditions": dict(self.conditions), "data_fingerprint": self.fingerprint, "leak": self.leak}
+        value |= {
+            "protocol": self.protocol,
+            "sentences": self.sentences,
+            "samples": self.samples,
+            "images": self.images,
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "conditions": dict(self.conditions),
+            "data_fingerprint": self.fingerprint,
+            "leak": self.leak,
+        }
         if self.language_blind is not None:
             value["language_blind"] = self.language_blind.to_json()
         return value
@@ -158,21 +184,36 @@ class Score:
     def from_json(cls, value: Mapping[str, Any]) -> Score:
         """The inverse of `to_json`."""
         blind = value.get("language_blind")
-        return cls(protocol=value["protocol"], metrics={name: value[name] for name in METRICS}, samples=value["samples"],
-                   images=value["images"], intervals={name: (low, high) for name, (low, high) in value["intervals"].items()},
-                   conditions=value["conditions"], fingerprint=value["data_fingerprint"], leak=value["leak"],
-                   language_blind=None if blind is None else cls.from_json(blind), sentences=value["sentences"])
+        return cls(
+            protocol=value["protocol"],
+            metrics={name: value[name] for name in METRICS},
+            samples=value["samples"],
+            images=value["images"],
+            intervals={name: (low, high) for name, (low, high) in value["intervals"].items()},
+            conditions=value["conditions"],
+            fingerprint=value["data_fingerprint"],
+            leak=value["leak"],
+            language_blind=None if blind is None else cls.from_json(blind),
+            sentences=value["sentences"],
+        )
 
     def facts(self) -> dict[str, str]:
         """The protocol in words, by heading: what `table` and the report print under the numbers."""
-        return {"protocol": self.protocol, **self.conditions,
-                "samples": f"{self.samples:,} (image, sentence) samples on {self.images:,} images",
-                "data": self.fingerprint[:16] or "no fingerprint", "leak": self.leak}
+        return {
+            "protocol": self.protocol,
+            **self.conditions,
+            "samples": f"{self.samples:,} (image, sentence) samples on {self.images:,} images",
+            "data": self.fingerprint[:16] or "no fingerprint",
+            "leak": self.leak,
+        }
 
     def table(self) -> str:
         """The score in percent as text, always with the protocol below it."""
         blind = self.language_blind
-        lines = [f"{'':<8}{'score %':>9}{'95 % interval':>18}" + ("" if blind is None else f"{'language-blind':>17}")]
+        lines = [
+            f"{'':<8}{'score %':>9}{'95 % interval':>18}"
+            + ("" if blind is None else f"{'language-blind':>17}")
+        ]
         for name, value in self.metrics.items():
             pair = self.intervals.get(name)
             interval = "" if pair is None else f"{100 * pair[0]:.2f} … {100 * pair[1]:.2f}"
@@ -180,17 +221,30 @@ class Score:
             lines.append(f"{name:<8}{100 * value:9.2f}{interval:>18}{other}")
         facts = self.facts()
         width = max(map(len, facts)) + 2
-        return "\n".join([*lines, "", *(f"{name:<{width}}{words}" for name, words in facts.items())])
+        return "\n".join(
+            [*lines, "", *(f"{name:<{width}}{words}" for name, words in facts.items())]
+        )
 
 
 def side_by_side(scores: Mapping[tuple[str, str], Score]) -> str:
     """Scores of one split by (protocol, sentence rule) as one table in percent, a column each, with their conditions below."""
-    cells = [["protocol", *(protocol for protocol, _ in scores)], ["sentences", *(rule for _, rule in scores)],
-             *([name, *(f"{100 * score.metrics[name]:.2f}" for score in scores.values())] for name in METRICS),
-             ["samples", *(f"{score.samples:,}" for score in scores.values())]]
+    cells = [
+        ["protocol", *(protocol for protocol, _ in scores)],
+        ["sentences", *(rule for _, rule in scores)],
+        *(
+            [name, *(f"{100 * score.metrics[name]:.2f}" for score in scores.values())]
+            for name in METRICS
+        ),
+        ["samples", *(f"{score.samples:,}" for score in scores.values())],
+    ]
     if any(score.language_blind for score in scores.values()):
         blind = [score.language_blind for score in scores.values()]
-        cells.append(["oIoU, shuffled", *("" if one is None else f"{100 * one.metrics['oIoU']:.2f}" for one in blind)])
+        cells.append(
+            [
+                "oIoU, shuffled",
+                *("" if one is None else f"{100 * one.metrics['oIoU']:.2f}" for one in blind),
+            ]
+        )
     wide = max(len(cell) for line in cells for cell in line[1:]) + 2
     lines = [f"{line[0]:<16}" + "".join(f"{cell:>{wide}}" for cell in line[1:]) for line in cells]
     return "\n".join([*lines, "", *_shared_facts(scores)])
@@ -199,12 +253,16 @@ def side_by_side(scores: Mapping[tuple[str, str], Score]) -> str:
 def _shared_facts(scores: Mapping[tuple[str, str], Score]) -> list[str]:
     """A line a condition; where the scores differ in it, a line for each wording with the columns it belongs to."""
     lines = []
-    for heading in dict.fromkeys(heading for score in scores.values() for heading in score.facts() if heading != "protocol"):
+    for heading in dict.fromkeys(
+        heading for score in scores.values() for heading in score.facts() if heading != "protocol"
+    ):
         wordings: dict[str, list[tuple[str, str]]] = {}
         for key, score in scores.items():
             if (words := score.facts().get(heading)) is not None:
                 wordings.setdefault(words, []).append(key)
-        lines += [f"{heading:<12}{words}{_whose(keys, list(scores))}" for words, keys in wordings.items()]
+        lines += [
+            f"{heading:<12}{words}{_whose(keys, list(scores))}" for words, keys in wordings.items()
+        ]
     return lines
 
 
@@ -220,11 +278,17 @@ def _whose(keys: list[tuple[str, str]], columns: list[tuple[str, str]]) -> str:
 
 
 def _checked(rows: np.ndarray) -> np.ndarray:
-    assert rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] >= 3, f"not int64 [n, 3 or more]: {rows.dtype} {rows.shape}"
-    for first, what in zip(range(1, rows.shape[1] - 1, 2), ("intersection", "boundary intersection")):
-        inside, union = rows[:, first:first + 2].T
+    assert rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] >= 3, (
+        f"not int64 [n, 3 or more]: {rows.dtype} {rows.shape}"
+    )
+    for first, what in zip(
+        range(1, rows.shape[1] - 1, 2), ("intersection", "boundary intersection")
+    ):
+        inside, union = rows[:, first : first + 2].T
         bad = np.flatnonzero((inside < 0) | (inside > union))
-        assert not len(bad), f"sample {rows[bad[0], 0]}: {what} {inside[bad[0]]} of union {union[bad[0]]}"
+        assert not len(bad), (
+            f"sample {rows[bad[0], 0]}: {what} {inside[bad[0]]} of union {union[bad[0]]}"
+        )
     return rows
 
 
@@ -235,7 +299,15 @@ def _ratios(inside: np.ndarray, union: np.ndarray, empty: Empty) -> np.ndarray:
 def _tallies(rows: np.ndarray, clusters: np.ndarray, empty: Empty) -> np.ndarray:
     """Sums over each image, float64 [images, 10] = (samples, I, U, IoU, five hits, bIoU); integers are exact up to 2^53."""
     assert len(clusters) == len(rows), "one cluster id a row"
-    columns = np.column_stack([np.ones(len(rows)), rows[:, 1:3], ious(rows, empty), hits(rows, empty), boundary_ious(rows, empty)])
+    columns = np.column_stack(
+        [
+            np.ones(len(rows)),
+            rows[:, 1:3],
+            ious(rows, empty),
+            hits(rows, empty),
+            boundary_ious(rows, empty),
+        ]
+    )
     _, group = np.unique(clusters, return_inverse=True)
     sums = np.zeros((group.max() + 1, columns.shape[1]))
     np.add.at(sums, group, columns)

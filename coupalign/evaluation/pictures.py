@@ -1,10 +1,11 @@
 """Scored samples to look at: which are kept, which are shown, and the folder they lie in.
 
-    pictures/val/
-      pictures.json           [{"group": "best", "file": "best-1.png", "name": …, "sentence": …, "iou": 0.93, …}, …], see `Kept`
-      best-1.png …            sentence, photograph, truth, prediction, difference, boundaries
-      best-1-why.png …        for a few: what the model looked at
+pictures/val/
+  pictures.json           [{"group": "best", "file": "best-1.png", "name": …, "sentence": …, "iou": 0.93, …}, …], see `Kept`
+  best-1.png …            sentence, photograph, truth, prediction, difference, boundaries
+  best-1-why.png …        for a few: what the model looked at
 """
+
 from __future__ import annotations
 
 import json
@@ -76,7 +77,9 @@ class Kept:
     why: str = ""
 
 
-def choose_pictures(pictures: Sequence[Picture], rows: np.ndarray, many: int) -> dict[str, list[Picture]]:
+def choose_pictures(
+    pictures: Sequence[Picture], rows: np.ndarray, many: int
+) -> dict[str, list[Picture]]:
     """Groups of at most `many` pictures for a page: {"random": …, "best": …, "median": …, "worst": …}.
 
     Best and worst are exact among the samples of the rank that kept the pictures; "random" is a fair draw from them, and
@@ -85,11 +88,16 @@ def choose_pictures(pictures: Sequence[Picture], rows: np.ndarray, many: int) ->
     """
     unique = list({picture.number: picture for picture in pictures}.values())
     ranked = sorted(unique, key=lambda picture: (picture.iou, picture.number))
-    drawn = sorted(unique, key=_lot)[:_DRAWN * many]
+    drawn = sorted(unique, key=_lot)[: _DRAWN * many]
     middle = float(np.median(ious(rows)))
     others = drawn[many:] or drawn
     near = sorted(others, key=lambda picture: (abs(picture.iou - middle), picture.number))
-    return {"random": drawn[:many], "best": ranked[::-1][:many], "median": near[:many], "worst": ranked[:many]}
+    return {
+        "random": drawn[:many],
+        "best": ranked[::-1][:many],
+        "median": near[:many],
+        "worst": ranked[:many],
+    }
 
 
 def _lot(picture: Picture) -> int:
@@ -100,13 +108,18 @@ def _lot(picture: Picture) -> int:
 def prune(shelf: list[Picture], many: int) -> list[Picture]:
     """Keep the best, the worst and a fair draw, which pruning again cannot bias: the memory is bounded."""
     ranked = sorted(shelf, key=lambda picture: (picture.iou, picture.number))
-    ends = {picture.number for picture in ranked[:many] + ranked[max(0, len(ranked) - many):]}
-    drawn = {picture.number for picture in sorted(shelf, key=_lot)[:_DRAWN * many]}
+    ends = {picture.number for picture in ranked[:many] + ranked[max(0, len(ranked) - many) :]}
+    drawn = {picture.number for picture in sorted(shelf, key=_lot)[: _DRAWN * many]}
     return [picture for picture in shelf if picture.number in ends | drawn]
 
 
-def keep_pictures(folder: Path, evaluation: Evaluation, many: int, explain: Callable[[Picture], Image.Image | None] | None = None,
-                  explained: int = 4) -> list[Path]:
+def keep_pictures(
+    folder: Path,
+    evaluation: Evaluation,
+    many: int,
+    explain: Callable[[Picture], Image.Image | None] | None = None,
+    explained: int = 4,
+) -> list[Path]:
     """Draw the chosen pictures of an evaluation into `folder`, which is replaced as a whole; returns the files.
 
     Args:
@@ -128,15 +141,30 @@ def _keep(folder: Path, group: str, stem: str, picture: Picture, why: Image.Imag
     bands = _band(truth), _band(prediction)
     edges = intersection_over_union(*bands) if picture.boundary is None else picture.boundary
     area, pixels = int(truth.sum()), truth.size
-    facts = [f"IoU {picture.iou:.3f}", f"boundary IoU {edges:.3f}", f"size {100 * area / pixels:.1f} % of the image"]
+    facts = [
+        f"IoU {picture.iou:.3f}",
+        f"boundary IoU {edges:.3f}",
+        f"size {100 * area / pixels:.1f} % of the image",
+    ]
     facts += [f"others of its class: {picture.same_class}"] if picture.same_class >= 0 else []
     panels = sample_panels(picture.image, truth, prediction, bands, facts)
     whole = with_heading(panels, picture.sentence, picture.name)
     whole.save(folder / f"{stem}.png")
     if why is not None:
         why.save(folder / f"{stem}-why.png")
-    return Kept(group, f"{stem}.png", picture.name, picture.sentence, round(picture.iou, 6), round(edges, 6), area, pixels,
-                picture.same_class, whole.height - panels.height, f"{stem}-why.png" if why is not None else "")
+    return Kept(
+        group,
+        f"{stem}.png",
+        picture.name,
+        picture.sentence,
+        round(picture.iou, 6),
+        round(edges, 6),
+        area,
+        pixels,
+        picture.same_class,
+        whole.height - panels.height,
+        f"{stem}-why.png" if why is not None else "",
+    )
 
 
 def _band(mask: np.ndarray) -> np.ndarray:
@@ -159,15 +187,33 @@ def read_pictures(folder: Path) -> dict[str, list[Kept]]:
             groups.setdefault(kept.group, []).append(kept)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); score with --pictures again") from None
-    files = [file for group in groups.values() for kept in group for file in (kept.file, kept.why) if file]
+    files = [
+        file
+        for group in groups.values()
+        for kept in group
+        for file in (kept.file, kept.why)
+        if file
+    ]
     if missing := [file for file in files if not (folder / file).is_file()]:
-        raise InputError(f"{folder / missing[0]}: listed in {LIST} but not there; score with --pictures again")
+        raise InputError(
+            f"{folder / missing[0]}: listed in {LIST} but not there; score with --pictures again"
+        )
     return groups
 
 
 def _kept(entry: dict[str, Any]) -> Kept:
     """A line of the list; lists of older versions lack the later fields."""
     boundary = entry.get("boundary")
-    return Kept(str(entry["group"]), str(entry["file"]), str(entry["name"]), str(entry["sentence"]), float(entry["iou"]),
-                None if boundary is None else float(boundary), int(entry.get("area", 0)), int(entry.get("pixels", 0)),
-                int(entry.get("same_class", -1)), int(entry.get("heading", 0)), str(entry.get("why", "")))
+    return Kept(
+        str(entry["group"]),
+        str(entry["file"]),
+        str(entry["name"]),
+        str(entry["sentence"]),
+        float(entry["iou"]),
+        None if boundary is None else float(boundary),
+        int(entry.get("area", 0)),
+        int(entry.get("pixels", 0)),
+        int(entry.get("same_class", -1)),
+        int(entry.get("heading", 0)),
+        str(entry.get("why", "")),
+    )

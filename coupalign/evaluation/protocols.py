@@ -9,6 +9,7 @@ the photograph lies in the square. Every number of a sample is that of the sampl
 Pixel centers lie at half integers throughout: column x of a photograph W wide is found at (x + 0.5) * inner_width / W - 0.5
 + left in the square.
 """
+
 from __future__ import annotations
 
 import math
@@ -52,9 +53,15 @@ class Protocol:
 
 def count(prediction: Tensor, truth: Tensor) -> Tensor:
     """int32 [n, 4]: pixels in the intersection and in the union of masks bool [n, h, w], and in those of their boundary bands."""
-    assert prediction.shape == truth.shape, f"prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
-    masks = torch.stack([prediction, truth])                                       # [2, n, h, w]
-    sums = [part.sum(dim=(-2, -1), dtype=torch.int32) for a, b in (masks, boundary(masks)) for part in (a & b, a | b)]
+    assert prediction.shape == truth.shape, (
+        f"prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
+    )
+    masks = torch.stack([prediction, truth])  # [2, n, h, w]
+    sums = [
+        part.sum(dim=(-2, -1), dtype=torch.int32)
+        for a, b in (masks, boundary(masks))
+        for part in (a & b, a | b)
+    ]
     return torch.stack(sums, dim=1)
 
 
@@ -89,7 +96,9 @@ def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
     size = (frame.height, frame.width)
     # One channel each: so every sample takes the path through torch that it would take alone.
     alone = inner.reshape(-1, 1, frame.inner_height, frame.inner_width)
-    return functional.interpolate(alone, size=size, mode="bilinear", align_corners=False).view(*logits.shape[:-2], *size)
+    return functional.interpolate(alone, size=size, mode="bilinear", align_corners=False).view(
+        *logits.shape[:-2], *size
+    )
 
 
 def predict_ris_v1(logits: Tensor, frame: Frame) -> Tensor:
@@ -111,7 +120,9 @@ def predict_cris(logits: Tensor, frame: Frame) -> Tensor:
 
 def place_original(truth: np.ndarray, frame: Frame) -> np.ndarray:
     """The truth as it is."""
-    assert truth.shape == (frame.height, frame.width), f"truth {truth.shape} of a photograph {(frame.height, frame.width)}"
+    assert truth.shape == (frame.height, frame.width), (
+        f"truth {truth.shape} of a photograph {(frame.height, frame.width)}"
+    )
     return truth
 
 
@@ -121,33 +132,53 @@ def place_lavt(truth: np.ndarray, frame: Frame) -> np.ndarray:
     Pillow resizes it, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to 480) its
     rounding decides.
     """
-    small = Image.fromarray(truth.view(np.uint8)).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
+    small = Image.fromarray(truth.view(np.uint8)).resize(
+        (frame.inner_width, frame.inner_height), Image.Resampling.NEAREST
+    )
     return np.asarray(small) > 0
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("ris-v1", predict_ris_v1, place_original, "one",
-                 truth="original resolution, union of polygons",
-                 prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
-                 threshold="p > 0.5"),
-        Protocol("lavt", predict_lavt, place_lavt, "zero",
-                 truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
-                       "overlap; shards hold the union only)",
-                 prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
-                 threshold="logit > 0, which is the argmax of two channels"),
-        Protocol("cris", predict_cris, place_original, "zero",
-                 truth="original resolution, union of polygons",
-                 prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
-                            "input's affine map to the original resolution",
-                 threshold=f"p > {_CRIS_THRESHOLD}"),
+        Protocol(
+            "ris-v1",
+            predict_ris_v1,
+            place_original,
+            "one",
+            truth="original resolution, union of polygons",
+            prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
+            threshold="p > 0.5",
+        ),
+        Protocol(
+            "lavt",
+            predict_lavt,
+            place_lavt,
+            "zero",
+            truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
+            "overlap; shards hold the union only)",
+            prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
+            threshold="logit > 0, which is the argmax of two channels",
+        ),
+        Protocol(
+            "cris",
+            predict_cris,
+            place_original,
+            "zero",
+            truth="original resolution, union of polygons",
+            prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
+            "input's affine map to the original resolution",
+            threshold=f"p > {_CRIS_THRESHOLD}",
+        ),
     )
 }
 
 _EXPECTED_RESIZE = {"lavt": "squash", "cris": "letterbox"}
-_READ = {"each": "every sentence of every ref", "first": "the first sentence of every ref",
-         "concatenated": "all sentences of a ref, joined with a space, as one"}
+_READ = {
+    "each": "every sentence of every ref",
+    "first": "the first sentence of every ref",
+    "concatenated": "all sentences of a ref, joined with a space, as one",
+}
 
 
 def find_protocol(name: str) -> Protocol:
@@ -161,8 +192,13 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[Source],
-                        limit: int | None = None, rule: Rule = "each") -> dict[str, str]:
+def describe_conditions(
+    protocol: Protocol,
+    data: DataConfig,
+    sources: Sequence[Source],
+    limit: int | None = None,
+    rule: Rule = "each",
+) -> dict[str, str]:
     """Everything a reader must know to compare a score, by heading, in words.
 
     A model may be scored under a protocol whose authors feed the image in another way; the words under "input" say so,
@@ -170,8 +206,17 @@ def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[
     """
     shape = "squashed to" if data.resize == "squash" else "letterboxed into"
     expected = _EXPECTED_RESIZE.get(protocol.name, data.resize)
-    strange = "" if expected == data.resize else f"; the authors of {protocol.name} use {expected}: not comparable with theirs"
-    sets = sorted({f"{source.dataset or 'all data sets'}/{source.split_by or 'all'} {source.split}" for source in sources})
+    strange = (
+        ""
+        if expected == data.resize
+        else f"; the authors of {protocol.name} use {expected}: not comparable with theirs"
+    )
+    sets = sorted(
+        {
+            f"{source.dataset or 'all data sets'}/{source.split_by or 'all'} {source.split}"
+            for source in sources
+        }
+    )
     conditions = {
         "sets": ", ".join(sets),
         "input": f"{shape} {data.image_size}x{data.image_size}{strange}",
@@ -188,7 +233,9 @@ def describe_conditions(protocol: Protocol, data: DataConfig, sources: Sequence[
 
 def _inside_frame(squares: Tensor, frame: Frame) -> Tensor:
     _check_size(squares, frame)
-    return squares[..., frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+    return squares[
+        ..., frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
+    ]
 
 
 def _warp_back(squares: Tensor, frame: Frame) -> Tensor:
@@ -197,14 +244,20 @@ def _warp_back(squares: Tensor, frame: Frame) -> Tensor:
 
     def places(length: int, inner: int, offset: int) -> Tensor:
         """Where each pixel center lies in the square, in grid_sample's -1 … 1."""
-        centers = (torch.arange(length, device=squares.device, dtype=torch.float64) + 0.5) * (inner / length) + offset
+        centers = (torch.arange(length, device=squares.device, dtype=torch.float64) + 0.5) * (
+            inner / length
+        ) + offset
         return (2 * centers / frame.size - 1).to(squares.dtype)
 
     y = places(frame.height, frame.inner_height, frame.top)
     x = places(frame.width, frame.inner_width, frame.left)
     grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-    return functional.grid_sample(squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False)[0]
+    return functional.grid_sample(
+        squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False
+    )[0]
 
 
 def _check_size(squares: Tensor, frame: Frame) -> None:
-    assert squares.shape[-2:] == (frame.size, frame.size), f"squares {tuple(squares.shape)} for an input of {frame.size} pixels"
+    assert squares.shape[-2:] == (frame.size, frame.size), (
+        f"squares {tuple(squares.shape)} for an input of {frame.size} pixels"
+    )

@@ -1,4 +1,5 @@
 """Tensors between host and device without waiting: what a GPU works on while the host is busy with something else."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,14 @@ class Coming:
     """A copy on its way to the host. Whoever wants it waits for it alone, and not for what the device was given since."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.to("cpu", non_blocking=True, copy=True)   # from a GPU into page-locked memory
+        self._tensor = tensor.to(
+            "cpu", non_blocking=True, copy=True
+        )  # from a GPU into page-locked memory
         self._there: torch.cuda.Event | None = None
         if tensor.is_cuda:
-            self._there = torch.cuda.Event(blocking=True)               # the waiting thread leaves its core to others
+            self._there = torch.cuda.Event(
+                blocking=True
+            )  # the waiting thread leaves its core to others
             self._there.record(torch.cuda.current_stream(tensor.device))
 
     def numpy(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 Shape legend: B batch, P pixels, H heads, T words, C channels.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -18,7 +19,7 @@ from coupalign.kernels import reference
 from coupalign.kernels.plan import refusal
 
 Impl = Literal["auto", "reference", "fused"]
-OLDEST_GPU = (8, 0)      # Ampere: the first with bfloat16 tensor cores and asynchronous copies
+OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 tensor cores and asynchronous copies
 
 F = TypeVar("F", bound=Callable)
 
@@ -50,7 +51,9 @@ def choose(impl: str) -> Literal["reference", "fused"]:
                 raise InputError(f"model.wpa.impl = fused: {why}; use auto or reference")
             return "fused"
         case _:
-            raise InputError(f"model.wpa.impl = {impl!r} is unknown; use auto, reference, plain or fused")
+            raise InputError(
+                f"model.wpa.impl = {impl!r} is unknown; use auto, reference, plain or fused"
+            )
 
 
 def explain(impl: str) -> str:
@@ -58,8 +61,16 @@ def explain(impl: str) -> str:
     if impl == "plain":
         return "plain PyTorch with the pixel-side projections, the oracle"
     if choose(impl) == "fused":
-        return "fused kernels in Triton's interpreter" if interpreting() else f"fused kernels on {torch.cuda.get_device_name()}"
-    return "plain PyTorch" if impl == "reference" else f"plain PyTorch ({obstacle() or 'the interpreter is only for impl = fused'})"
+        return (
+            "fused kernels in Triton's interpreter"
+            if interpreting()
+            else f"fused kernels on {torch.cuda.get_device_name()}"
+        )
+    return (
+        "plain PyTorch"
+        if impl == "reference"
+        else f"plain PyTorch ({obstacle() or 'the interpreter is only for impl = fused'})"
+    )
 
 
 def obstacle() -> str | None:
@@ -81,8 +92,9 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, impl: str = "auto",
-                            heads: int = 1) -> tuple[Tensor, Tensor]:
+def bidirectional_attention(
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, impl: str = "auto", heads: int = 1
+) -> tuple[Tensor, Tensor]:
     """Let every pixel read the words and every word read the pixels, from one matrix of scores.
 
         S = pixels @ keys^T + bias
@@ -112,7 +124,11 @@ def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: 
     path = choose(impl)
     batch, _, channels = pixels.shape
     columns = keys.shape[1]
-    assert keys.shape == values.shape == (batch, columns, channels), (pixels.shape, keys.shape, values.shape)
+    assert keys.shape == values.shape == (batch, columns, channels), (
+        pixels.shape,
+        keys.shape,
+        values.shape,
+    )
     assert bias.shape == (batch, columns) and columns % heads == 0, (bias.shape, columns, heads)
     pixels = _rounded(pixels)
     if path == "fused" and _fits(pixels, columns // heads, heads, impl):
@@ -125,7 +141,11 @@ def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: 
 def _rounded(pixels: Tensor) -> Tensor:
     """In autocast's type, where it is on; float64 is left alone, as autocast does."""
     place = pixels.device.type
-    if not torch.amp.is_autocast_available(place) or not torch.is_autocast_enabled(place) or pixels.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(place)
+        or not torch.is_autocast_enabled(place)
+        or pixels.dtype == torch.float64
+    ):
         return pixels
     return pixels.to(torch.get_autocast_dtype(place))
 
@@ -133,7 +153,9 @@ def _rounded(pixels: Tensor) -> Tensor:
 def _fits(pixels: Tensor, words: int, heads: int, impl: str) -> bool:
     """Whether the fused kernels can run this call; why not is said once."""
     here, place = pixels.device.type, "cpu" if interpreting() else "cuda"
-    if here == "meta" or (here != place and impl == "auto"):      # only measured, or as `auto` promises: nothing to tell
+    if here == "meta" or (
+        here != place and impl == "auto"
+    ):  # only measured, or as `auto` promises: nothing to tell
         return False
     why = refusal(tuple(pixels.shape), words, heads, pixels.dtype)
     if here != place:
@@ -142,5 +164,7 @@ def _fits(pixels: Tensor, words: int, heads: int, impl: str) -> bool:
         why = "Triton's interpreter multiplies bfloat16 wrongly"
     if why and why not in _said and not torch.compiler.is_compiling():
         _said.add(why)
-        log.warning("word-pixel alignment runs in plain PyTorch where the fused kernel cannot: %s", why)
+        log.warning(
+            "word-pixel alignment runs in plain PyTorch where the fused kernel cannot: %s", why
+        )
     return why is None

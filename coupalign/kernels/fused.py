@@ -7,6 +7,7 @@ bit for bit.
 Shape legend: B batch, P pixels, H heads, T words, C channels; in a kernel P_ pixels of a tile, C_ channels of a block,
 W columns: the words of all heads, each head padded to a power of two.
 """
+
 from __future__ import annotations
 
 import functools
@@ -21,8 +22,16 @@ from torch import Tensor
 from coupalign.kernels.plan import Plan, plan
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FINEST_SHIFT = 14        # 2^14 is the largest power of two by which a weight of 1 stays far from float16's 65504
-SHAPES = ["pixel_count", "words", "tiles", "blocks", "splits"]      # recompiling for a multiple of 16 would gain nothing
+FINEST_SHIFT = (
+    14  # 2^14 is the largest power of two by which a weight of 1 stays far from float16's 65504
+)
+SHAPES = [
+    "pixel_count",
+    "words",
+    "tiles",
+    "blocks",
+    "splits",
+]  # recompiling for a multiple of 16 would gain nothing
 
 
 # ------------------------------------------------------------------------------------------------------ shared pieces
@@ -62,7 +71,19 @@ def _next_over_pixels(s, there, largest, total):
 
 
 @triton.jit
-def _weights_and_score_gradient(s, dp, dq, there, log_sum, delta, back, finer, P_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def _weights_and_score_gradient(
+    s,
+    dp,
+    dq,
+    there,
+    log_sum,
+    delta,
+    back,
+    finer,
+    P_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """Base-2 scores [P_, W] and the gradients of both weights -> weights over words, 2^finer times those over pixels,
     and the gradient of the scores. Each softmax gives w (dw - sum w dw); over pixels that sum is `delta`."""
     p = tl.reshape(_softmax_over_words(s, P_, W, W_HEAD), [P_, W // W_HEAD, W_HEAD])
@@ -76,7 +97,7 @@ def _weights_and_score_gradient(s, dp, dq, there, log_sum, delta, back, finer, P
 @triton.jit
 def _power_of_two(x):
     """The largest power of two that is not above x >= 0, between 2^-100 and 2^100: its exponent without its fraction."""
-    x = tl.minimum(tl.maximum(x, 2.0 ** -100), 2.0 ** 100)
+    x = tl.minimum(tl.maximum(x, 2.0**-100), 2.0**100)
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
@@ -88,7 +109,7 @@ def _unit(ds, before, dtype: tl.constexpr):
     """
     if dtype == tl.float16:
         if ds is None:
-            return tl.full([], 2.0 ** -100, tl.float32)
+            return tl.full([], 2.0**-100, tl.float32)
         else:
             return tl.maximum(before, _power_of_two(tl.max(tl.abs(ds))))
     else:
@@ -99,8 +120,26 @@ def _unit(ds, before, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def forward_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL, pixel_count, words, tiles, splits,
-                   C: tl.constexpr, HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def forward_kernel(
+    PIXELS,
+    KEYS,
+    VALUES,
+    BIAS,
+    FROM_WORDS,
+    SUMS,
+    LARGEST,
+    TOTAL,
+    pixel_count,
+    words,
+    tiles,
+    splits,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    P_: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """A run of pixel tiles of one image, all channels at once (C <= C_): the sums over pixels stay in registers."""
     WHOLE: tl.constexpr = C == C_
     split, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -114,12 +153,14 @@ def forward_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL,
     bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
     largest = tl.full([W], float("-inf"), tl.float32)
     total = tl.zeros([W], tl.float32)
-    sums = tl.zeros([C_, W], tl.float32)        # transposed: channels are the long side of the matrix product
+    sums = tl.zeros(
+        [C_, W], tl.float32
+    )  # transposed: channels are the long side of the matrix product
     place = tl.arange(0, P_)
     at_tile = place[:, None] * C + channel[None, :]
     for i in range(0, tiles):
         first = (split * tiles + i) * P_
-        start = (image * pixel_count + first) * C           # 64 bits; what is added to it fits into 32
+        start = (image * pixel_count + first) * C  # 64 bits; what is added to it fits into 32
         there = place < pixel_count - first
         mask = there[:, None] if WHOLE else there[:, None] & inside[None, :]
         v = tl.load(PIXELS + start + at_tile, mask=mask, other=0.0)
@@ -131,14 +172,35 @@ def forward_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL,
         sums = tl.dot(tl.trans(v), q.to(v.dtype), sums * shrink[None, :], input_precision="ieee")
     part = image * splits + split
     column = tl.arange(0, W)
-    tl.store(SUMS + part * C * W + channel[:, None] * W + column[None, :], sums, mask=inside[:, None])
+    tl.store(
+        SUMS + part * C * W + channel[:, None] * W + column[None, :], sums, mask=inside[:, None]
+    )
     tl.store(LARGEST + part * W + column, largest)
     tl.store(TOTAL + part * W + column, total)
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, TOTAL, pixel_count, words, tiles, splits, blocks, C,
-                        HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def forward_wide_kernel(
+    PIXELS,
+    KEYS,
+    VALUES,
+    BIAS,
+    FROM_WORDS,
+    SUMS,
+    LARGEST,
+    TOTAL,
+    pixel_count,
+    words,
+    tiles,
+    splits,
+    blocks,
+    C,
+    HEADS: tl.constexpr,
+    P_: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """A run of pixel tiles of one image, the channels block by block: the scores over all channels, then the outputs.
 
     A tile is read twice by the same program, the second time from the cache. The sums over pixels are too many for
@@ -161,8 +223,16 @@ def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, T
         s = tl.zeros([P_, W], tl.float32)
         for block in range(0, C, C_):
             c = block + tl.arange(0, C_)
-            v = tl.load(PIXELS + start + place[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-            k = tl.load(KEYS + word_start + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
+            v = tl.load(
+                PIXELS + start + place[:, None] * C + c[None, :],
+                mask=there[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            k = tl.load(
+                KEYS + word_start + row[:, None] * C + c[None, :],
+                mask=real[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
             s = tl.dot(v, tl.trans(k), s, input_precision="ieee")
         s = s * LOG2E + bias[None, :]
         p = _softmax_over_words(s, P_, W, W_HEAD).to(PIXELS.dtype.element_ty)
@@ -172,21 +242,41 @@ def forward_wide_kernel(PIXELS, KEYS, VALUES, BIAS, FROM_WORDS, SUMS, LARGEST, T
             c = block + tl.arange(0, C_)
             mask = there[:, None] & (c < C)[None, :]
             v = tl.load(PIXELS + start + place[:, None] * C + c[None, :], mask=mask, other=0.0)
-            u = tl.load(VALUES + word_start + row[:, None] * C + c[None, :], mask=real[:, None] & (c < C)[None, :], other=0.0)
+            u = tl.load(
+                VALUES + word_start + row[:, None] * C + c[None, :],
+                mask=real[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
             o = tl.dot(p, u, input_precision="ieee")
             tl.store(FROM_WORDS + start + place[:, None] * C + c[None, :], o.to(v.dtype), mask=mask)
             at_sums = SUMS + part * C * W + c[:, None] * W + column[None, :]
             sums = tl.load(at_sums, mask=(c < C)[:, None] & (i > 0), other=0.0)
-            tl.store(at_sums, tl.dot(tl.trans(v), q, sums * shrink[None, :], input_precision="ieee"), mask=(c < C)[:, None])
-        tl.debug_barrier()      # the next tile reads what other threads of this program wrote
+            tl.store(
+                at_sums,
+                tl.dot(tl.trans(v), q, sums * shrink[None, :], input_precision="ieee"),
+                mask=(c < C)[:, None],
+            )
+        tl.debug_barrier()  # the next tile reads what other threads of this program wrote
     if group == 0:
         tl.store(LARGEST + part * W + column, largest)
         tl.store(TOTAL + part * W + column, total)
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def forward_combine_kernel(SUMS, LARGEST, TOTAL, FROM_PIXELS, LOG_SUM, words, splits, C,
-                           HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def forward_combine_kernel(
+    SUMS,
+    LARGEST,
+    TOTAL,
+    FROM_PIXELS,
+    LOG_SUM,
+    words,
+    splits,
+    C,
+    HEADS: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """Add the partial sums of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
@@ -203,22 +293,51 @@ def forward_combine_kernel(SUMS, LARGEST, TOTAL, FROM_PIXELS, LOG_SUM, words, sp
         part = image * splits + i
         share = tl.exp2(tl.load(LARGEST + part * W + column) - pivot)
         total += share * tl.load(TOTAL + part * W + column)
-        one = tl.load(SUMS + part * C * W + channel[:, None] * W + column[None, :], mask=inside[:, None], other=0.0)
+        one = tl.load(
+            SUMS + part * C * W + channel[:, None] * W + column[None, :],
+            mask=inside[:, None],
+            other=0.0,
+        )
         sums += share[None, :] * one
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    tl.store(FROM_PIXELS + image * HEADS * words * C + row[None, :] * C + channel[:, None], sums / total[None, :],
-             mask=real[None, :] & inside[:, None])
-    if block == 0:      # +inf for a word that no pixel reads: its weights exp2(s - inf) are 0 in backward too
-        tl.store(LOG_SUM + image * HEADS * words + row, tl.where(empty, float("inf"), pivot + tl.log2(total)), mask=real)
+    tl.store(
+        FROM_PIXELS + image * HEADS * words * C + row[None, :] * C + channel[:, None],
+        sums / total[None, :],
+        mask=real[None, :] & inside[:, None],
+    )
+    if (
+        block == 0
+    ):  # +inf for a word that no pixel reads: its weights exp2(s - inf) are 0 in backward too
+        tl.store(
+            LOG_SUM + image * HEADS * words + row,
+            tl.where(empty, float("inf"), pivot + tl.log2(total)),
+            mask=real,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- backward
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def backward_prepare_kernel(KEYS, VALUES, FROM_PIXELS, GRAD_FROM_PIXELS, K, U, G, DELTA, BACK, words, finer, C,
-                            HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_prepare_kernel(
+    KEYS,
+    VALUES,
+    FROM_PIXELS,
+    GRAD_FROM_PIXELS,
+    K,
+    U,
+    G,
+    DELTA,
+    BACK,
+    words,
+    finer,
+    C,
+    HEADS: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """The word side of one image for backward: keys, values and gradient in the type of the matrix products, and
     delta [B, W], the mean of the gradient under the softmax over pixels.
 
@@ -238,7 +357,9 @@ def backward_prepare_kernel(KEYS, VALUES, FROM_PIXELS, GRAD_FROM_PIXELS, K, U, G
         delta += tl.sum(g * tl.load(FROM_PIXELS + at, mask=mask, other=0.0), 1)
         largest = tl.maximum(largest, tl.max(tl.abs(g), 1))
         tl.store(K + at, tl.load(KEYS + at, mask=mask, other=0.0).to(K.dtype.element_ty), mask=mask)
-        tl.store(U + at, tl.load(VALUES + at, mask=mask, other=0.0).to(U.dtype.element_ty), mask=mask)
+        tl.store(
+            U + at, tl.load(VALUES + at, mask=mask, other=0.0).to(U.dtype.element_ty), mask=mask
+        )
     size = tl.max(largest, 0)
     near_one = 1.0 / _power_of_two(size)
     for first in range(0, C, C_):
@@ -252,9 +373,33 @@ def backward_prepare_kernel(KEYS, VALUES, FROM_PIXELS, GRAD_FROM_PIXELS, K, U, G
 
 
 @triton.jit(do_not_specialize=[*SHAPES, "finer"])
-def backward_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_FROM_PIXELS, DELTA, BACK,
-                    GRAD_PIXELS, KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, pixel_count, words, tiles, splits, finer,
-                    C: tl.constexpr, HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_kernel(
+    PIXELS,
+    GRAD_FROM_WORDS,
+    KEYS,
+    VALUES,
+    BIAS,
+    LOG_SUM,
+    GRAD_FROM_PIXELS,
+    DELTA,
+    BACK,
+    GRAD_PIXELS,
+    KEY_SUMS,
+    VALUE_SUMS,
+    BIAS_SUMS,
+    UNIT,
+    pixel_count,
+    words,
+    tiles,
+    splits,
+    finer,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,
+    P_: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """The scores and both softmaxes of a run of pixel tiles again, and all gradients from them (C <= C_)."""
     WHOLE: tl.constexpr = C == C_
     split, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -287,7 +432,9 @@ def backward_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_F
         s = tl.dot(v, tl.trans(k), input_precision="ieee") * LOG2E + bias[None, :]
         dp = tl.dot(do, tl.trans(u), input_precision="ieee")
         dq = tl.dot(v, tl.trans(g), input_precision="ieee")
-        p, q, ds = _weights_and_score_gradient(s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD)
+        p, q, ds = _weights_and_score_gradient(
+            s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD
+        )
         bias_sums += tl.sum(ds, 0)
         before = unit
         unit = _unit(ds, unit, v.dtype)
@@ -306,8 +453,22 @@ def backward_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_F
 
 
 @triton.jit
-def _scores_and_weight_gradients(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, GRAD_FROM_PIXELS, start, word_start, there, row, real,
-                                 C, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr):
+def _scores_and_weight_gradients(
+    PIXELS,
+    GRAD_FROM_WORDS,
+    KEYS,
+    VALUES,
+    GRAD_FROM_PIXELS,
+    start,
+    word_start,
+    there,
+    row,
+    real,
+    C,
+    P_: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+):
     """Three products of a tile with the words, each over all channels: never over one program's own block of them."""
     place = tl.arange(0, P_)
     s = tl.zeros([P_, W], tl.float32)
@@ -331,9 +492,34 @@ def _scores_and_weight_gradients(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, GRAD_FRO
 
 
 @triton.jit(do_not_specialize=[*SHAPES, "finer"])
-def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, GRAD_FROM_PIXELS, DELTA, BACK,
-                         GRAD_PIXELS, KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, pixel_count, words, tiles, splits, finer, blocks, C,
-                         HEADS: tl.constexpr, P_: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_wide_kernel(
+    PIXELS,
+    GRAD_FROM_WORDS,
+    KEYS,
+    VALUES,
+    BIAS,
+    LOG_SUM,
+    GRAD_FROM_PIXELS,
+    DELTA,
+    BACK,
+    GRAD_PIXELS,
+    KEY_SUMS,
+    VALUE_SUMS,
+    BIAS_SUMS,
+    UNIT,
+    pixel_count,
+    words,
+    tiles,
+    splits,
+    finer,
+    blocks,
+    C,
+    HEADS: tl.constexpr,
+    P_: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """A run of pixel tiles of one image, the channels block by block, as in `forward_wide_kernel`."""
     group, split, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
@@ -351,10 +537,26 @@ def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, G
         first = (split * tiles + i) * P_
         start = (image * pixel_count + first) * C
         there = place < pixel_count - first
-        s, dp, dq = _scores_and_weight_gradients(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, GRAD_FROM_PIXELS, start, word_start,
-                                                 there, row, real, C, P_, C_, W)
+        s, dp, dq = _scores_and_weight_gradients(
+            PIXELS,
+            GRAD_FROM_WORDS,
+            KEYS,
+            VALUES,
+            GRAD_FROM_PIXELS,
+            start,
+            word_start,
+            there,
+            row,
+            real,
+            C,
+            P_,
+            C_,
+            W,
+        )
         s = s * LOG2E + bias[None, :]
-        p, q, ds = _weights_and_score_gradient(s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD)
+        p, q, ds = _weights_and_score_gradient(
+            s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD
+        )
         bias_sums += tl.sum(ds, 0)
         before = unit
         unit = _unit(ds, unit, PIXELS.dtype.element_ty)
@@ -376,19 +578,41 @@ def backward_wide_kernel(PIXELS, GRAD_FROM_WORDS, KEYS, VALUES, BIAS, LOG_SUM, G
             again = (c < C)[:, None] & (i > 0)
             v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
             sums = tl.load(KEY_SUMS + at_sums, mask=again, other=0.0) * (before / unit)
-            tl.store(KEY_SUMS + at_sums, tl.dot(tl.trans(v), ds, sums, input_precision="ieee"), mask=(c < C)[:, None])
+            tl.store(
+                KEY_SUMS + at_sums,
+                tl.dot(tl.trans(v), ds, sums, input_precision="ieee"),
+                mask=(c < C)[:, None],
+            )
             do = tl.load(GRAD_FROM_WORDS + at_tile, mask=mask, other=0.0)
             sums = tl.load(VALUE_SUMS + at_sums, mask=again, other=0.0)
-            tl.store(VALUE_SUMS + at_sums, tl.dot(tl.trans(do), p, sums, input_precision="ieee"), mask=(c < C)[:, None])
-        tl.debug_barrier()      # the next tile reads what other threads of this program wrote
+            tl.store(
+                VALUE_SUMS + at_sums,
+                tl.dot(tl.trans(do), p, sums, input_precision="ieee"),
+                mask=(c < C)[:, None],
+            )
+        tl.debug_barrier()  # the next tile reads what other threads of this program wrote
     if group == 0:
         tl.store(BIAS_SUMS + part * W + column, bias_sums)
         tl.store(UNIT + part, unit)
 
 
 @triton.jit(do_not_specialize=SHAPES)
-def backward_combine_kernel(KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, GRAD_KEYS, GRAD_VALUES, GRAD_BIAS, words, splits, C,
-                            HEADS: tl.constexpr, C_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
+def backward_combine_kernel(
+    KEY_SUMS,
+    VALUE_SUMS,
+    BIAS_SUMS,
+    UNIT,
+    GRAD_KEYS,
+    GRAD_VALUES,
+    GRAD_BIAS,
+    words,
+    splits,
+    C,
+    HEADS: tl.constexpr,
+    C_: tl.constexpr,
+    W: tl.constexpr,
+    W_HEAD: tl.constexpr,
+):
     """Add the word-side gradients of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, real = _columns(words, HEADS, W, W_HEAD)
@@ -401,7 +625,9 @@ def backward_combine_kernel(KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, GRAD_KEYS, GR
     for i in range(0, splits):
         part = image * splits + i
         at_sums = part * C * W + channel[:, None] * W + column[None, :]
-        key_sums += tl.load(KEY_SUMS + at_sums, mask=inside[:, None], other=0.0) * tl.load(UNIT + part)
+        key_sums += tl.load(KEY_SUMS + at_sums, mask=inside[:, None], other=0.0) * tl.load(
+            UNIT + part
+        )
         value_sums += tl.load(VALUE_SUMS + at_sums, mask=inside[:, None], other=0.0)
         bias_sums += tl.load(BIAS_SUMS + part * W + column)
     at_words = image * HEADS * words * C + row[None, :] * C + channel[:, None]
@@ -416,12 +642,14 @@ def backward_combine_kernel(KEY_SUMS, VALUE_SUMS, BIAS_SUMS, UNIT, GRAD_KEYS, GR
 
 
 @torch.library.custom_op("coupalign::bidirectional_attention", mutates_args=())
-def attention_forward(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def attention_forward(
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """pixels_from_words [B, P, C], words_from_pixels [B, H*T, C] and the base-2 log-sum of each word's scores [B, H*T]."""
     pixels, keys, values, bias = (x.contiguous() for x in (pixels, keys, values, bias))
     cut = _plan("forward", pixels, keys, heads)
     batch, count, channels = pixels.shape
-    if cut.wide:        # it reads the words once for each tile: worth rounding once
+    if cut.wide:  # it reads the words once for each tile: worth rounding once
         keys, values = keys.to(pixels.dtype), values.to(pixels.dtype)
     from_words = torch.empty_like(pixels)
     from_pixels = pixels.new_empty(keys.shape, dtype=torch.float32)
@@ -430,19 +658,58 @@ def attention_forward(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor
     largest, total = pixels.new_empty(2, batch, cut.splits, cut.columns, dtype=torch.float32)
     words = keys.shape[1] // heads
     with torch.cuda.device_of(pixels):
-        _launch(forward_wide_kernel if cut.wide else forward_kernel, cut, batch, channels, heads,
-                pixels, keys, values, bias, from_words, sums, largest, total, count, words, cut.tiles, cut.splits)
-        _launch_combine(forward_combine_kernel, cut, batch, channels, heads,
-                        sums, largest, total, from_pixels, log_sum, words, cut.splits)
+        _launch(
+            forward_wide_kernel if cut.wide else forward_kernel,
+            cut,
+            batch,
+            channels,
+            heads,
+            pixels,
+            keys,
+            values,
+            bias,
+            from_words,
+            sums,
+            largest,
+            total,
+            count,
+            words,
+            cut.tiles,
+            cut.splits,
+        )
+        _launch_combine(
+            forward_combine_kernel,
+            cut,
+            batch,
+            channels,
+            heads,
+            sums,
+            largest,
+            total,
+            from_pixels,
+            log_sum,
+            words,
+            cut.splits,
+        )
     return from_words, from_pixels, log_sum
 
 
 @torch.library.custom_op("coupalign::bidirectional_attention_backward", mutates_args=())
-def attention_backward(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, from_pixels: Tensor, log_sum: Tensor,
-                       grad_from_words: Tensor, grad_from_pixels: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_backward(
+    pixels: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    from_pixels: Tensor,
+    log_sum: Tensor,
+    grad_from_words: Tensor,
+    grad_from_pixels: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pixels, keys, values and bias."""
     pixels, keys, values, bias, grad_from_words, grad_from_pixels = (
-        x.contiguous() for x in (pixels, keys, values, bias, grad_from_words, grad_from_pixels))
+        x.contiguous() for x in (pixels, keys, values, bias, grad_from_words, grad_from_pixels)
+    )
     cut = _plan("backward", pixels, keys, heads)
     batch, count, channels = pixels.shape
     words = keys.shape[1] // heads
@@ -450,53 +717,159 @@ def attention_backward(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tenso
     k, u, g = pixels.new_empty(3, *keys.shape)
     delta = pixels.new_empty(batch, cut.columns, dtype=torch.float32)
     back = pixels.new_empty(batch, dtype=torch.float32)
-    grad_pixels, grad_keys, grad_values, grad_bias = (torch.empty_like(x) for x in (pixels, keys, values, bias))
+    grad_pixels, grad_keys, grad_values, grad_bias = (
+        torch.empty_like(x) for x in (pixels, keys, values, bias)
+    )
     unit = pixels.new_empty(batch, cut.splits, dtype=torch.float32)
-    key_sums, value_sums = pixels.new_empty(2, batch, cut.splits, channels, cut.columns, dtype=torch.float32)
+    key_sums, value_sums = pixels.new_empty(
+        2, batch, cut.splits, channels, cut.columns, dtype=torch.float32
+    )
     bias_sums = pixels.new_empty(batch, cut.splits, cut.columns, dtype=torch.float32)
     with torch.cuda.device_of(pixels):
-        backward_prepare_kernel[(batch,)](keys, values, from_pixels, grad_from_pixels, k, u, g, delta, back, words, finer,
-                                          C=channels, HEADS=heads, **cut.helper_constants, num_warps=4)
-        _launch(backward_wide_kernel if cut.wide else backward_kernel, cut, batch, channels, heads,
-                pixels, grad_from_words, k, u, bias, log_sum, g, delta, back,
-                grad_pixels, key_sums, value_sums, bias_sums, unit, count, words, cut.tiles, cut.splits, finer)
-        _launch_combine(backward_combine_kernel, cut, batch, channels, heads,
-                        key_sums, value_sums, bias_sums, unit, grad_keys, grad_values, grad_bias, words, cut.splits)
+        backward_prepare_kernel[(batch,)](
+            keys,
+            values,
+            from_pixels,
+            grad_from_pixels,
+            k,
+            u,
+            g,
+            delta,
+            back,
+            words,
+            finer,
+            C=channels,
+            HEADS=heads,
+            **cut.helper_constants,
+            num_warps=4,
+        )
+        _launch(
+            backward_wide_kernel if cut.wide else backward_kernel,
+            cut,
+            batch,
+            channels,
+            heads,
+            pixels,
+            grad_from_words,
+            k,
+            u,
+            bias,
+            log_sum,
+            g,
+            delta,
+            back,
+            grad_pixels,
+            key_sums,
+            value_sums,
+            bias_sums,
+            unit,
+            count,
+            words,
+            cut.tiles,
+            cut.splits,
+            finer,
+        )
+        _launch_combine(
+            backward_combine_kernel,
+            cut,
+            batch,
+            channels,
+            heads,
+            key_sums,
+            value_sums,
+            bias_sums,
+            unit,
+            grad_keys,
+            grad_values,
+            grad_bias,
+            words,
+            cut.splits,
+        )
     return grad_pixels, grad_keys, grad_values, grad_bias
 
 
 def _plan(direction: str, pixels: Tensor, keys: Tensor, heads: int) -> Plan:
     batch, count, channels = pixels.shape
-    return plan(direction, batch, count, keys.shape[1] // heads, channels, heads, pixels.dtype, _shared_memory(pixels.device))
+    return plan(
+        direction,
+        batch,
+        count,
+        keys.shape[1] // heads,
+        channels,
+        heads,
+        pixels.dtype,
+        _shared_memory(pixels.device),
+    )
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that one program can have; the interpreter runs what the large GPUs run."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * 1024
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if device.type == "cuda"
+        else 227 * 1024
+    )
 
 
-def _launch(kernel: triton.JITFunction, cut: Plan, batch: int, channels: int, heads: int, *arguments: Tensor | int | float) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    cut: Plan,
+    batch: int,
+    channels: int,
+    heads: int,
+    *arguments: Tensor | int | float,
+) -> None:
     grid = (cut.groups, cut.splits, batch) if cut.wide else (cut.splits, batch)
     more = {"blocks": cut.blocks} if cut.wide else {}
-    kernel[grid](*arguments, **more, C=channels, HEADS=heads, **cut.constants,
-                 num_warps=cut.tiling.warps, num_stages=cut.tiling.stages)
+    kernel[grid](
+        *arguments,
+        **more,
+        C=channels,
+        HEADS=heads,
+        **cut.constants,
+        num_warps=cut.tiling.warps,
+        num_stages=cut.tiling.stages,
+    )
 
 
-def _launch_combine(kernel: triton.JITFunction, cut: Plan, batch: int, channels: int, heads: int, *arguments: Tensor | int) -> None:
+def _launch_combine(
+    kernel: triton.JITFunction,
+    cut: Plan,
+    batch: int,
+    channels: int,
+    heads: int,
+    *arguments: Tensor | int,
+) -> None:
     constants = cut.helper_constants
-    kernel[(-(-channels // constants["C_"]), batch)](*arguments, C=channels, HEADS=heads, **constants, num_warps=4)
+    kernel[(-(-channels // constants["C_"]), batch)](
+        *arguments, C=channels, HEADS=heads, **constants, num_warps=4
+    )
 
 
 @attention_forward.register_fake
-def _(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (pixels.new_empty(pixels.shape), pixels.new_empty(keys.shape, dtype=torch.float32),
-            pixels.new_empty(bias.shape, dtype=torch.float32))
+def _(
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        pixels.new_empty(pixels.shape),
+        pixels.new_empty(keys.shape, dtype=torch.float32),
+        pixels.new_empty(bias.shape, dtype=torch.float32),
+    )
 
 
 @attention_backward.register_fake
-def _(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, from_pixels: Tensor, log_sum: Tensor,
-      grad_from_words: Tensor, grad_from_pixels: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    pixels: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor,
+    from_pixels: Tensor,
+    log_sum: Tensor,
+    grad_from_words: Tensor,
+    grad_from_pixels: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (pixels, keys, values, bias))
 
 
@@ -505,18 +878,36 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _differentiate(ctx: Any, grad_from_words: Tensor | None, grad_from_pixels: Tensor | None, _: Tensor | None) -> tuple:
+def _differentiate(
+    ctx: Any, grad_from_words: Tensor | None, grad_from_pixels: Tensor | None, _: Tensor | None
+) -> tuple:
     pixels, keys, values, bias, from_pixels, log_sum = ctx.saved_tensors
     grad_from_words = torch.zeros_like(pixels) if grad_from_words is None else grad_from_words
-    grad_from_pixels = torch.zeros_like(from_pixels) if grad_from_pixels is None else grad_from_pixels
-    gradients = attention_backward(pixels, keys, values, bias, from_pixels, log_sum, grad_from_words, grad_from_pixels, ctx.heads)
+    grad_from_pixels = (
+        torch.zeros_like(from_pixels) if grad_from_pixels is None else grad_from_pixels
+    )
+    gradients = attention_backward(
+        pixels,
+        keys,
+        values,
+        bias,
+        from_pixels,
+        log_sum,
+        grad_from_words,
+        grad_from_pixels,
+        ctx.heads,
+    )
     return *gradients, None
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1) -> tuple[Tensor, Tensor]:
+def bidirectional_attention(
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1
+) -> tuple[Tensor, Tensor]:
     """See `coupalign.kernels.bidirectional_attention`; what `plan.refusal` refuses must not come here."""
-    from_words, from_pixels, _ = attention_forward(pixels, keys.float(), values.float(), bias.float(), heads)
+    from_words, from_pixels, _ = attention_forward(
+        pixels, keys.float(), values.float(), bias.float(), heads
+    )
     return from_words, from_pixels

@@ -2,6 +2,7 @@
 
 Shape legend: B batch, P pixels, H heads, T words, C channels.
 """
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -10,17 +11,23 @@ import torch
 from torch import Tensor
 
 
-def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1) -> tuple[Tensor, Tensor]:
+def bidirectional_attention(
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1
+) -> tuple[Tensor, Tensor]:
     """See `coupalign.kernels.bidirectional_attention`; scores and both softmaxes are float32 also under autocast."""
     columns = keys.shape[1]
     exact = torch.promote_types(pixels.dtype, torch.float32)
     with without_autocast(pixels.device):
         v, k, u = pixels.to(exact), keys.to(exact), values.to(exact)
         bias, padding = finite_bias(bias.to(exact))
-        u = u.masked_fill(padding[..., None], 0.0)       # what pixels read where there is nothing but padding
-        scores = torch.baddbmm(bias[:, None], v, k.transpose(1, 2))                          # [B, P, H*T]
-        over_words = scores.unflatten(2, (heads, columns // heads)).softmax(-1).flatten(2)    # [B, P, H*T]
-        over_pixels = scores.softmax(1)                                                      # [B, P, H*T]
+        u = u.masked_fill(
+            padding[..., None], 0.0
+        )  # what pixels read where there is nothing but padding
+        scores = torch.baddbmm(bias[:, None], v, k.transpose(1, 2))  # [B, P, H*T]
+        over_words = (
+            scores.unflatten(2, (heads, columns // heads)).softmax(-1).flatten(2)
+        )  # [B, P, H*T]
+        over_pixels = scores.softmax(1)  # [B, P, H*T]
         pixels_from_words = over_words @ u
         words_from_pixels = (over_pixels.transpose(1, 2) @ v).masked_fill(padding[..., None], 0.0)
     return pixels_from_words.to(pixels.dtype), words_from_pixels
@@ -28,7 +35,11 @@ def bidirectional_attention(pixels: Tensor, keys: Tensor, values: Tensor, bias: 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Leave autocast where the device knows it; `meta`, on which models are only measured, does not."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if torch.amp.is_autocast_available(device.type)
+        else nullcontext()
+    )
 
 
 def finite_bias(bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 Every stage takes and gives pixels channels-last. Shape legend: B batch, S input side, H W stage sides, C stage channels.
 """
+
 from __future__ import annotations
 
 import math
@@ -35,12 +36,16 @@ class StagedBackbone(nn.Module):
     def __init__(self, config: TimmBackbone | SmallBackbone, image_size: int):
         super().__init__()
         if image_size % STRIDES[-1]:
-            raise InputError(f"data.image_size = {image_size} is not a multiple of {STRIDES[-1]}; "
-                             f"the nearest is {max(1, round(image_size / STRIDES[-1])) * STRIDES[-1]}")
+            raise InputError(
+                f"data.image_size = {image_size} is not a multiple of {STRIDES[-1]}; "
+                f"the nearest is {max(1, round(image_size / STRIDES[-1])) * STRIDES[-1]}"
+            )
         match config:
             case TimmBackbone():
                 self.net = _timm_net(config, image_size)
-                self.channels: tuple[int, ...] = tuple(info["num_chs"] for info in self.net.feature_info[-4:])
+                self.channels: tuple[int, ...] = tuple(
+                    info["num_chs"] for info in self.net.feature_info[-4:]
+                )
                 # Statistics are kept "as loaded": a random start has none worth keeping.
                 self.frozen_norms = config.freeze_norm and config.weights is not None
             case SmallBackbone():
@@ -56,7 +61,13 @@ class StagedBackbone(nn.Module):
 
     def forward(self, stage: int, x: Tensor) -> Tensor:
         """Run one stage, 0 to 3: the image [B, S, S, 3] or the pixels of the stage before -> [B, H, W, C]."""
-        return recompute.run(_runner(self.net), self.net, stage, x, checkpointing=self.training and self.checkpointing)
+        return recompute.run(
+            _runner(self.net),
+            self.net,
+            stage,
+            x,
+            checkpointing=self.training and self.checkpointing,
+        )
 
     def blocks(self) -> list[nn.Module]:
         """The modules that the stages are made of, in order."""
@@ -64,8 +75,17 @@ class StagedBackbone(nn.Module):
         if isinstance(net, SmallNet):
             return list(net.stages)
         if _runner(net) is _run_swin:
-            return [part for layer in net.layers for part in (layer.downsample, *layer.blocks) if not isinstance(part, nn.Identity)]
-        stages = net.stages if hasattr(net, "stages") else [getattr(net, f"layer{stage}") for stage in range(1, 5)]
+            return [
+                part
+                for layer in net.layers
+                for part in (layer.downsample, *layer.blocks)
+                if not isinstance(part, nn.Identity)
+            ]
+        stages = (
+            net.stages
+            if hasattr(net, "stages")
+            else [getattr(net, f"layer{stage}") for stage in range(1, 5)]
+        )
         return [block for stage in stages for block in getattr(stage, "blocks", stage)]
 
     def train(self, mode: bool = True) -> StagedBackbone:
@@ -77,7 +97,11 @@ class StagedBackbone(nn.Module):
         return self
 
     def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        return [
+            module
+            for module in self.net.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
 
 
 class SmallNet(nn.Module):
@@ -90,8 +114,14 @@ class SmallNet(nn.Module):
         super().__init__()
         stages = []
         for stage, (width, depth) in enumerate(zip(widths, depths)):
-            down = _conv_norm(5, width, stride=4, kernel=7) if stage == 0 else _conv_norm(widths[stage - 1], width, stride=2)
-            stages.append(nn.Sequential(*down, nn.ReLU(), *[ResidualBlock(width) for _ in range(depth)]))
+            down = (
+                _conv_norm(5, width, stride=4, kernel=7)
+                if stage == 0
+                else _conv_norm(widths[stage - 1], width, stride=2)
+            )
+            stages.append(
+                nn.Sequential(*down, nn.ReLU(), *[ResidualBlock(width) for _ in range(depth)])
+            )
         self.stages = nn.ModuleList(stages)
 
 
@@ -148,15 +178,19 @@ def _timm_net(config: TimmBackbone, image_size: int) -> nn.Module:
     if config.name.startswith("darknet"):
         options = {"act_layer": partial(nn.LeakyReLU, negative_slope=config.slope)}
     try:
-        net = timm.create_model(config.name, pretrained=False, num_classes=0, global_pool="", **options)
+        net = timm.create_model(
+            config.name, pretrained=False, num_classes=0, global_pool="", **options
+        )
     except RuntimeError as error:
-        raise InputError(f"model.image.name = {config.name}: {error}; use swin_*, resnet101 or darknet53") from error
+        raise InputError(
+            f"model.image.name = {config.name}: {error}; use swin_*, resnet101 or darknet53"
+        ) from error
     _runner(net)
     if isinstance(net, SwinTransformer):
-        net.norm = nn.Identity()    # the readers of the stages have norms of their own
+        net.norm = nn.Identity()  # the readers of the stages have norms of their own
         for module in list(net.modules()):
             if isinstance(module, WindowAttention):
-                module.fused_attn = True    # timm's own choice writes the scores of all windows down, a third of the bytes of a step
+                module.fused_attn = True  # timm's own choice writes the scores of all windows down, a third of the bytes of a step
             for name, child in module.named_children():
                 if isinstance(child, timm.layers.DropPath):
                     setattr(module, name, DropPath(child.drop_prob))
@@ -175,7 +209,9 @@ def _runner(net: nn.Module) -> Callable[[nn.Module, int, Tensor], Tensor]:
         return _run_resnet
     if hasattr(net, "stages") and hasattr(net, "stem") and len(net.stages) == 5:
         return _run_darknet
-    raise InputError(f"model.image.name: {type(net).__name__} is not of a known family; use swin_*, resnet101 or darknet53")
+    raise InputError(
+        f"model.image.name: {type(net).__name__} is not of a known family; use swin_*, resnet101 or darknet53"
+    )
 
 
 def _run_swin(net: nn.Module, stage: int, x: Tensor) -> Tensor:
@@ -211,4 +247,6 @@ def _coordinates(x: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     down = (torch.arange(height, device=x.device, dtype=x.dtype) * 2 + 1) / height - 1
     along = (torch.arange(width, device=x.device, dtype=x.dtype) * 2 + 1) / width - 1
-    return torch.stack([along.expand(height, width), down[:, None].expand(height, width)], dim=2).expand(batch, -1, -1, -1)
+    return torch.stack(
+        [along.expand(height, width), down[:, None].expand(height, width)], dim=2
+    ).expand(batch, -1, -1, -1)

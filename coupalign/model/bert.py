@@ -3,6 +3,7 @@
 Written here because it is small: `transformers.BertModel`, whose numbers and random start these are bit for bit (a test
 compares them), takes longer to import than torch itself. Shape legend: B batch, T words, D width.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -36,14 +37,18 @@ class BertShape:
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not gelu")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> BertShape:
         """From the content of a config.json, whose other fields belong to other uses of BERT."""
         if (positions := values.get("position_embedding_type", "absolute")) != "absolute":
             raise ValueError(f"position_embedding_type {positions!r} is not absolute")
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        return cls(
+            **{field.name: values[field.name] for field in fields(cls) if field.name in values}
+        )
 
 
 class Bert(nn.Module):
@@ -77,17 +82,25 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BertShape):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False)
+        self.register_buffer(
+            "position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False
+        )
 
     def forward(self, words: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
         states = self.word_embeddings(words) + self.token_type_embeddings(torch.zeros_like(words))
-        return self.dropout(self.LayerNorm(states + self.position_embeddings(self.position_ids[:, :words.shape[1]])))
+        return self.dropout(
+            self.LayerNorm(
+                states + self.position_embeddings(self.position_ids[:, : words.shape[1]])
+            )
+        )
 
 
 class Encoder(nn.Module):
@@ -122,14 +135,22 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
         self.self = nn.Module()
-        self.self.query, self.self.key, self.self.value = (nn.Linear(width, width) for _ in range(3))
+        self.self.query, self.self.key, self.self.value = (
+            nn.Linear(width, width) for _ in range(3)
+        )
         self.output = AddNorm(config, width)
 
     def forward(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """[B, T, D] -> the same shape."""
-        query, key, value = (linear(states).unflatten(2, (self.heads, -1)).transpose(1, 2)         # [B, heads, T, D / heads]
-                             for linear in (self.self.query, self.self.key, self.self.value))
-        read = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0)
+        query, key, value = (
+            linear(states)
+            .unflatten(2, (self.heads, -1))
+            .transpose(1, 2)  # [B, heads, T, D / heads]
+            for linear in (self.self.query, self.self.key, self.self.value)
+        )
+        read = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )
         return self.output(read.transpose(1, 2).flatten(2), states)
 
 

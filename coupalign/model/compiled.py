@@ -3,6 +3,7 @@
 A whole Swin-B in one graph takes many times as long to compile, for the same kernels: what can be fused lies inside the blocks. What
 was compiled is kept in the user's cache folder, so that a run that starts again, and every rank beside the first, reads it from there.
 """
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,7 @@ from coupalign.files import user_cache
 from coupalign.model.referring import ReferringModel
 
 _PLACE = "TORCHINDUCTOR_CACHE_DIR"
-_MOST_VARIANTS = 128      # of one piece of code: a Swin block has one for each stage, shifted or not
+_MOST_VARIANTS = 128  # of one piece of code: a Swin block has one for each stage, shifted or not
 
 
 def compile_regions(model: ReferringModel, backend: str = "inductor") -> int:
@@ -31,7 +32,9 @@ def compile_regions(model: ReferringModel, backend: str = "inductor") -> int:
     if os.environ.get(_PLACE, default_cache_dir()) == default_cache_dir():
         os.environ[_PLACE] = str(user_cache("compiled"))
     torch._dynamo.config.recompile_limit = max(_MOST_VARIANTS, torch._dynamo.config.recompile_limit)
-    torch._inductor.config.fallback_random = True      # dropout draws what it draws uncompiled: a function of seed, step and rank
+    torch._inductor.config.fallback_random = (
+        True  # dropout draws what it draws uncompiled: a function of seed, step and rank
+    )
     regions = model.regions()
     for region in regions:
         compiled = torch.compile(region.forward, fullgraph=True, dynamic=False, backend=backend)
@@ -50,12 +53,18 @@ def explain_compilation() -> str:
     """What compiling took, and how much of it was there already, for people."""
     import torch._dynamo.utils
 
-    hits, misses = (torch._dynamo.utils.counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+    hits, misses = (
+        torch._dynamo.utils.counters["inductor"][f"fxgraph_cache_{what}"]
+        for what in ("hit", "miss")
+    )
     kept = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
     return f"compiled in {compile_seconds():.1f} s: {misses} graphs anew, {hits + kept} taken from {os.environ[_PLACE]}"
 
 
-def _where_differentiated(plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _where_differentiated(
+    plain: Callable[..., Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
     return forward

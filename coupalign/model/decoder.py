@@ -2,6 +2,7 @@
 
 Shape legend: B batch, C stage channels, d decoder width, H W stage sides, S input side.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,7 +22,9 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int, depth: int = 1):
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in channels)
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in channels
+        )
         self.smooth = nn.ModuleList(_smoothing(width, depth) for _ in channels)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
@@ -30,7 +33,9 @@ class PixelDecoder(nn.Module):
         for i in reversed(range(len(stages))):
             lateral = self.laterals[i](stages[i]).permute(0, 3, 1, 2)
             if level is not None:
-                lateral = lateral + F.interpolate(torch.relu(level), scale_factor=2.0, mode="nearest")
+                lateral = lateral + F.interpolate(
+                    torch.relu(level), scale_factor=2.0, mode="nearest"
+                )
             level = self.smooth[i](lateral)
         assert level is not None
         return level
@@ -38,7 +43,9 @@ class PixelDecoder(nn.Module):
 
 def _smoothing(width: int, depth: int) -> nn.Sequential:
     """`depth` convolutions, rectified in between."""
-    between = [layer for _ in range(depth - 1) for layer in (SmoothingConv(width, width), nn.ReLU())]
+    between = [
+        layer for _ in range(depth - 1) for layer in (SmoothingConv(width, width), nn.ReLU())
+    ]
     return nn.Sequential(*between, SmoothingConv(width, width))
 
 
@@ -51,7 +58,7 @@ class MaskHead(nn.Module):
         self.smooth = SmoothingConv(width, inner)
         self.classify = nn.Conv2d(inner, 1, 1)
         nn.init.trunc_normal_(self.classify.weight, std=0.02)
-        nn.init.constant_(self.classify.bias, -2.0)    # objects cover about a tenth of an image
+        nn.init.constant_(self.classify.bias, -2.0)  # objects cover about a tenth of an image
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, d, S/4, S/4] -> logits [B, 1, S/4, S/4]."""

@@ -4,6 +4,7 @@ The fused kernel never makes the score matrix, so it is made again here, in plai
 
 Shape legend: B batch, k proposals, T words, P pixels of a stage (H*W), h heads, S input side.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -51,7 +52,9 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, proposals: int = 6) -> Explanation:
+def explain(
+    model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, proposals: int = 6
+) -> Explanation:
     """Run `model`, which is in evaluation mode, on a batch and listen at its alignments.
 
     Args:
@@ -63,6 +66,7 @@ def explain(model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, p
     def hear_stage(stage: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hear(wpa: nn.Module, given: tuple[Tensor, ...]) -> None:
             found["attention"][stage] = _stage_attention(wpa, *given)
+
         return hear
 
     def hear_masks(sma: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -70,7 +74,9 @@ def explain(model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, p
         found["spread"] = signals.std(1, correction=0).mean((1, 2))
         top = weights.topk(min(proposals, weights.shape[1]), dim=1)
         found["weights"] = top.values
-        found["signals"] = signals.gather(1, top.indices[..., None, None].expand(-1, -1, *signals.shape[2:]))
+        found["signals"] = signals.gather(
+            1, top.indices[..., None, None].expand(-1, -1, *signals.shape[2:])
+        )
 
     with ExitStack() as hooks:
         for stage, wpa in getattr(model, "wpa", {}).items():
@@ -81,32 +87,42 @@ def explain(model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, p
     return Explanation(**found)
 
 
-def word_pixel_attention(wpa: WordPixelAlignment, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+def word_pixel_attention(
+    wpa: WordPixelAlignment, v: Tensor, l: Tensor, word_mask: Tensor
+) -> tuple[Tensor, Tensor]:  # noqa: E741
     """The two softmaxes of S for normalized pixels v [B, P, C] and words l [B, T, D]: over words, over pixels, [B, h, T, P] each.
 
     Both are 0 at padded words.
     """
     with without_autocast(v.device):
         exact = torch.promote_types(v.dtype, torch.float32)
-        keys, _, bias = wpa.absorb(l.to(exact), word_mask)                                   # [B, h*T, C], [B, h*T]
+        keys, _, bias = wpa.absorb(l.to(exact), word_mask)  # [B, h*T, C], [B, h*T]
         bias, padding = finite_bias(bias)
-        scores = keys @ v.to(exact).transpose(1, 2) + bias[..., None]                        # [B, h*T, P]
+        scores = keys @ v.to(exact).transpose(1, 2) + bias[..., None]  # [B, h*T, P]
         scores, real = (x.unflatten(1, (wpa.heads, -1)) for x in (scores, ~padding[..., None]))
         return scores.softmax(2) * real, scores.softmax(3) * real
 
 
-def mask_signals(sma: SentenceMaskAlignment, masks: Tensor, sentence: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def mask_signals(
+    sma: SentenceMaskAlignment, masks: Tensor, sentence: Tensor, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
     """a [B, N] and m [B, N, h, w] in float32, of what `SentenceMaskAlignment.forward` was given."""
     with without_autocast(pixels.device):
         exact = torch.promote_types(pixels.dtype, torch.float32)
         masks, y = masks.to(exact), pixels.to(exact)
-        agreement = torch.einsum("bnd,bd->bn", masks, sma.project_sentence(sentence.to(sma.project_sentence.weight.dtype)).to(exact))
+        agreement = torch.einsum(
+            "bnd,bd->bn",
+            masks,
+            sma.project_sentence(sentence.to(sma.project_sentence.weight.dtype)).to(exact),
+        )
         weights = (agreement * masks.shape[2] ** -0.5).softmax(1)
         return weights, torch.einsum("bnd,bdhw->bnhw", masks * sma.scale, y).sigmoid()
 
 
-def _stage_attention(wpa: WordPixelAlignment, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Attention:
+def _stage_attention(
+    wpa: WordPixelAlignment, pixels: Tensor, words: Tensor, word_mask: Tensor
+) -> Attention:
     maps = word_pixel_attention(wpa, wpa.norm_pixels(pixels), wpa.norm_words(words), word_mask)
-    side = isqrt(pixels.shape[1])                                                            # the input is a square
+    side = isqrt(pixels.shape[1])  # the input is a square
     assert side * side == pixels.shape[1], f"{pixels.shape[1]} pixels are no square"
     return Attention(*(each.float().mean(1).unflatten(2, (side, side)) for each in maps))

@@ -8,6 +8,7 @@ whenever the model is scored or saved.
 
 Shape legend: B batch, P pixels of a stage (H*W), T words, C stage channels, D text width, d decoder width, S input side.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,23 +29,28 @@ class Lavt(ReferringModel):
         super().__init__(config, vocabulary, image_size)
         channels = self.image.channels
         self.pwam = nn.ModuleList(PixelWordAttention(c, self.text.width) for c in channels)
-        self.gates = nn.ModuleList(LanguageGate(c) for c in channels[:-1])      # nothing comes after the last
+        self.gates = nn.ModuleList(
+            LanguageGate(c) for c in channels[:-1]
+        )  # nothing comes after the last
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels)
         self.decoder = WideDecoder(channels, config.decoder.width)
 
-    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor,
-                target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """As every `ReferringModel`."""
-        words = self.read(words, word_mask)                                    # [B, T, D]
+        words = self.read(words, word_mask)  # [B, T, D]
         pixels = self.normalized(image)
         fused = []
         for stage in range(STAGES):
-            pixels = self.image(stage, pixels)                                 # V [B, H, W, C]
-            message = self.pwam[stage](pixels.flatten(1, 2), words, word_mask).view_as(pixels)     # F
+            pixels = self.image(stage, pixels)  # V [B, H, W, C]
+            message = self.pwam[stage](pixels.flatten(1, 2), words, word_mask).view_as(pixels)  # F
             if stage < len(self.gates):
-                pixels = self.gates[stage](pixels, message)                    # E goes on
+                pixels = self.gates[stage](pixels, message)  # E goes on
             fused.append(self.norms[stage](message))
-        logits = F.interpolate(self.decoder(fused).float(), size=image.shape[2:], mode="bilinear", align_corners=True)[:, 0]
+        logits = F.interpolate(
+            self.decoder(fused).float(), size=image.shape[2:], mode="bilinear", align_corners=True
+        )[:, 0]
         return logits if target is None else mask_losses(logits, target, self.config.losses)
 
 
@@ -58,15 +64,19 @@ class PixelWordAttention(nn.Module):
 
     def __init__(self, channels: int, word_width: int):
         super().__init__()
-        self.query, self.project, self.out, self.mix = (nn.Linear(channels, channels) for _ in range(4))
+        self.query, self.project, self.out, self.mix = (
+            nn.Linear(channels, channels) for _ in range(4)
+        )
         self.key, self.value = nn.Linear(word_width, channels), nn.Linear(word_width, channels)
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         """V [B, P, C], L [B, T, D], mask [B, T] -> F [B, P, C]."""
-        key, value = self.key(words), self.value(words) * word_mask[..., None]                     # [B, T, C]
-        query = instance_norm(self.query(pixels)).to(key.dtype)                                    # [B, P, C]
-        read = F.scaled_dot_product_attention(query, key, value.to(key.dtype), attn_mask=word_mask[:, None])
-        message = instance_norm(self.out(read))                                                    # G [B, P, C]
+        key, value = self.key(words), self.value(words) * word_mask[..., None]  # [B, T, C]
+        query = instance_norm(self.query(pixels)).to(key.dtype)  # [B, P, C]
+        read = F.scaled_dot_product_attention(
+            query, key, value.to(key.dtype), attn_mask=word_mask[:, None]
+        )
+        message = instance_norm(self.out(read))  # G [B, P, C]
         return F.gelu(self.mix(F.gelu(self.project(pixels)) * message))
 
 
@@ -75,7 +85,11 @@ class LanguageGate(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.ReLU(), nn.Linear(channels, channels, bias=False))
+        self.gate = nn.Sequential(
+            nn.Linear(channels, channels, bias=False),
+            nn.ReLU(),
+            nn.Linear(channels, channels, bias=False),
+        )
 
     def forward(self, pixels: Tensor, message: Tensor) -> Tensor:
         """V and F [B, H, W, C] -> E of the same shape."""
@@ -88,7 +102,9 @@ class WideDecoder(nn.Module):
     def __init__(self, channels: Sequence[int], width: int):
         super().__init__()
         inputs = [channels[3] + channels[2], width + channels[1], width + channels[0]]
-        self.levels = nn.ModuleList(nn.Sequential(*conv_norm_relu(c, width), *conv_norm_relu(width, width)) for c in inputs)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*conv_norm_relu(c, width), *conv_norm_relu(width, width)) for c in inputs
+        )
         self.classify = nn.Conv2d(width, 2, 1)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
@@ -103,7 +119,11 @@ class WideDecoder(nn.Module):
 
 def conv_norm_relu(inputs: int, outputs: int) -> list[nn.Module]:
     """3x3 convolution, BatchNorm, ReLU."""
-    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return [
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    ]
 
 
 def instance_norm(x: Tensor, eps: float = 1e-5) -> Tensor:

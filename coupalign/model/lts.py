@@ -12,6 +12,7 @@ object's pixels in a cell); the weight of that loss, the widths, the dilations, 
 
 Shape legend: B batch, T words, D text width, d width, h w sides at stride 16, S input side.
 """
+
 from __future__ import annotations
 
 import torch
@@ -24,9 +25,16 @@ from coupalign.model.decoder import SmoothingConv
 from coupalign.model.losses import mask_losses
 from coupalign.model.proposals import sine_positions
 from coupalign.model.referring import ReferringModel
-from coupalign.model.rivals import STRIDE, MaskDecoder, SentenceFusion, coarser_stages, enlarged, mean_of_words
+from coupalign.model.rivals import (
+    STRIDE,
+    MaskDecoder,
+    SentenceFusion,
+    coarser_stages,
+    enlarged,
+    mean_of_words,
+)
 
-_COORDINATES = 8    # channels that say where a pixel is
+_COORDINATES = 8  # channels that say where a pixel is
 
 
 class Lts(ReferringModel):
@@ -39,19 +47,27 @@ class Lts(ReferringModel):
         self.locate = Localization(self.text.width, width)
         self.segment = Segmentation(width + _COORDINATES + 1, width, config.segment.dilations)
 
-    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor,
-                target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """As every `ReferringModel`; the losses also have "locate", that of the heat map."""
-        words = self.read(words, word_mask)                                    # [B, T, D]
-        sentence = mean_of_words(words, word_mask)                             # [B, D]
-        fused = placed(self.fusion(coarser_stages(self, image), sentence))                      # [B, d + 8, h, w]
-        heat = self.locate(fused, sentence)                                    # [B, 1, h, w]
+        words = self.read(words, word_mask)  # [B, T, D]
+        sentence = mean_of_words(words, word_mask)  # [B, D]
+        fused = placed(self.fusion(coarser_stages(self, image), sentence))  # [B, d + 8, h, w]
+        heat = self.locate(fused, sentence)  # [B, 1, h, w]
         logits = enlarged(self.segment(fused, heat), self.image_size)
         return logits if target is None else self._losses(logits, heat, target)
 
     def _losses(self, logits: Tensor, heat: Tensor, target: Tensor) -> dict[str, Tensor]:
-        losses, locate = mask_losses(logits, target, self.config.losses), location_loss(heat, target)
-        return {**losses, "loss": losses["loss"] + self.config.losses.locate * locate, "locate": locate.detach()}
+        losses, locate = (
+            mask_losses(logits, target, self.config.losses),
+            location_loss(heat, target),
+        )
+        return {
+            **losses,
+            "loss": losses["loss"] + self.config.losses.locate * locate,
+            "locate": locate.detach(),
+        }
 
 
 class Localization(nn.Module):
@@ -66,8 +82,10 @@ class Localization(nn.Module):
 
     def forward(self, fused: Tensor, sentence: Tensor) -> Tensor:
         """F [B, d + 8, h, w], s [B, D] -> logits of the heat map [B, 1, h, w]."""
-        kernel = torch.tanh(self.kernel(sentence))                             # [B, d]
-        relevance = (self.key(fused) * kernel[..., None, None]).sum(1, keepdim=True) / kernel.shape[1] ** 0.5
+        kernel = torch.tanh(self.kernel(sentence))  # [B, d]
+        relevance = (self.key(fused) * kernel[..., None, None]).sum(1, keepdim=True) / kernel.shape[
+            1
+        ] ** 0.5
         return self.heat(torch.relu(self.filtered(fused * relevance.sigmoid())))
 
 
@@ -76,8 +94,14 @@ class Segmentation(nn.Module):
 
     def __init__(self, inputs: int, width: int, dilations: tuple[int, ...]):
         super().__init__()
-        self.views = nn.ModuleList(nn.Sequential(nn.Conv2d(inputs, width, 3, padding=d, dilation=d, bias=False), group_norm(width),
-                                                 nn.ReLU()) for d in dilations)
+        self.views = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inputs, width, 3, padding=d, dilation=d, bias=False),
+                group_norm(width),
+                nn.ReLU(),
+            )
+            for d in dilations
+        )
         self.mask = MaskDecoder(len(dilations) * width, width)
 
     def forward(self, fused: Tensor, heat: Tensor) -> Tensor:
@@ -89,7 +113,9 @@ class Segmentation(nn.Module):
 def placed(pixels: Tensor) -> Tensor:
     """[B, d, h, w] -> [B, d + 8, h, w]: with where each pixel is."""
     batch, _, height, width = pixels.shape
-    where = sine_positions(height, width, _COORDINATES, pixels.device).T.unflatten(1, (height, width))
+    where = sine_positions(height, width, _COORDINATES, pixels.device).T.unflatten(
+        1, (height, width)
+    )
     return torch.cat([pixels, where.to(pixels.dtype).expand(batch, -1, -1, -1)], dim=1)
 
 

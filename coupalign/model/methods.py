@@ -1,4 +1,5 @@
 """The methods by their names in the configuration."""
+
 from __future__ import annotations
 
 from coupalign.config.schema import CoupAlignConfig, LavtConfig, LtsConfig, ModelConfig, VltConfig

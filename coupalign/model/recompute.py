@@ -1,4 +1,5 @@
 """Activation checkpointing: what a part of the model does again in the backward pass instead of keeping its results."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from coupalign.config.schema import Checkpointing
 
@@ -18,7 +23,11 @@ def run(function: Callable[..., Tensor], *inputs: Any, checkpointing: Checkpoint
     """`function(*inputs)`, of whose results the backward pass keeps all, none (true), or those that are dear to compute (selective)."""
     if not checkpointing or not torch.is_grad_enabled():
         return function(*inputs)
-    more = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if checkpointing == "selective" else {}
+    more = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        if checkpointing == "selective"
+        else {}
+    )
     return checkpoint(function, *inputs, use_reentrant=False, **more)
 
 
@@ -34,5 +43,7 @@ def _policy(_: Any, operator: Any, *inputs: Any, **more: Any) -> CheckpointPolic
 
 
 def _drops(operator: Any, inputs: tuple, more: dict[str, Any]) -> bool:
-    named = {argument.name: value for argument, value in zip(operator._schema.arguments, inputs)} | more
+    named = {
+        argument.name: value for argument, value in zip(operator._schema.arguments, inputs)
+    } | more
     return named.get("dropout_p", 0.0) > 0

@@ -1,4 +1,5 @@
 """What every method shares: the two encoders by their names, and how an image becomes numbers."""
+
 from __future__ import annotations
 
 import torch
@@ -29,7 +30,9 @@ class ReferringModel(nn.Module):
         InputError: a field does not fit another; the message names both.
     """
 
-    def __init__(self, config: EncodersConfig, vocabulary: int, image_size: int, word_groups: int = GROUPS):
+    def __init__(
+        self, config: EncodersConfig, vocabulary: int, image_size: int, word_groups: int = GROUPS
+    ):
         super().__init__()
         self.config, self.image_size = config, image_size
         self.image = StagedBackbone(config.image, image_size)
@@ -40,13 +43,18 @@ class ReferringModel(nn.Module):
     def regions(self) -> list[nn.Module]:
         """The parts that `compiled.compile_regions` compiles: blocks of the encoders, and every other part as it is called."""
         others = [name for name, _ in self.named_children() if name not in ("image", "text")]
-        return [*self.image.blocks(), *self.text.bert.encoder.layer,
-                *(module for name in others for module in called_modules(self, name).values())]
+        return [
+            *self.image.blocks(),
+            *self.text.bert.encoder.layer,
+            *(module for name in others for module in called_modules(self, name).values()),
+        ]
 
     def normalized(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> float [B, S, S, 3], by ImageNet's mean and deviation."""
-        assert image.shape[1:] == (3, self.image_size, self.image_size), f"image {tuple(image.shape)}, model {self.image_size}"
-        image = image.contiguous()       # the loader's is channels last; what lies how decides which convolutions run, and so the rounding
+        assert image.shape[1:] == (3, self.image_size, self.image_size), (
+            f"image {tuple(image.shape)}, model {self.image_size}"
+        )
+        image = image.contiguous()  # the loader's is channels last; what lies how decides which convolutions run, and so the rounding
         return (image.permute(0, 2, 3, 1) - self.mean) / self.std
 
     def read(self, words: Tensor, word_mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ a gradient, since those few pixels would outweigh all others (on RefShapes that 
 
 Shape legend: B batch, S input side, d feature width, K points.
 """
+
 from __future__ import annotations
 
 import torch
@@ -24,8 +25,13 @@ class PointRefinement(nn.Module):
     def __init__(self, width: int, config: RefineConfig):
         super().__init__()
         self.points = config.points
-        self.decide = nn.Sequential(nn.Linear(width + 3 * _NEIGHBORS + 1, config.width), nn.ReLU(),
-                                    nn.Linear(config.width, config.width), nn.ReLU(), nn.Linear(config.width, 1))
+        self.decide = nn.Sequential(
+            nn.Linear(width + 3 * _NEIGHBORS + 1, config.width),
+            nn.ReLU(),
+            nn.Linear(config.width, config.width),
+            nn.ReLU(),
+            nn.Linear(config.width, 1),
+        )
         nn.init.zeros_(self.decide[-1].weight)
         nn.init.zeros_(self.decide[-1].bias)
 
@@ -42,12 +48,22 @@ class PointRefinement(nn.Module):
         """
         batch, side, _ = logits.shape
         flat, features = logits.detach().flatten(1), features.detach()
-        places = flat.abs().topk(min(self.points, side * side), dim=1, largest=False).indices       # [B, K]
+        places = (
+            flat.abs().topk(min(self.points, side * side), dim=1, largest=False).indices
+        )  # [B, K]
         y, x = places // side, places % side
-        centers = (torch.stack([x, y], dim=2).float() * 2 + 1) / side - 1                                     # [B, K, 2]
-        read = F.grid_sample(features.float(), centers[:, :, None], mode="bilinear", padding_mode="border", align_corners=False)
-        coarse = flat.gather(1, places)                                                                       # [B, K]
-        seen = torch.cat([read[..., 0].transpose(1, 2), _around(colors, y, x), coarse[..., None]], dim=2)
+        centers = (torch.stack([x, y], dim=2).float() * 2 + 1) / side - 1  # [B, K, 2]
+        read = F.grid_sample(
+            features.float(),
+            centers[:, :, None],
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )
+        coarse = flat.gather(1, places)  # [B, K]
+        seen = torch.cat(
+            [read[..., 0].transpose(1, 2), _around(colors, y, x), coarse[..., None]], dim=2
+        )
         refined = coarse + self.decide(seen)[..., 0].float()
         return flat.scatter(1, places, refined).view(batch, side, side), places
 
@@ -62,7 +78,12 @@ def _around(colors: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """The 3x3 colors around each point, the edge repeated: [B, S, S, 3], [B, K], [B, K] -> [B, K, 27]."""
     side = colors.shape[1]
     shift = torch.tensor([-1, 0, 1], device=y.device)
-    rows = (y[..., None] + shift).clamp(0, side - 1)                                                          # [B, K, 3]
+    rows = (y[..., None] + shift).clamp(0, side - 1)  # [B, K, 3]
     columns = (x[..., None] + shift).clamp(0, side - 1)
-    places = (rows[..., :, None] * side + columns[..., None, :]).flatten(1)                                   # [B, K * 9]
-    return colors.flatten(1, 2).gather(1, places[..., None].expand(-1, -1, 3)).unflatten(1, (-1, _NEIGHBORS)).flatten(2)
+    places = (rows[..., :, None] * side + columns[..., None, :]).flatten(1)  # [B, K * 9]
+    return (
+        colors.flatten(1, 2)
+        .gather(1, places[..., None].expand(-1, -1, 3))
+        .unflatten(1, (-1, _NEIGHBORS))
+        .flatten(2)
+    )

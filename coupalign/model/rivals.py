@@ -2,6 +2,7 @@
 
 Shape legend: B batch, T words, C stage channels, D text width, d width of the method, h w sides at stride 16, S input side.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -13,29 +14,41 @@ from torch import Tensor, nn
 from coupalign.model.decoder import MaskHead, SmoothingConv
 from coupalign.model.referring import STAGES, ReferringModel
 
-STRIDE = 16    # of the map on which both methods work
+STRIDE = 16  # of the map on which both methods work
 
 
 class SentenceFusion(nn.Module):
     """The stages at strides 8, 16 and 32 meet the sentence by multiplication, and each other at stride 16.
 
-        F_i = act(LN(W_i V_i)) * act(LN(U_i s))        F = conv3x3(W [pool(F_8), F_16, up(F_32)])
+    F_i = act(LN(W_i V_i)) * act(LN(U_i s))        F = conv3x3(W [pool(F_8), F_16, up(F_32)])
     """
 
-    def __init__(self, channels: Sequence[int], word_width: int, width: int, act: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, channels: Sequence[int], word_width: int, width: int, act: Callable[[Tensor], Tensor]
+    ):
         super().__init__()
         self.act = act
-        self.pixels = nn.ModuleList(nn.Sequential(nn.Linear(c, width), nn.LayerNorm(width)) for c in channels)
-        self.sentences = nn.ModuleList(nn.Sequential(nn.Linear(word_width, width), nn.LayerNorm(width)) for _ in channels)
+        self.pixels = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, width), nn.LayerNorm(width)) for c in channels
+        )
+        self.sentences = nn.ModuleList(
+            nn.Sequential(nn.Linear(word_width, width), nn.LayerNorm(width)) for _ in channels
+        )
         self.mix = nn.Conv2d(len(channels) * width, width, 1)
         self.smooth = SmoothingConv(width, width)
 
     def forward(self, stages: Sequence[Tensor], sentence: Tensor) -> Tensor:
         """Three maps [B, H, W, C], finest first, and s [B, D] -> rectified [B, d, h, w]."""
-        met = [(self.act(see(stage)) * self.act(say(sentence))[:, None, None]).permute(0, 3, 1, 2)
-               for see, say, stage in zip(self.pixels, self.sentences, stages)]
+        met = [
+            (self.act(see(stage)) * self.act(say(sentence))[:, None, None]).permute(0, 3, 1, 2)
+            for see, say, stage in zip(self.pixels, self.sentences, stages)
+        ]
         side = met[1].shape[2:]
-        level = [F.avg_pool2d(met[0], 2), met[1], F.interpolate(met[2], size=side, mode="bilinear", align_corners=False)]
+        level = [
+            F.avg_pool2d(met[0], 2),
+            met[1],
+            F.interpolate(met[2], size=side, mode="bilinear", align_corners=False),
+        ]
         return torch.relu(self.smooth(self.mix(torch.cat(level, dim=1))))
 
 
@@ -45,7 +58,13 @@ class MaskDecoder(nn.Sequential):
 
     def __init__(self, inputs: int, width: int):
         finer = [nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
-        super().__init__(SmoothingConv(inputs, width), *finer, SmoothingConv(width, width), *finer, MaskHead(width))
+        super().__init__(
+            SmoothingConv(inputs, width),
+            *finer,
+            SmoothingConv(width, width),
+            *finer,
+            MaskHead(width),
+        )
 
 
 def coarser_stages(model: ReferringModel, image: Tensor) -> list[Tensor]:
@@ -64,4 +83,6 @@ def mean_of_words(words: Tensor, word_mask: Tensor) -> Tensor:
 
 def enlarged(logits: Tensor, side: int) -> Tensor:
     """[B, 1, S/4, S/4] -> float32 [B, S, S], bilinearly."""
-    return F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=False)[
+        :, 0
+    ]

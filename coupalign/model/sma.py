@@ -2,6 +2,7 @@
 
 Shape legend: B batch, N mask embeddings, d mask width, D text width, P pixels at stride 4 (h*w).
 """
+
 from __future__ import annotations
 
 import torch
@@ -21,7 +22,7 @@ class SentenceMaskAlignment(nn.Module):
 
     def __init__(self, width: int, sentence_width: int, scaled: bool = False):
         super().__init__()
-        self.scale = width ** -0.5 if scaled else 1.0
+        self.scale = width**-0.5 if scaled else 1.0
         self.project_sentence = nn.Linear(sentence_width, width)
         self.project_masks = nn.Linear(width, width)
         for linear in (self.project_sentence, self.project_masks):
@@ -31,11 +32,11 @@ class SentenceMaskAlignment(nn.Module):
     def forward(self, masks: Tensor, sentence: Tensor, pixels: Tensor) -> Tensor:
         """Q_o [B, N, d], L_g [B, D], Y [B, d, h, w] -> Y' [B, d, h, w]."""
         _, width, height, _ = pixels.shape
-        y = pixels.permute(0, 2, 3, 1).flatten(1, 2)                                        # [B, P, d]
-        agreement = (masks @ self.project_sentence(sentence)[..., None]).squeeze(2)         # [B, N]
-        weights = (agreement.float() * width ** -0.5).softmax(1).to(masks.dtype)
-        signals = torch.sigmoid(y @ (masks * self.scale).transpose(1, 2))                   # [B, P, N]
-        message = signals @ (weights[..., None] * self.project_masks(masks))                # [B, P, d]
+        y = pixels.permute(0, 2, 3, 1).flatten(1, 2)  # [B, P, d]
+        agreement = (masks @ self.project_sentence(sentence)[..., None]).squeeze(2)  # [B, N]
+        weights = (agreement.float() * width**-0.5).softmax(1).to(masks.dtype)
+        signals = torch.sigmoid(y @ (masks * self.scale).transpose(1, 2))  # [B, P, N]
+        message = signals @ (weights[..., None] * self.project_masks(masks))  # [B, P, d]
         return (y + message).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 

@@ -2,6 +2,7 @@
 
 Shape legend: B batch, T words, D text width.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,8 @@ from coupalign.model import recompute
 from coupalign.model.bert import Bert, BertShape
 
 GROUPS = 4
-_ASSUMED = 30522     # tokens, bert-base-uncased's
-_MASKED = -1e4   # exp() of it is 0 in every type; unlike finfo.min it stays finite when autocast rounds it to half precision
+_ASSUMED = 30522  # tokens, bert-base-uncased's
+_MASKED = -1e4  # exp() of it is 0 in every type; unlike finfo.min it stays finite when autocast rounds it to half precision
 
 
 class StagedText(nn.Module):
@@ -45,7 +46,7 @@ class StagedText(nn.Module):
         self.checkpointing = config.checkpointing
         bounds = _bounds(len(self.bert.encoder.layer))
         self.spans = list(zip(bounds[:-1], bounds[1:]))
-        for layer in self.bert.encoder.layer[bounds[groups]:]:
+        for layer in self.bert.encoder.layer[bounds[groups] :]:
             layer.requires_grad_(False)
 
     def embed(self, words: Tensor, word_mask: Tensor) -> Tensor:
@@ -54,10 +55,14 @@ class StagedText(nn.Module):
 
     def forward(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
         """Run the layers of one group on states [B, T, D]; padded words neither act nor change from zero."""
-        return recompute.run(self._run, group, words, word_mask, checkpointing=self.training and self.checkpointing)
+        return recompute.run(
+            self._run, group, words, word_mask, checkpointing=self.training and self.checkpointing
+        )
 
     def _run(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
-        bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[:, None, None]    # [B, 1, 1, T]
+        bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[
+            :, None, None
+        ]  # [B, 1, 1, T]
         first, last = self.spans[group]
         for layer in self.bert.encoder.layer[first:last]:
             words = layer(words, bias)
@@ -73,28 +78,50 @@ def bert_config(config: BertText | SmallText, vocabulary: int) -> BertShape:
     match config:
         case SmallText():
             if config.width % config.heads:
-                raise InputError(f"model.text.width = {config.width} is not a multiple of model.text.heads = {config.heads}")
-            sizes = BertShape(vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-                              num_attention_heads=config.heads, intermediate_size=4 * config.width)
+                raise InputError(
+                    f"model.text.width = {config.width} is not a multiple of model.text.heads = {config.heads}"
+                )
+            sizes = BertShape(
+                vocab_size=vocabulary,
+                hidden_size=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                intermediate_size=4 * config.width,
+            )
         case BertText():
             sizes = _published_config(config.weights)
             if sizes.vocab_size != vocabulary:
-                raise InputError(f"model.text.weights = {config.weights} has {sizes.vocab_size} tokens, "
-                                 f"the tokenizer has {vocabulary}; set data.tokenizer to the tokenizer of that encoder")
+                raise InputError(
+                    f"model.text.weights = {config.weights} has {sizes.vocab_size} tokens, "
+                    f"the tokenizer has {vocabulary}; set data.tokenizer to the tokenizer of that encoder"
+                )
             if sizes.num_hidden_layers < GROUPS:
-                raise InputError(f"model.text.weights = {config.weights} has {sizes.num_hidden_layers} layers; "
-                                 f"at least {GROUPS} are needed")
-    return replace(sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout)
+                raise InputError(
+                    f"model.text.weights = {config.weights} has {sizes.num_hidden_layers} layers; "
+                    f"at least {GROUPS} are needed"
+                )
+    return replace(
+        sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
+    )
 
 
 def vocabulary_of(config: BertText | SmallText) -> int:
     """How many tokens a published encoder knows; of one of our own, whose tokenizer is made from the data, as many are assumed."""
-    return _published_config(config.weights).vocab_size if isinstance(config, BertText) else _ASSUMED
+    return (
+        _published_config(config.weights).vocab_size if isinstance(config, BertText) else _ASSUMED
+    )
 
 
 def write_shape(config: BertText, vocabulary: int, folder: Path) -> None:
     """Write config.json of a published encoder, so that `weights: random:<folder>` builds it where the original is absent."""
-    write_json(folder / "config.json", {"model_type": "bert", "architectures": ["BertModel"], **asdict(bert_config(config, vocabulary))})
+    write_json(
+        folder / "config.json",
+        {
+            "model_type": "bert",
+            "architectures": ["BertModel"],
+            **asdict(bert_config(config, vocabulary)),
+        },
+    )
 
 
 def _published_config(weights: str) -> BertShape:
@@ -108,8 +135,10 @@ def _published_config(weights: str) -> BertShape:
             raise ValueError(f"config.json: model_type {sizes.get('model_type', 'none')}")
         return BertShape.of(sizes)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.text.weights = {weights}: no BERT configuration there; give a folder with config.json, "
-                         f"or a hub name that can be reached or is cached ({error})") from error
+        raise InputError(
+            f"model.text.weights = {weights}: no BERT configuration there; give a folder with config.json, "
+            f"or a hub name that can be reached or is cached ({error})"
+        ) from error
 
 
 def _read_config(weights: str) -> dict[str, Any]:

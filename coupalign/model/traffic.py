@@ -4,6 +4,7 @@ The model runs on fake tensors, which have shapes and no numbers: no GPU, no wei
 memory: every operator reads each of its operands once and writes its result once, views are free, and no cache helps. A
 GPU's L2 can do better than that on small tensors; nothing can do better without fusing operators.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -25,7 +26,10 @@ from coupalign.config.schema import Config
 from coupalign.model.methods import build_model
 from coupalign.model.text import vocabulary_of
 
-BYTES_PER_S, FLOP_PER_S = 4.3e12, 790e12        # an H200: copy bandwidth and dense bfloat16 products, both measured ones
+BYTES_PER_S, FLOP_PER_S = (
+    4.3e12,
+    790e12,
+)  # an H200: copy bandwidth and dense bfloat16 products, both measured ones
 
 
 @dataclass
@@ -53,7 +57,9 @@ class Traffic(TorchDispatchMode):
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
         self.label = label
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.costs[self.label()] += cost_of(func, args, kwargs, out)
@@ -72,9 +78,17 @@ def cost_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Cost:
     """One operator. Views and allocations cost nothing; what is written in place counts as read and written."""
     read = _tensors((args, kwargs))
     written = [x for x in _tensors(out) if not any(_same_memory(x, y) for y in read)]
-    changed = [value for value, argument in zip(args, func._schema.arguments) if argument.alias_info and argument.alias_info.is_write]
+    changed = [
+        value
+        for value, argument in zip(args, func._schema.arguments)
+        if argument.alias_info and argument.alias_info.is_write
+    ]
     written += _tensors(changed)
-    if not written or (not read and "empty" in func.__name__) or func.__name__.startswith(("empty", "new_empty", "detach")):
+    if (
+        not written
+        or (not read and "empty" in func.__name__)
+        or func.__name__.startswith(("empty", "new_empty", "detach"))
+    ):
         return Cost()
     count = flop_registry.get(func._overloadpacket)
     flops = count(*args, **kwargs, out_val=out) if count else 0
@@ -101,9 +115,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     return torch.empty_like(query)
 
 
-def _attention_backward(grad: Tensor, out: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                        mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(x) for x in (query, key, value, query[:0] if mask is None else mask))
+def _attention_backward(
+    grad: Tensor, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(x) for x in (query, key, value, query[:0] if mask is None else mask)
+    )
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,13 +129,21 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _operator = torch.library.custom_op("coupalign_bench::attention", _attention, mutates_args=())
-_backward_operator = torch.library.custom_op("coupalign_bench::attention_backward", _attention_backward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "coupalign_bench::attention_backward", _attention_backward, mutates_args=()
+)
 _operator.register_fake(_attention)
 _backward_operator.register_fake(_attention_backward)
-_operator.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs))
-register_flop_formula(torch.ops.coupalign_bench.attention)(lambda q, k, *_, **__: 4 * q.numel() * k[-2])
+_operator.register_autograd(
+    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs)
+)
+register_flop_formula(torch.ops.coupalign_bench.attention)(
+    lambda q, k, *_, **__: 4 * q.numel() * k[-2]
+)
 # Five products: the scores once more, and one for each gradient of weights, queries, keys and values.
-register_flop_formula(torch.ops.coupalign_bench.attention_backward)(lambda _, __, q, k, *___, **____: 10 * q.numel() * k[-2])
+register_flop_formula(torch.ops.coupalign_bench.attention_backward)(
+    lambda _, __, q, k, *___, **____: 10 * q.numel() * k[-2]
+)
 
 
 @contextmanager
@@ -126,7 +151,14 @@ def one_operator_attention() -> Iterator[None]:
     """On a CPU scaled_dot_product_attention may fall apart into matrix products; inside this it stays whole, as on a GPU."""
     original = F.scaled_dot_product_attention
 
-    def whole(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    def whole(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         return _operator(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask)
 
@@ -146,12 +178,16 @@ def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
     """
     vocabulary = vocabulary_of(config.model.text)
     size, words = config.data.image_size, config.data.max_tokens
-    with torch.device("meta"):      # building asks for a few numbers, which fake tensors do not have
+    with torch.device("meta"):  # building asks for a few numbers, which fake tensors do not have
         model = build_model(config.model, vocabulary, size).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        inputs = (torch.zeros(batch, 3, size, size, dtype=torch.uint8), torch.zeros(batch, words, dtype=torch.int64),
-                  torch.ones(batch, words, dtype=torch.bool), torch.ones(batch, size, size, dtype=torch.bool))
+        inputs = (
+            torch.zeros(batch, 3, size, size, dtype=torch.uint8),
+            torch.zeros(batch, words, dtype=torch.int64),
+            torch.ones(batch, words, dtype=torch.bool),
+            torch.ones(batch, size, size, dtype=torch.bool),
+        )
         with ModuleTracker() as tracker, Traffic(lambda: _part(tracker.parents, model)) as traffic:
             with torch.autocast("cpu", torch.bfloat16), one_operator_attention():
                 loss = model(*inputs)["loss"]
@@ -164,13 +200,23 @@ def traffic_table(costs: dict[str, Cost], batch: int) -> str:
     total = Cost()
     for cost in costs.values():
         total += cost
-    lines = [f"{'part':<10}{'operators':>10}{'GB':>9}{'share':>8}{'TFLOP':>9}{'floor ms':>10}{'share':>8}"]
-    lines += [f"{name:<10}{cost.operators:>10,}{cost.bytes / 1e9:>9.2f}{cost.bytes / total.bytes:>8.1%}{cost.flops / 1e12:>9.2f}"
-              f"{cost.seconds * 1e3:>10.2f}{cost.seconds / total.seconds:>8.1%}" for name, cost in {**costs, "total": total}.items()]
-    return "\n".join([*lines, "",
-                      f"forward and backward of {batch} images, bfloat16 autocast, eager; counted, not measured: each operator reads",
-                      "its operands and writes its result once; floor: each at "
-                      f"{BYTES_PER_S / 1e12} TB/s or {FLOP_PER_S / 1e12:.0f} TFLOP/s (an H200)"])
+    lines = [
+        f"{'part':<10}{'operators':>10}{'GB':>9}{'share':>8}{'TFLOP':>9}{'floor ms':>10}{'share':>8}"
+    ]
+    lines += [
+        f"{name:<10}{cost.operators:>10,}{cost.bytes / 1e9:>9.2f}{cost.bytes / total.bytes:>8.1%}{cost.flops / 1e12:>9.2f}"
+        f"{cost.seconds * 1e3:>10.2f}{cost.seconds / total.seconds:>8.1%}"
+        for name, cost in {**costs, "total": total}.items()
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"forward and backward of {batch} images, bfloat16 autocast, eager; counted, not measured: each operator reads",
+            "its operands and writes its result once; floor: each at "
+            f"{BYTES_PER_S / 1e12} TB/s or {FLOP_PER_S / 1e12:.0f} TFLOP/s (an H200)",
+        ]
+    )
 
 
 def _part(parents: Iterable[str], model: nn.Module) -> str:

@@ -12,6 +12,7 @@ encoder's pixels, decoded beside these); the number of channels and the stride o
 
 Shape legend: B batch, P pixels at stride 16 (h*w), T words, D text width, d transformer width, N queries, S input side.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,9 +24,16 @@ from coupalign.model.decoder import SmoothingConv
 from coupalign.model.losses import mask_losses
 from coupalign.model.proposals import Attention, QueryLayer, sine_positions
 from coupalign.model.referring import ReferringModel
-from coupalign.model.rivals import STRIDE, MaskDecoder, SentenceFusion, coarser_stages, enlarged, mean_of_words
+from coupalign.model.rivals import (
+    STRIDE,
+    MaskDecoder,
+    SentenceFusion,
+    coarser_stages,
+    enlarged,
+    mean_of_words,
+)
 
-_MASKED = -1e4    # exp() of it is 0 in every type, and it stays finite in half precision
+_MASKED = -1e4  # exp() of it is 0 in every type, and it stays finite in half precision
 
 
 class Vlt(ReferringModel):
@@ -35,29 +43,44 @@ class Vlt(ReferringModel):
         super().__init__(config, vocabulary, image_size)
         sizes, width = config.transformer, config.transformer.width
         if width % sizes.heads or width % 4:
-            raise InputError(f"model.transformer.width = {width} must be a multiple of 4 and of model.transformer.heads = {sizes.heads}")
+            raise InputError(
+                f"model.transformer.width = {width} must be a multiple of 4 and of model.transformer.heads = {sizes.heads}"
+            )
         self.fusion = SentenceFusion(self.image.channels[1:], self.text.width, width, torch.tanh)
-        self.generation = QueryGeneration(self.text.width, width, sizes.count, (image_size // STRIDE) ** 2)
-        self.encoder = nn.ModuleList(PixelLayer(width, sizes.heads, sizes.ffn, sizes.dropout) for _ in range(sizes.encoder_layers))
-        self.decoder = nn.ModuleList(QueryLayer(width, sizes.heads, sizes.ffn, sizes.dropout) for _ in range(sizes.decoder_layers))
+        self.generation = QueryGeneration(
+            self.text.width, width, sizes.count, (image_size // STRIDE) ** 2
+        )
+        self.encoder = nn.ModuleList(
+            PixelLayer(width, sizes.heads, sizes.ffn, sizes.dropout)
+            for _ in range(sizes.encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            QueryLayer(width, sizes.heads, sizes.ffn, sizes.dropout)
+            for _ in range(sizes.decoder_layers)
+        )
         self.balance = QueryBalance(width)
         self.mask = MaskDecoder(width + sizes.count, width)
 
-    def forward(self, image: Tensor, words: Tensor, word_mask: Tensor,
-                target: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """As every `ReferringModel`."""
-        words = self.read(words, word_mask)                                               # [B, T, D]
-        fused = self.fusion(coarser_stages(self, image), mean_of_words(words, word_mask))                  # [B, d, h, w]
-        queries = self.generation(fused, words, word_mask)                                # [B, N, d]
-        where = sine_positions(*fused.shape[2:], fused.shape[1], fused.device)            # [P, d]
-        memory = fused.flatten(2).transpose(1, 2)                                         # [B, P, d]
+        words = self.read(words, word_mask)  # [B, T, D]
+        fused = self.fusion(
+            coarser_stages(self, image), mean_of_words(words, word_mask)
+        )  # [B, d, h, w]
+        queries = self.generation(fused, words, word_mask)  # [B, N, d]
+        where = sine_positions(*fused.shape[2:], fused.shape[1], fused.device)  # [P, d]
+        memory = fused.flatten(2).transpose(1, 2)  # [B, P, d]
         for layer in self.encoder:
             memory = layer(memory, where)
         responses = queries
         for layer in self.decoder:
             responses = layer(responses, queries, memory, where)
-        balanced = self.balance(queries, responses)                                       # [B, N, d]
-        matched = memory @ balanced.to(memory.dtype).transpose(1, 2) / fused.shape[1] ** 0.5           # [B, P, N]
+        balanced = self.balance(queries, responses)  # [B, N, d]
+        matched = (
+            memory @ balanced.to(memory.dtype).transpose(1, 2) / fused.shape[1] ** 0.5
+        )  # [B, P, N]
         seen = torch.cat([memory, matched], dim=2).transpose(1, 2).unflatten(2, fused.shape[2:])
         logits = enlarged(self.mask(seen), self.image_size)
         return logits if target is None else mask_losses(logits, target, self.config.losses)
@@ -73,16 +96,21 @@ class QueryGeneration(nn.Module):
 
     def __init__(self, word_width: int, width: int, count: int, pixels: int):
         super().__init__()
-        self.views = nn.Sequential(SmoothingConv(width, width), nn.ReLU(), SmoothingConv(width, width), nn.ReLU(),
-                                   nn.Conv2d(width, count, 1))
+        self.views = nn.Sequential(
+            SmoothingConv(width, width),
+            nn.ReLU(),
+            SmoothingConv(width, width),
+            nn.ReLU(),
+            nn.Conv2d(width, count, 1),
+        )
         self.ask = nn.Linear(pixels, width)
         self.answer, self.carry = nn.Linear(word_width, width), nn.Linear(word_width, width)
 
     def forward(self, fused: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         """F [B, d, h, w], L [B, T, D], mask [B, T] -> queries [B, N, d]."""
-        asked = torch.tanh(self.ask(self.views(fused).flatten(2)))                        # [B, N, d]
+        asked = torch.tanh(self.ask(self.views(fused).flatten(2)))  # [B, N, d]
         scores = asked @ torch.tanh(self.answer(words)).transpose(1, 2) / fused.shape[1] ** 0.5
-        weights = scores.masked_fill(~word_mask[:, None], _MASKED).softmax(2)             # [B, N, T]
+        weights = scores.masked_fill(~word_mask[:, None], _MASKED).softmax(2)  # [B, N, T]
         carried = torch.tanh(self.carry(words))
         return weights.to(carried.dtype) @ carried
 
@@ -93,7 +121,9 @@ class PixelLayer(nn.Module):
     def __init__(self, width: int, heads: int, ffn: int, dropout: float):
         super().__init__()
         self.among_pixels = Attention(width, heads)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
@@ -109,7 +139,9 @@ class QueryBalance(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.confidence = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid())
+        self.confidence = nn.Sequential(
+            nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, 1), nn.Sigmoid()
+        )
 
     def forward(self, queries: Tensor, responses: Tensor) -> Tensor:
         """Two of [B, N, d] -> [B, N, d]."""

@@ -5,6 +5,7 @@ its shape, and nothing else that matters (`weights_match.py`). All of it is comp
 a wrong file changes nothing. Published weights are fetched through the Hugging Face hub, where timm and transformers
 keep theirs (`weights_files.py`), so this part needs neither of them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,8 +27,16 @@ from coupalign.model.weights_report import LoadReport, random_report
 if TYPE_CHECKING:
     from coupalign.model.referring import ReferringModel
 
-__all__ = ["LoadReport", "load_image_weights", "load_model_weights", "load_pretrained", "load_text_weights",
-           "random_shape_source", "read_weights", "write_weights"]
+__all__ = [
+    "LoadReport",
+    "load_image_weights",
+    "load_model_weights",
+    "load_pretrained",
+    "load_text_weights",
+    "random_shape_source",
+    "read_weights",
+    "write_weights",
+]
 
 _IMAGE_FIELD, _TEXT_FIELD = "model.image.weights", "model.text.weights"
 _WORDS = "embeddings.word_embeddings.weight"
@@ -44,7 +53,10 @@ def load_pretrained(model: ReferringModel, config: ModelConfig) -> list[LoadRepo
         case TimmBackbone(weights=str(source), name=name):
             image = load_image_weights(model.image.net, name, source)
         case TimmBackbone(name=name):
-            image = random_report("image", f"{_IMAGE_FIELD} is empty: set it to a file, or to 'hub' for timm's weights of {name}")
+            image = random_report(
+                "image",
+                f"{_IMAGE_FIELD} is empty: set it to a file, or to 'hub' for timm's weights of {name}",
+            )
         case _:
             image = random_report("image", "there are no published weights for the small encoder")
     match config.text:
@@ -77,14 +89,17 @@ def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
         published = getattr(net, "pretrained_cfg", None) or {}
         source = published.get("hf_hub_id") or ""
         if not source:
-            raise InputError(f"{_IMAGE_FIELD}=hub: timm publishes no weights for {name}; give a local file")
+            raise InputError(
+                f"{_IMAGE_FIELD}=hub: timm publishes no weights for {name}; give a local file"
+            )
     path = locate(source, _IMAGE_FIELD)
     found = read_tensors(path)
     fit = compare(net.state_dict(), found, IMAGE_NAMING)
     if fit.wrong:
         raise InputError(
             f"{path}: these are not the weights of {name}{_likeness(found, name)}.\n{fit.differences()}\n"
-            f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, or model.image.name to what the file holds.")
+            f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, or model.image.name to what the file holds."
+        )
     if is_darknet(path):
         fit.notes += adapt(fit.values, net)
     return _copy(fit, "image", path, leak_of(found))
@@ -107,14 +122,19 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
     if words and words[0][1:] == words[1][1:]:
         raise InputError(
             f"{path}: its vocabulary has {words[0][0]} words, the tokenizer's has {words[1][0]}. Nothing was loaded. "
-            f"Set data.tokenizer to the tokenizer of these weights (the same folder or hub name).")
+            f"Set data.tokenizer to the tokenizer of these weights (the same folder or hub name)."
+        )
     if fit.wrong:
-        raise InputError(f"{path}: these are not the weights of this BERT{_likeness(found)}.\n{fit.differences()}\n"
-                         f"Nothing was loaded. Set {_TEXT_FIELD} to the folder of a BERT.")
+        raise InputError(
+            f"{path}: these are not the weights of this BERT{_likeness(found)}.\n{fit.differences()}\n"
+            f"Nothing was loaded. Set {_TEXT_FIELD} to the folder of a BERT."
+        )
     return _copy(fit, "text", path, leak_of(found))
 
 
-def load_model_weights(model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
+def load_model_weights(
+    model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint"
+) -> None:
     """Load a whole model from its own weights: every name, every shape, nothing else.
 
     Raises:
@@ -122,8 +142,10 @@ def load_model_weights(model: nn.Module, state: Mapping[str, Tensor], source: st
     """
     fit = compare(model.state_dict(), state, naming=None)
     if fit.wrong:
-        raise InputError(f"{source}: these are the weights of another model than the config describes.\n{fit.differences()}\n"
-                         f"Nothing was loaded. Use the config that lies beside the weights.")
+        raise InputError(
+            f"{source}: these are the weights of another model than the config describes.\n{fit.differences()}\n"
+            f"Nothing was loaded. Use the config that lies beside the weights."
+        )
     _assign(fit)
 
 
@@ -131,11 +153,21 @@ def _copy(fit: Fit, part: str, path: Path, leak: str) -> LoadReport:
     """Copy what fits, after a look for numbers that are none; returns the report."""
     for name, value in fit.values.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"{path}: {name} holds NaN or infinity; the file is damaged. Nothing was loaded.")
+            raise InputError(
+                f"{path}: {name} holds NaN or infinity; the file is damaged. Nothing was loaded."
+            )
     _assign(fit)
     resized = {name for name, _, _ in fit.interpolated}
-    return LoadReport(part, str(path), tuple(name for name in fit.target if name in fit.values and name not in resized),
-                      tuple(fit.interpolated), tuple(fit.left_out), tuple(fit.kept), tuple(fit.notes), leak)
+    return LoadReport(
+        part,
+        str(path),
+        tuple(name for name in fit.target if name in fit.values and name not in resized),
+        tuple(fit.interpolated),
+        tuple(fit.left_out),
+        tuple(fit.kept),
+        tuple(fit.notes),
+        leak,
+    )
 
 
 def _assign(fit: Fit) -> None:

@@ -1,4 +1,5 @@
 """Where weights lie and how their files are read: local .safetensors, .pth, .pt, .bin and Darknet's, folders, the Hugging Face hub."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -30,8 +31,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} ({path.stat().st_size} bytes): not a whole safetensors file ({error}). "
-                         f"Fetch or export it again.") from error
+        raise InputError(
+            f"{path} ({path.stat().st_size} bytes): not a whole safetensors file ({error}). "
+            f"Fetch or export it again."
+        ) from error
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -60,7 +63,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} ({path.stat().st_size} bytes): cannot be read as weights: {reason}\n"
             f"Where the file is damaged, fetch it again. Where it holds other objects beside the tensors and you trust it: "
-            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)") from error
+            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
+        ) from error
     return _state_dict(content, path)
 
 
@@ -100,7 +104,9 @@ def _fetch(repository: str, field: str) -> Path:
             try:
                 return Path(hf_hub_download(repository, name, local_files_only=cached))
             except EntryNotFoundError as error:
-                if not cached and isinstance(error, LocalEntryNotFoundError):    # neither reached nor in the cache
+                if not cached and isinstance(
+                    error, LocalEntryNotFoundError
+                ):  # neither reached nor in the cache
                     raise _unreachable(repository, field, error) from error
             except (OSError, ValueError) as error:
                 raise _unreachable(repository, field, error) from error
@@ -114,21 +120,30 @@ def _unreachable(repository: str, field: str, error: Exception) -> InputError:
         f"{field}: {repository!r} is no file or folder here, and could not be fetched from the Hugging Face hub "
         f"({type(error).__name__}: {reason}).\n"
         f"On a machine with a network run `hf download {repository} --local-dir {folder}`, "
-        f"copy that folder here and set {field} to its path.")
+        f"copy that folder here and set {field} to its path."
+    )
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        inner = next(
+            (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None
+        )
         if inner is None:
             break
         content = inner
     named = content.items() if isinstance(content, Mapping) else ()
     tensors = {str(name): value for name, value in named if isinstance(value, Tensor)}
     if not tensors:
-        held = f"only {', '.join(map(str, list(content)[:6]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise InputError(f"{path}: there are no tensors by name in this file, {held}; expected a state dict, "
-                         f"or one below {', '.join(map(repr, _WRAPPERS))}")
+        held = (
+            f"only {', '.join(map(str, list(content)[:6]))}"
+            if isinstance(content, Mapping)
+            else f"a {type(content).__name__}"
+        )
+        raise InputError(
+            f"{path}: there are no tensors by name in this file, {held}; expected a state dict, "
+            f"or one below {', '.join(map(repr, _WRAPPERS))}"
+        )
     return tensors
 
 

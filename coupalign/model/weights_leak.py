@@ -3,6 +3,7 @@
 RefCOCO, RefCOCO+ and G-Ref are made of COCO's training images, their test splits as well. A detector or segmenter trained on
 COCO was shown those very objects with their masks, and an encoder that is taken from it starts where the test ends.
 """
+
 from __future__ import annotations
 
 import re
@@ -10,11 +11,17 @@ from collections.abc import Iterable
 
 # Names of tensors that only such networks have, wherever their files come from (torchvision, detectron2, mmdetection, hub).
 _DETECTORS = (
-    (r"^detector\.(?P<kind>[\w-]+)$", "{kind}"),    # model/weights_darknet.py
+    (r"^detector\.(?P<kind>[\w-]+)$", "{kind}"),  # model/weights_darknet.py
     (r"(^|\.)(rpn|rpn_head|proposal_generator|roi_heads?)\.", "Faster or Mask R-CNN"),
     (r"(^|\.)(sem_seg_head|pixel_level_module|mask_embedder)\.", "MaskFormer or Mask2Former"),
-    (r"(^|\.)(class_embed|bbox_embed|query_embed|class_labels_classifier|bbox_predictor)\.", "DETR or a relative of it"),
-    (r"(^|\.)(bbox_head|mask_head|classification_head|regression_head)\.", "RetinaNet or another detector"),
+    (
+        r"(^|\.)(class_embed|bbox_embed|query_embed|class_labels_classifier|bbox_predictor)\.",
+        "DETR or a relative of it",
+    ),
+    (
+        r"(^|\.)(bbox_head|mask_head|classification_head|regression_head)\.",
+        "RetinaNet or another detector",
+    ),
     (r"(^|\.)(yolo_head|yolo_layers|dfl|anchor_grid)(\.|$)", "YOLO"),
     (r"^(module\.)?(aux_classifier\.|classifier\.\d+\.convs\.)", "DeepLab or FCN of torchvision"),
 )
@@ -34,6 +41,8 @@ def leak_of(names: Iterable[str]) -> str:
     detector = detector_of(names)
     if detector is None:
         return ""
-    return (f"The file holds a whole {detector}. Such networks are usually trained on COCO, whose training images hold the test images "
-            "of RefCOCO, RefCOCO+ and G-Ref with their masks: a score from this start compares with no other, unless those images "
-            "were left out of that training")
+    return (
+        f"The file holds a whole {detector}. Such networks are usually trained on COCO, whose training images hold the test images "
+        "of RefCOCO, RefCOCO+ and G-Ref with their masks: a score from this start compares with no other, unless those images "
+        "were left out of that training"
+    )

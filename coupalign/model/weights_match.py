@@ -1,4 +1,5 @@
 """Which tensor of a file belongs to which of a module, and what does not fit."""
+
 from __future__ import annotations
 
 import re
@@ -43,16 +44,36 @@ class Fit:
     def differences(self) -> str:
         """The first tensors of each kind of difference, in the order of the model or the file."""
         return "\n".join(
-            [*_some("in another shape", [f"{name} {old} in the file, {new} in the model"
-                                           for name, (old, new) in self.reshaped.items()]),
-             *_some("missing in the file", [f"{name} {shape}" for name, shape in self.missing.items()]),
-             *_some("only in the file", [f"{name} {shape}" for name, shape in self.unexpected.items()])])
+            [
+                *_some(
+                    "in another shape",
+                    [
+                        f"{name} {old} in the file, {new} in the model"
+                        for name, (old, new) in self.reshaped.items()
+                    ],
+                ),
+                *_some(
+                    "missing in the file",
+                    [f"{name} {shape}" for name, shape in self.missing.items()],
+                ),
+                *_some(
+                    "only in the file",
+                    [f"{name} {shape}" for name, shape in self.unexpected.items()],
+                ),
+            ]
+        )
 
 
-def compare(target: Mapping[str, Tensor], found: Mapping[str, Tensor], naming: Naming | None) -> Fit:
+def compare(
+    target: Mapping[str, Tensor], found: Mapping[str, Tensor], naming: Naming | None
+) -> Fit:
     """Give every tensor of both sides its place; copies nothing. Without `naming` the names must be the same."""
     fit = Fit(target)
-    prefix, names = _own_names(target, found, naming, fit.notes) if naming else ("", {name: name for name in found})
+    prefix, names = (
+        _own_names(target, found, naming, fit.notes)
+        if naming
+        else ("", {name: name for name in found})
+    )
     fit.left_out += [(old, f"not below {prefix!r}") for old in found if old not in names]
     sources = {name: old for old, name in names.items()}
     for name, own in target.items():
@@ -82,20 +103,23 @@ def compare(target: Mapping[str, Tensor], found: Mapping[str, Tensor], naming: N
     return fit
 
 
-def _own_names(target: Mapping[str, Tensor], found: Mapping[str, Tensor], naming: Naming,
-               notes: list[str]) -> tuple[str, dict[str, str]]:
+def _own_names(
+    target: Mapping[str, Tensor], found: Mapping[str, Tensor], naming: Naming, notes: list[str]
+) -> tuple[str, dict[str, str]]:
     """The prefix that makes most names those of the model, and the file's names below it -> the model's."""
     component = f"(?:{'|'.join(map(re.escape, naming.prefixes))})"
     prefixes = {""}
     for name in found:
         longest = re.match(f"{component}*", name)
-        prefixes |= {longest[0][:stop.end()] for stop in re.finditer(component, longest[0])}
+        prefixes |= {longest[0][: stop.end()] for stop in re.finditer(component, longest[0])}
     trials = {}
     for prefix in sorted(prefixes, key=lambda text: (len(text), text)):
         below = {name: name.removeprefix(prefix) for name in found if name.startswith(prefix)}
         renamed, note = naming.rename(set(below.values()))
         trials[prefix] = {name: renamed[rest] for name, rest in below.items()}, note
-    best = max(trials, key=lambda prefix: sum(name in target for name in trials[prefix][0].values()))
+    best = max(
+        trials, key=lambda prefix: sum(name in target for name in trials[prefix][0].values())
+    )
     names, note = trials[best]
     notes += [f"prefix {best!r} taken off the names"] if best else []
     notes += [note] if note else []

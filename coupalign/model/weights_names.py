@@ -1,4 +1,5 @@
 """How published weights name their tensors: which names mean the same, which do not matter, what a file looks like."""
+
 from __future__ import annotations
 
 import re
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from coupalign.model.weights_leak import detector_of
 
-_OURS = "image.net."    # where a model of ours keeps its image encoder
-Renaming = tuple[dict[str, str], str | None]  # name in the file -> name in the model; what was done, in words
+_OURS = "image.net."  # where a model of ours keeps its image encoder
+Renaming = tuple[
+    dict[str, str], str | None
+]  # name in the file -> name in the model; what was done, in words
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,14 @@ class Naming:
 
     def can_resize(self, name: str, old: Tensor, new: Tensor) -> bool:
         """Whether `old` of the file is a table of another window size than `new` of the model."""
-        return bool(self.resizable and re.search(self.resizable, name)
-                    and old.ndim == new.ndim == 2 and old.shape[1] == new.shape[1] and _side(old) and _side(new))
+        return bool(
+            self.resizable
+            and re.search(self.resizable, name)
+            and old.ndim == new.ndim == 2
+            and old.shape[1] == new.shape[1]
+            and _side(old)
+            and _side(new)
+        )
 
 
 def swin_names(names: Collection[str]) -> Renaming:
@@ -48,15 +57,28 @@ def swin_names(names: Collection[str]) -> Renaming:
     """
     if "layers.0.downsample.reduction.weight" not in names:
         return {name: name for name in names}, None
-    shifted = {name: re.sub(r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample.", name)
-               for name in names}
-    return shifted, "official Swin names translated to timm's (each downsample belongs to the next stage)"
+    shifted = {
+        name: re.sub(
+            r"^layers\.(\d+)\.downsample\.",
+            lambda found: f"layers.{int(found[1]) + 1}.downsample.",
+            name,
+        )
+        for name in names
+    }
+    return (
+        shifted,
+        "official Swin names translated to timm's (each downsample belongs to the next stage)",
+    )
 
 
 def bert_names(names: Collection[str]) -> Renaming:
     """BERT names of the first releases (LayerNorm.gamma, LayerNorm.beta) to today's (weight, bias)."""
-    today = {name: name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-             for name in names}
+    today = {
+        name: name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        )
+        for name in names
+    }
     old = any(before != now for before, now in today.items())
     return today, "LayerNorm gamma and beta translated to weight and bias" if old else None
 
@@ -76,7 +98,7 @@ IMAGE_NAMING = Naming(
 )
 
 TEXT_NAMING = Naming(
-    prefixes=("module.", "model.", "text.", "bert."),    # "text.bert." is ours
+    prefixes=("module.", "model.", "text.", "bert."),  # "text.bert." is ours
     rename=bert_names,
     optional=(
         (r"^embeddings\.(position_ids|token_type_ids)$", "derived"),
@@ -97,7 +119,7 @@ def resize_bias_table(table: Tensor, entries: int) -> Tensor:
     Returns:
         float [entries, heads]; `table` itself where the sizes agree.
     """
-    old, new = _side(table), round(entries ** 0.5)
+    old, new = _side(table), round(entries**0.5)
     assert old and new * new == entries, f"not square tables: {table.shape[0]}, {entries}"
     if old == new:
         return table
@@ -108,7 +130,9 @@ def resize_bias_table(table: Tensor, entries: int) -> Tensor:
 
 def looks_like(found: Mapping[str, Tensor]) -> str | None:
     """What the tensors of a file seem to be, by a timm name where there is one; None: nothing known."""
-    if ours := {name.removeprefix(_OURS): tensor for name, tensor in found.items() if name.startswith(_OURS)}:
+    if ours := {
+        name.removeprefix(_OURS): tensor for name, tensor in found.items() if name.startswith(_OURS)
+    }:
         return f"a run of ours with {_encoder_of(ours) or 'a small encoder'}"
     detector, encoder = detector_of(found), _encoder_of(found)
     return f"the {encoder or 'unknown encoder'} of {detector}" if detector else encoder
@@ -120,7 +144,10 @@ def _encoder_of(found: Mapping[str, Tensor]) -> str | None:
     if "embeddings.word_embeddings.weight" in found:
         words, width = found["embeddings.word_embeddings.weight"].shape
         return f"a BERT of {_count(found, 'encoder.layer.')} layers, width {width}, {words} words"
-    if "layers.0.blocks.0.attn.relative_position_bias_table" in found and "patch_embed.proj.weight" in found:
+    if (
+        "layers.0.blocks.0.attn.relative_position_bias_table" in found
+        and "patch_embed.proj.weight" in found
+    ):
         return _which_swin(found)
     if "layer1.0.conv1.weight" in found:
         return _which_resnet(found)
@@ -137,8 +164,12 @@ def _which_swin(found: Mapping[str, Tensor]) -> str:
     stages = _count(found, "layers.")
     depths = tuple(_count(found, f"layers.{stage}.blocks.") for stage in range(stages))
     window = ((_side(found["layers.0.blocks.0.attn.relative_position_bias_table"]) or 1) + 1) // 2
-    sizes = {(96, (2, 2, 6, 2)): "tiny", (96, (2, 2, 18, 2)): "small",
-             (128, (2, 2, 18, 2)): "base", (192, (2, 2, 18, 2)): "large"}
+    sizes = {
+        (96, (2, 2, 6, 2)): "tiny",
+        (96, (2, 2, 18, 2)): "small",
+        (128, (2, 2, 18, 2)): "base",
+        (192, (2, 2, 18, 2)): "large",
+    }
     pixels = {7: 224, 12: 384}.get(window)
     if (width, depths) in sizes and pixels:
         return f"swin_{sizes[width, depths]}_patch4_window{window}_{pixels}"
@@ -148,14 +179,25 @@ def _which_swin(found: Mapping[str, Tensor]) -> str:
 def _which_resnet(found: Mapping[str, Tensor]) -> str:
     blocks = tuple(_count(found, f"layer{stage}.") for stage in range(1, 5))
     kind = "Bottleneck" if "layer1.0.conv3.weight" in found else "BasicBlock"
-    known = {("BasicBlock", (2, 2, 2, 2)): 18, ("BasicBlock", (3, 4, 6, 3)): 34, ("Bottleneck", (3, 4, 6, 3)): 50,
-             ("Bottleneck", (3, 4, 23, 3)): 101, ("Bottleneck", (3, 8, 36, 3)): 152}
-    return f"resnet{known[kind, blocks]}" if (kind, blocks) in known else f"a ResNet of {blocks} blocks"
+    known = {
+        ("BasicBlock", (2, 2, 2, 2)): 18,
+        ("BasicBlock", (3, 4, 6, 3)): 34,
+        ("Bottleneck", (3, 4, 6, 3)): 50,
+        ("Bottleneck", (3, 4, 23, 3)): 101,
+        ("Bottleneck", (3, 8, 36, 3)): 152,
+    }
+    return (
+        f"resnet{known[kind, blocks]}"
+        if (kind, blocks) in known
+        else f"a ResNet of {blocks} blocks"
+    )
 
 
 def _count(names: Collection[str], before: str) -> int:
     """How many different numbers follow `before` in the names."""
-    return len({found[1] for name in names if (found := re.match(re.escape(before) + r"(\d+)\.", name))})
+    return len(
+        {found[1] for name in names if (found := re.match(re.escape(before) + r"(\d+)\.", name))}
+    )
 
 
 def _side(table: Tensor) -> int | None:

@@ -1,4 +1,5 @@
 """What became of every tensor when weights were loaded."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -40,16 +41,29 @@ class LoadReport:
     def text(self) -> str:
         """A few lines for people: counts, and the first names of what is not simply loaded."""
         if self.random:
-            return "\n".join([f"{self.part}: RANDOM START, no pretrained weights", *(f"  {note}" for note in self.notes)])
-        lines = [f"{self.part}: THESE WEIGHTS MAY HAVE SEEN THE TEST IMAGES. {self.leak}"] if self.leak else []
-        lines += [f"{self.part}: {len(self.loaded)} tensors loaded, {len(self.interpolated)} interpolated, "
-                  f"{len(self.left_out)} left out, {len(self.missing)} not in the file; from {self.source}"]
+            return "\n".join(
+                [
+                    f"{self.part}: RANDOM START, no pretrained weights",
+                    *(f"  {note}" for note in self.notes),
+                ]
+            )
+        lines = (
+            [f"{self.part}: THESE WEIGHTS MAY HAVE SEEN THE TEST IMAGES. {self.leak}"]
+            if self.leak
+            else []
+        )
+        lines += [
+            f"{self.part}: {len(self.loaded)} tensors loaded, {len(self.interpolated)} interpolated, "
+            f"{len(self.left_out)} left out, {len(self.missing)} not in the file; from {self.source}"
+        ]
         lines += [f"  {note}" for note in self.notes]
         if self.interpolated:
             shown = [f"{name} {old} -> {new}" for name, old, new in self.interpolated]
             lines.append(f"  interpolated (bicubic): {first_of(shown, 2)}")
         for why in dict.fromkeys(why for _, why in self.left_out):
-            lines.append(f"  left out, {why}: {first_of([name for name, reason in self.left_out if reason == why], 4)}")
+            lines.append(
+                f"  left out, {why}: {first_of([name for name, reason in self.left_out if reason == why], 4)}"
+            )
         if self.missing:
             lines.append(f"  not in the file, keep their start: {first_of(self.missing, 4)}")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 Shape legend: B batch, P pixels (H*W), T words, C pixel channels, D text width, h heads.
 """
+
 from __future__ import annotations
 
 import torch
@@ -31,11 +32,20 @@ class WordPixelAlignment(nn.Module):
         InputError: the heads do not divide both widths, or `impl` is not in this build.
     """
 
-    def __init__(self, pixel_width: int, word_width: int, heads: int = 1, impl: str = "auto", update_words: bool = True):
+    def __init__(
+        self,
+        pixel_width: int,
+        word_width: int,
+        heads: int = 1,
+        impl: str = "auto",
+        update_words: bool = True,
+    ):
         super().__init__()
         if pixel_width % heads or word_width % heads:
-            raise InputError(f"model.wpa.heads = {heads} must divide the pixel width {pixel_width} "
-                             f"and the text width {word_width}")
+            raise InputError(
+                f"model.wpa.heads = {heads} must divide the pixel width {pixel_width} "
+                f"and the text width {word_width}"
+            )
         if impl != "plain":
             choose(impl)
         self.heads, self.impl, self.update_words = heads, impl, update_words
@@ -60,7 +70,9 @@ class WordPixelAlignment(nn.Module):
         Returns:
             pixels [B, P, C] and words [B, T, D]; the words are unchanged where `update_words` is false.
         """
-        pixels_from_words, words_from_pixels = self.attend(self.norm_pixels(pixels), self.norm_words(words), word_mask)
+        pixels_from_words, words_from_pixels = self.attend(
+            self.norm_pixels(pixels), self.norm_words(words), word_mask
+        )
         pixels = pixels + _gated(self.gate_pixels, pixels_from_words).to(pixels.dtype)
         if self.update_words:
             message = _gated(self.gate_words, words_from_pixels) * word_mask[..., None]
@@ -69,48 +81,78 @@ class WordPixelAlignment(nn.Module):
 
     def attend(self, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: E741
         """Both messages, V^ [B, P, C] and L^ [B, T, D] (none without `update_words`), of normalized pixels and words."""
-        return (self._attend_plain if self.impl == "plain" else self._attend_absorbed)(v, l, word_mask)
+        return (self._attend_plain if self.impl == "plain" else self._attend_absorbed)(
+            v, l, word_mask
+        )
 
-    def _attend_absorbed(self, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: E741
+    def _attend_absorbed(
+        self, v: Tensor, l: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:  # noqa: E741
         with without_autocast(v.device):
             keys, values, bias = self.absorb(_exact(l), word_mask)
-        pixels_from_words, read = bidirectional_attention(v, keys, values, bias, self.impl, self.heads)
+        pixels_from_words, read = bidirectional_attention(
+            v, keys, values, bias, self.impl, self.heads
+        )
         if not self.update_words:
             return pixels_from_words, None
         with without_autocast(v.device):
-            read = read.unflatten(1, (self.heads, -1))                                                   # [B, h, T, C]
-            weight = _exact(self.pixel_value_weight).unflatten(0, (self.heads, -1))                      # [h, D/h, C]
-            message = torch.einsum("bhtc,hdc->bthd", read, weight).flatten(2) + _exact(self.pixel_value_bias)
+            read = read.unflatten(1, (self.heads, -1))  # [B, h, T, C]
+            weight = _exact(self.pixel_value_weight).unflatten(0, (self.heads, -1))  # [h, D/h, C]
+            message = torch.einsum("bhtc,hdc->bthd", read, weight).flatten(2) + _exact(
+                self.pixel_value_bias
+            )
             return pixels_from_words, message * word_mask[..., None]
 
     def absorb(self, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
         """Word-side operands of the kernel, computed in float32: keys and values [B, h*T, C], bias [B, h*T]."""
-        key = F.linear(l, _exact(self.key_weight), _exact(self.key_bias))                                # [B, T, C]
-        key = key.unflatten(2, (self.heads, -1)) * (key.shape[2] // self.heads) ** -0.5                  # [B, T, h, C/h]
-        query_weight = _exact(self.query_weight).unflatten(0, (self.heads, -1))                          # [h, C/h, C]
-        query_bias = _exact(self.query_bias).unflatten(0, (self.heads, -1))                              # [h, C/h]
-        keys = torch.einsum("bthe,hec->bhtc", key, query_weight).flatten(1, 2)                           # [B, h*T, C]
-        bias = torch.einsum("bthe,he->bht", key, query_bias)                                             # [B, h, T]
-        bias = bias.masked_fill(~word_mask[:, None], float("-inf")).flatten(1)                           # [B, h*T]
-        value = F.linear(l, _exact(self.word_value_weight), _exact(self.word_value_bias))                # [B, T, C]
+        key = F.linear(l, _exact(self.key_weight), _exact(self.key_bias))  # [B, T, C]
+        key = (
+            key.unflatten(2, (self.heads, -1)) * (key.shape[2] // self.heads) ** -0.5
+        )  # [B, T, h, C/h]
+        query_weight = _exact(self.query_weight).unflatten(0, (self.heads, -1))  # [h, C/h, C]
+        query_bias = _exact(self.query_bias).unflatten(0, (self.heads, -1))  # [h, C/h]
+        keys = torch.einsum("bthe,hec->bhtc", key, query_weight).flatten(1, 2)  # [B, h*T, C]
+        bias = torch.einsum("bthe,he->bht", key, query_bias)  # [B, h, T]
+        bias = bias.masked_fill(~word_mask[:, None], float("-inf")).flatten(1)  # [B, h*T]
+        value = F.linear(
+            l, _exact(self.word_value_weight), _exact(self.word_value_bias)
+        )  # [B, T, C]
         if self.heads > 1:
-            value = _own_channels(value, self.heads)                                                     # [B, h*T, C]
+            value = _own_channels(value, self.heads)  # [B, h*T, C]
         return keys, value, bias
 
-    def _attend_plain(self, v: Tensor, l: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: E741
+    def _attend_plain(
+        self, v: Tensor, l: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:  # noqa: E741
         split = (self.heads, -1)
-        query = F.linear(v, self.query_weight, self.query_bias).unflatten(2, split)                      # [B, P, h, C/h]
-        key = F.linear(l, self.key_weight, self.key_bias).unflatten(2, split)                            # [B, T, h, C/h]
-        word_value = F.linear(l, self.word_value_weight, self.word_value_bias).unflatten(2, split)       # [B, T, h, C/h]
+        query = F.linear(v, self.query_weight, self.query_bias).unflatten(
+            2, split
+        )  # [B, P, h, C/h]
+        key = F.linear(l, self.key_weight, self.key_bias).unflatten(2, split)  # [B, T, h, C/h]
+        word_value = F.linear(l, self.word_value_weight, self.word_value_bias).unflatten(
+            2, split
+        )  # [B, T, h, C/h]
         with without_autocast(v.device):
-            scores = torch.einsum("bphe,bthe->bhpt", _exact(query), _exact(key)) * query.shape[3] ** -0.5
-            bias, _ = finite_bias(torch.zeros_like(scores[:, 0, 0]).masked_fill(~word_mask, float("-inf")))
-            over_words = (scores + bias[:, None, None]).softmax(3) * word_mask[:, None, None]            # [B, h, P, T]
+            scores = (
+                torch.einsum("bphe,bthe->bhpt", _exact(query), _exact(key)) * query.shape[3] ** -0.5
+            )
+            bias, _ = finite_bias(
+                torch.zeros_like(scores[:, 0, 0]).masked_fill(~word_mask, float("-inf"))
+            )
+            over_words = (scores + bias[:, None, None]).softmax(3) * word_mask[
+                :, None, None
+            ]  # [B, h, P, T]
             over_pixels = scores.softmax(2)
-            pixels_from_words = torch.einsum("bhpt,bthe->bphe", over_words, _exact(word_value)).flatten(2).to(v.dtype)
+            pixels_from_words = (
+                torch.einsum("bhpt,bthe->bphe", over_words, _exact(word_value))
+                .flatten(2)
+                .to(v.dtype)
+            )
         if not self.update_words:
             return pixels_from_words, None
-        pixel_value = F.linear(v, self.pixel_value_weight, self.pixel_value_bias).unflatten(2, split)    # [B, P, h, D/h]
+        pixel_value = F.linear(v, self.pixel_value_weight, self.pixel_value_bias).unflatten(
+            2, split
+        )  # [B, P, h, D/h]
         with without_autocast(v.device):
             message = torch.einsum("bhpt,bphd->bthd", over_pixels, _exact(pixel_value)).flatten(2)
         return pixels_from_words, message * word_mask[..., None]
@@ -118,7 +160,7 @@ class WordPixelAlignment(nn.Module):
 
 def _own_channels(value: Tensor, heads: int) -> Tensor:
     """[B, T, C] -> [B, h*T, C]: head h keeps its own slice of the channels, so that the sum over heads concatenates."""
-    own = torch.block_diag(*[value.new_ones(1, value.shape[2] // heads)] * heads)                        # [h, C]
+    own = torch.block_diag(*[value.new_ones(1, value.shape[2] // heads)] * heads)  # [h, C]
     return (value[:, None] * own[:, None]).flatten(1, 2)
 
 

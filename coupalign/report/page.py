@@ -11,6 +11,7 @@ Read from the run directory:
 No network, no file beside it: pictures are embedded, curves are drawn as SVG. Everything that is quoted is escaped, and
 the page's policy lets no other script run than page.js, which filters and sorts the pictures.
 """
+
 from __future__ import annotations
 
 import base64
@@ -39,16 +40,34 @@ def report_run(run: Path) -> Path:
     """
     found = read_scores(run)
     names = name_scores(found)
-    rows = {names[key]: read_rows(rows_path(run, *key)) for key in found if rows_path(run, *key).is_file()}
+    rows = {
+        names[key]: read_rows(rows_path(run, *key))
+        for key in found
+        if rows_path(run, *key).is_file()
+    }
     pictures = {folder.name: folder for folder in sorted((run / "pictures").glob("*/"))}
     config = run / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else None
-    return write_report(run / "report.html", run.resolve().name, {names[key]: score for key, score in found.items()},
-                        read_curves(run / JOURNAL), pictures, text, rows)
+    return write_report(
+        run / "report.html",
+        run.resolve().name,
+        {names[key]: score for key, score in found.items()},
+        read_curves(run / JOURNAL),
+        pictures,
+        text,
+        rows,
+    )
 
 
-def write_report(path: Path, title: str, scores: Mapping[str, Score], curves: Mapping[str, Points], pictures: Mapping[str, Path],
-                 config: str | None = None, rows: Mapping[str, Rows] | None = None) -> Path:
+def write_report(
+    path: Path,
+    title: str,
+    scores: Mapping[str, Score],
+    curves: Mapping[str, Points],
+    pictures: Mapping[str, Path],
+    config: str | None = None,
+    rows: Mapping[str, Rows] | None = None,
+) -> Path:
     """Write the page.
 
     Args:
@@ -58,9 +77,17 @@ def write_report(path: Path, title: str, scores: Mapping[str, Score], curves: Ma
         config: YAML text, shown as it stands.
         rows: of each score, where they are there.
     """
-    body = [header(title, scores), *(score_section(name, score) for name, score in scores.items()), curve_section(curves),
-            *(group_section(name, each, find_protocol(scores[name].protocol).empty) for name, each in (rows or {}).items()),
-            *(picture_section(split, folder) for split, folder in pictures.items()), _config_section(config)]
+    body = [
+        header(title, scores),
+        *(score_section(name, score) for name, score in scores.items()),
+        curve_section(curves),
+        *(
+            group_section(name, each, find_protocol(scores[name].protocol).empty)
+            for name, each in (rows or {}).items()
+        ),
+        *(picture_section(split, folder) for split, folder in pictures.items()),
+        _config_section(config),
+    ]
     return write_page(path, title, filter(None, body))
 
 
@@ -69,7 +96,15 @@ def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
     script = _data("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     with whole_file(path, "w") as file:
-        file.write(_PAGE.format(title=escape(title), style=_data("page.css"), body="\n".join(body), script=script, digest=digest))
+        file.write(
+            _PAGE.format(
+                title=escape(title),
+                style=_data("page.css"),
+                body="\n".join(body),
+                script=script,
+                digest=digest,
+            )
+        )
     return path
 
 

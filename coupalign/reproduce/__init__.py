@@ -1,4 +1,5 @@
 """Whole tables by one command: the runs that a table needs, the paper's numbers beside ours, a page to look at."""
+
 from coupalign.reproduce.runs import make_shapes, plan_runs, run_all, submit
 from coupalign.reproduce.spec import read_table
 from coupalign.reproduce.table import collect, publish

@@ -2,6 +2,7 @@
 
 A run is `runs/<configuration>[-<variant>]-s<seed>`, whichever table asks for it, so tables share what they have in common.
 """
+
 from __future__ import annotations
 
 import os
@@ -28,7 +29,10 @@ from coupalign.reproduce.spec import Row, Table
 
 CONFIGS, RUNS = Path("configs"), Path("runs")
 SWEEP, RECIPE = Path("slurm/sweep.sbatch"), Path("shards/recipes/refshapes.yaml")
-SHAPES = {"small": ("refshapes", 6600), "tiny": ("refshapes_tiny", 400)}        # scale -> configuration, scenes to generate
+SHAPES = {
+    "small": ("refshapes", 6600),
+    "tiny": ("refshapes_tiny", 400),
+}  # scale -> configuration, scenes to generate
 STOPPED = 75
 _SPLITS_OF_SHAPES = ("val", "testA", "testB")
 
@@ -40,13 +44,16 @@ class Run:
     config: Path
     overrides: tuple[str, ...]
     seed: int
-    splits: tuple[str, ...]          # to score
+    splits: tuple[str, ...]  # to score
 
     @property
     def variant(self) -> str:
         """What tells the runs of one configuration apart: "count-50-s0"."""
         keys = (change.partition("=") for change in self.overrides)
-        changes = [re.sub(r"[^\w.+]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-") for key, _, value in keys]
+        changes = [
+            re.sub(r"[^\w.+]+", "-", f"{key.rpartition('.')[2]}-{value}").strip("-")
+            for key, _, value in keys
+        ]
         return "-".join([*changes, f"s{self.seed}"])
 
     @property
@@ -80,7 +87,9 @@ def plan_runs(table: Table, scale: str | None, seeds: int) -> list[tuple[Row, li
     """
     planned = []
     for row in table.rows:
-        columns = [column for column in table.columns if scale or column in row.paper or not row.paper]
+        columns = [
+            column for column in table.columns if scale or column in row.paper or not row.paper
+        ]
         splits = tuple(dict.fromkeys(column.partition(" ")[0] for column in columns))
         if scale:
             splits = tuple(split for split in splits if split in _SPLITS_OF_SHAPES)
@@ -89,8 +98,10 @@ def plan_runs(table: Table, scale: str | None, seeds: int) -> list[tuple[Row, li
             made = row.config is not None and (CONFIGS / row.config, ())
         planned.append((row, [Run(*made, seed, splits) for seed in range(seeds)] if made else []))
     if not any(runs for _, runs in planned):
-        raise InputError(f"{table.title!r} has no row for {'RefShapes' if scale else 'real data'}; "
-                         f"{'leave --data refshapes out' if scale else 'add --data refshapes'}")
+        raise InputError(
+            f"{table.title!r} has no row for {'RefShapes' if scale else 'real data'}; "
+            f"{'leave --data refshapes out' if scale else 'add --data refshapes'}"
+        )
     return planned
 
 
@@ -99,10 +110,17 @@ def make_shapes(scale: str) -> None:
     name, images = SHAPES[scale]
     folder = Path("data") / name
     synth(folder / "refshapes", images, 0, "easy", 96, 2)
-    print(pack(read_recipe(RECIPE, [f"root={folder / 'refshapes'}"]), folder / "shards", workers=2).table(), flush=True)
+    print(
+        pack(
+            read_recipe(RECIPE, [f"root={folder / 'refshapes'}"]), folder / "shards", workers=2
+        ).table(),
+        flush=True,
+    )
 
 
-def run_all(runs: Sequence[Run], changes: Sequence[str] = (), launcher: Sequence[str] = (), jobs: int = 1) -> list[Outcome]:
+def run_all(
+    runs: Sequence[Run], changes: Sequence[str] = (), launcher: Sequence[str] = (), jobs: int = 1
+) -> list[Outcome]:
     """Train and score each run that has not been; the output of run X goes to runs/X.log.
 
     Args:
@@ -117,23 +135,34 @@ def run_all(runs: Sequence[Run], changes: Sequence[str] = (), launcher: Sequence
     runs = list(dict.fromkeys(runs))
     for run in runs:
         check_same(run, changes)
-    with _Children(list(launcher) or [sys.executable, "-m", "coupalign"], jobs) as children, ThreadPoolExecutor(jobs) as pool:
+    with (
+        _Children(list(launcher) or [sys.executable, "-m", "coupalign"], jobs) as children,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+
         def one(place: int) -> Outcome:
-            return children.bring_about(runs[place], changes, f"[{place + 1}/{len(runs)}] {runs[place].directory}")
+            return children.bring_about(
+                runs[place], changes, f"[{place + 1}/{len(runs)}] {runs[place].directory}"
+            )
 
         return list(pool.map(one, range(len(runs))))
 
 
 def is_done(run: Run, config: Config) -> bool:
     """Whether the run has all the scores that the table asks for."""
-    return all((run.directory / "scores" / f"{split}-{config.evaluate.protocol}.json").is_file() for split in run.splits)
+    return all(
+        (run.directory / "scores" / f"{split}-{config.evaluate.protocol}.json").is_file()
+        for split in run.splits
+    )
 
 
 def config_of(run: Run, changes: Sequence[str] = ()) -> Config:
     """The whole configuration of a run."""
     config = read_config(run.config, [*changes, *run.own_changes])
     if config.run_dir:
-        raise InputError(f"run_dir = {config.run_dir}: the runs of a table lie in {RUNS}/, each under its own name; leave it out")
+        raise InputError(
+            f"run_dir = {config.run_dir}: the runs of a table lie in {RUNS}/, each under its own name; leave it out"
+        )
     return config
 
 
@@ -143,12 +172,29 @@ def check_same(run: Run, changes: Sequence[str]) -> None:
     wanted = config_of(run, changes)
     if not file.is_file():
         return
-    free = ("data.workers", "data.cache", "tracking.", "train.hang", "train.log", "evaluate.batch", "engine.", "data.evaluate")
-    other = {key: pair for key, pair in diff(read_config(file), wanted).items() if not key.startswith(free)}
+    free = (
+        "data.workers",
+        "data.cache",
+        "tracking.",
+        "train.hang",
+        "train.log",
+        "evaluate.batch",
+        "engine.",
+        "data.evaluate",
+    )
+    other = {
+        key: pair
+        for key, pair in diff(read_config(file), wanted).items()
+        if not key.startswith(free)
+    }
     if other:
-        told = "; ".join(f"{key} is {old!r} there, {new!r} here" for key, (old, new) in list(other.items())[:4])
-        raise InputError(f"{run.directory}: holds the run of another configuration: {told}. Move it away, or call this command in "
-                         "another folder")
+        told = "; ".join(
+            f"{key} is {old!r} there, {new!r} here" for key, (old, new) in list(other.items())[:4]
+        )
+        raise InputError(
+            f"{run.directory}: holds the run of another configuration: {told}. Move it away, or call this command in "
+            "another folder"
+        )
 
 
 class _Children:
@@ -160,7 +206,9 @@ class _Children:
         self.stopping = threading.Event()
 
     def __enter__(self) -> _Children:
-        self.before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,8 +229,10 @@ class _Children:
         status = 0
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as output:
-            for verb, arguments in (("train", [run.config, *words]),
-                                    ("eval", [run.directory, *splits, "--language-blind", "--pictures", "6"])):
+            for verb, arguments in (
+                ("train", [run.config, *words]),
+                ("eval", [run.directory, *splits, "--language-blind", "--pictures", "6"]),
+            ):
                 if status == 0 and not self.stopping.is_set():
                     print(f"{title}: {verb}", flush=True)
                     status = self._call([*self.launcher, verb, *map(str, arguments)], output)
@@ -194,8 +244,18 @@ class _Children:
         return Outcome(run, status, seconds, log)
 
     def _call(self, command: list[str], output: object) -> int:
-        threads = {} if self.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**threads, **os.environ}, process_group=0)
+        threads = (
+            {}
+            if self.jobs == 1
+            else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+        )
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**threads, **os.environ},
+            process_group=0,
+        )
         self.running.add(process)
         try:
             return process.wait()
@@ -204,19 +264,35 @@ class _Children:
 
     def _stop(self, *_: object) -> None:
         self.stopping.set()
-        print("stopping: the runs save what they have; the same command goes on", file=sys.stderr, flush=True)
+        print(
+            "stopping: the runs save what they have; the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         for process in tuple(self.running):
             os.killpg(process.pid, signal.SIGTERM)
 
 
 def _last_words(log: Path) -> str:
     """The error that a run ended with, else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    errors = [line.removeprefix("coupalign: error: ") for line in lines if line.startswith("coupalign: error: ")]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace")
+        .replace("\r", "\n")
+        .splitlines()
+        if line.strip()
+    ]
+    errors = [
+        line.removeprefix("coupalign: error: ")
+        for line in lines
+        if line.startswith("coupalign: error: ")
+    ]
     return (errors or lines or ["nothing was said"])[-1]
 
 
-def submit(runs: Sequence[Run], changes: Sequence[str], options: str, folder: Path) -> list[list[str]]:
+def submit(
+    runs: Sequence[Run], changes: Sequence[str], options: str, folder: Path
+) -> list[list[str]]:
     """Hand the runs that have no scores yet to Slurm, an array for each configuration; returns the commands that were called.
 
     Args:
@@ -235,18 +311,35 @@ def submit(runs: Sequence[Run], changes: Sequence[str], options: str, folder: Pa
             check_same(run, changes)
         sweep = folder / f"{config.stem}.txt"
         with whole_file(sweep, "w") as file:
-            file.writelines(shlex.join([run.variant, *run.overrides, f"seed={run.seed}"]) + "\n" for run in own)
+            file.writelines(
+                shlex.join([run.variant, *run.overrides, f"seed={run.seed}"]) + "\n" for run in own
+            )
         splits = " ".join(dict.fromkeys(split for run in own for split in run.splits))
-        commands.append(["sbatch", "--array", f"0-{len(own) - 1}", *shlex.split(options), str(SWEEP), str(sweep), str(config), *changes])
+        commands.append(
+            [
+                "sbatch",
+                "--array",
+                f"0-{len(own) - 1}",
+                *shlex.split(options),
+                str(SWEEP),
+                str(sweep),
+                str(config),
+                *changes,
+            ]
+        )
         _sbatch(commands[-1], splits)
     return commands
 
 
 def _sbatch(command: Sequence[str], splits: str) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COUPALIGN_SPLITS": splits})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "COUPALIGN_SPLITS": splits}
+        )
     except FileNotFoundError:
-        raise InputError("--slurm: there is no sbatch here; call it on a login node of the cluster") from None
+        raise InputError(
+            "--slurm: there is no sbatch here; call it on a login node of the cluster"
+        ) from None
     if done.returncode:
         raise InputError(f"--slurm: sbatch refused: {done.stderr.strip()}\n{shlex.join(command)}")
     print(done.stdout.strip(), flush=True)

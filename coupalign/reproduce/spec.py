@@ -1,4 +1,5 @@
 """What a table consists of: a small YAML file with the published numbers and, for each method that we have, how to train it."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,8 +17,13 @@ TABLES = Path("configs/tables")
 class Row(Section):
     method: str
     paper: dict[str, float] = Field({}, description="published number by column, percent")
-    config: str | None = Field(None, description="file in configs/ that trains it on the real data; none: not in this harness")
-    shapes: tuple[str, ...] | None = Field(None, description="the overrides of configs/refshapes.yaml that make it; none: no such row")
+    config: str | None = Field(
+        None,
+        description="file in configs/ that trains it on the real data; none: not in this harness",
+    )
+    shapes: tuple[str, ...] | None = Field(
+        None, description="the overrides of configs/refshapes.yaml that make it; none: no such row"
+    )
 
 
 class Table(Section):
@@ -31,10 +37,14 @@ class Table(Section):
         for column in self.columns:
             split, _, metric = column.partition(" ")
             if metric not in METRICS:
-                raise ValueError(f"column {column!r}: a split and one of {', '.join(METRICS)} are expected, such as 'val oIoU'")
+                raise ValueError(
+                    f"column {column!r}: a split and one of {', '.join(METRICS)} are expected, such as 'val oIoU'"
+                )
         for row in self.rows:
             if strange := set(row.paper) - set(self.columns):
-                raise ValueError(f"row {row.method!r}: {sorted(strange)[0]!r} is none of the columns")
+                raise ValueError(
+                    f"row {row.method!r}: {sorted(strange)[0]!r} is none of the columns"
+                )
         return self
 
 
@@ -46,6 +56,9 @@ def read_table(name: str) -> Table:
     """
     path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml"))) or "none: call it in the root of the checkout"
+        known = (
+            ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
+            or "none: call it in the root of the checkout"
+        )
         raise InputError(f"{path}: no such table; in {TABLES} there are {known}")
     return read_section(Table, path)

@@ -8,6 +8,7 @@
 A name appears once at a step: what a resumed run measures again is not written again. Anything else that shows
 the numbers (MLflow) is fed from this file, so it can be away, die, or be filled later.
 """
+
 from __future__ import annotations
 
 import json
@@ -65,7 +66,10 @@ class Row:
             return None
 
     def line(self) -> bytes:
-        metrics = {name: number if math.isfinite(number) else _spell(number) for name, number in self.metrics.items()}
+        metrics = {
+            name: number if math.isfinite(number) else _spell(number)
+            for name, number in self.metrics.items()
+        }
         row = {"step": self.step, "time": self.time, "metrics": metrics}
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -123,7 +127,11 @@ class Journal:
             return
         self._write()
         if self._unwritten:
-            logger.warning("%s: %d rows could not be written and are lost", self.path, self._unwritten.count(b"\n"))
+            logger.warning(
+                "%s: %d rows could not be written and are lost",
+                self.path,
+                self._unwritten.count(b"\n"),
+            )
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -142,7 +150,11 @@ class Journal:
                 self._unwritten = self._unwritten[written:]
         except OSError as error:
             if not self._failing:
-                logger.warning("%s: %s; training goes on, rows wait in memory until the file can be written", self.path, error)
+                logger.warning(
+                    "%s: %s; training goes on, rows wait in memory until the file can be written",
+                    self.path,
+                    error,
+                )
             self._failing = True
         else:
             if self._failing:
@@ -160,8 +172,14 @@ class NullTracker:
 
 
 @contextmanager
-def open_tracker(config: NoTracking | MlflowTracking, run_dir: Path, run_name: str, rank: int,
-                 params: Mapping[str, Any] | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Tracker]:
+def open_tracker(
+    config: NoTracking | MlflowTracking,
+    run_dir: Path,
+    run_name: str,
+    rank: int,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Tracker]:
     """The tracker of a session: the journal and what follows it on rank 0, a null object elsewhere.
 
     Args:
@@ -176,7 +194,13 @@ def open_tracker(config: NoTracking | MlflowTracking, run_dir: Path, run_name: s
             from coupalign.tracking.outbox import tracking_address
 
             uri = tracking_address(config, run_dir)
-            tracker = NullTracker() if rank else MlflowTracker(Journal(run_dir), uri, config, run_name, params or {}, tags or {})
+            tracker = (
+                NullTracker()
+                if rank
+                else MlflowTracker(
+                    Journal(run_dir), uri, config, run_name, params or {}, tags or {}
+                )
+            )
         case NoTracking():
             tracker = NullTracker() if rank else Journal(run_dir)
     status: Status = "FAILED"
@@ -195,14 +219,19 @@ def git_revision(folder: Path) -> str:
 
     An installed package inside somebody's checkout is "unknown": git must track the folder's own files.
     """
+
     def git(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         if not git("ls-files", "--", "."):
             return "unknown"
-        return git("rev-parse", "--short=7", "HEAD") + ("+dirty" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "--short=7", "HEAD") + (
+            "+dirty" if git("status", "--porcelain", "--", ".") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

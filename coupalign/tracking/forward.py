@@ -3,6 +3,7 @@
 The training side only writes files. Where the server is away the thread tries again later; what is left at the end
 goes out at the next start of the run or by `sync`.
 """
+
 from __future__ import annotations
 
 import threading
@@ -33,21 +34,42 @@ SYSTEM_EVERY_S = 10.0
 class MlflowTracker:
     """A Tracker: the journal, followed by a sending thread."""
 
-    def __init__(self, journal: Journal, uri: str, config: MlflowTracking, run_name: str,
-                 params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        uri: str,
+        config: MlflowTracking,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
         self._journal = journal
         self._system = config.system_metrics
         self._system_due = 0.0
         if self._system:
             system_reading()
         run_dir = journal.path.parent
-        self._outbox = Outbox.read(run_dir) or Outbox(run_dir / STATE, uri, config.experiment, run_name)
+        self._outbox = Outbox.read(run_dir) or Outbox(
+            run_dir / STATE, uri, config.experiment, run_name
+        )
         if (self._outbox.uri, self._outbox.experiment) != (uri, config.experiment):
-            logger.warning("MLflow: this run was sent to %s (%s) before; %s (%s) gets all of it",
-                           self._outbox.uri, self._outbox.experiment, uri, config.experiment)
+            logger.warning(
+                "MLflow: this run was sent to %s (%s) before; %s (%s) gets all of it",
+                self._outbox.uri,
+                self._outbox.experiment,
+                uri,
+                config.experiment,
+            )
             self._outbox.start_over(uri=uri, experiment=config.experiment)
         words = {name: str(value) for name, value in params.items()}
-        self._keep(params=words, params_sent=False, run_name=run_name, status="RUNNING", ended=None, status_sent=False)
+        self._keep(
+            params=words,
+            params_sent=False,
+            run_name=run_name,
+            status="RUNNING",
+            ended=None,
+            status_sent=False,
+        )
         self.tag(tags)
         self._thread = Forwarder(self._outbox)
         self._thread.start()
@@ -77,8 +99,14 @@ class MlflowTracker:
         self._keep(status=status, ended=int(time.time() * 1000), status_sent=False)
         if not self._thread.finish(hurry=status in ("FAILED", "KILLED")):
             rows, artifacts = self._outbox.waiting()
-            logger.warning("MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` or the next start "
-                           "of this run sends them", self._outbox.uri, rows, artifacts, self._outbox.path.parent)
+            logger.warning(
+                "MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` or the next start "
+                "of this run sends them",
+                self._outbox.uri,
+                rows,
+                artifacts,
+                self._outbox.path.parent,
+            )
 
     def _keep(self, **values: Any) -> None:
         try:
@@ -126,7 +154,13 @@ class Forwarder(threading.Thread):
         while self.is_alive():
             self.join(0.1)
             waited = time.monotonic() - start
-            patience = CLOSE_WAIT_FAILED_S if hurry else CLOSE_WAIT_S if self._failing else CLOSE_WAIT_WORKING_S
+            patience = (
+                CLOSE_WAIT_FAILED_S
+                if hurry
+                else CLOSE_WAIT_S
+                if self._failing
+                else CLOSE_WAIT_WORKING_S
+            )
             if self.is_alive() and waited > patience:
                 self._given_up = True
                 return False
@@ -134,8 +168,12 @@ class Forwarder(threading.Thread):
 
     def _say_away(self, error: Exception) -> None:
         if not self._failing:
-            logger.warning("MLflow (%s) cannot be reached: %s. Training goes on; the numbers are kept in the run directory "
-                           "and sent when it is back.", self._delivery.outbox.uri, brief(error))
+            logger.warning(
+                "MLflow (%s) cannot be reached: %s. Training goes on; the numbers are kept in the run directory "
+                "and sent when it is back.",
+                self._delivery.outbox.uri,
+                brief(error),
+            )
         self._failing = True
 
     def _say_back(self) -> None:
@@ -165,7 +203,9 @@ def sync(run_dir: Path) -> Synced:
     """
     run_dir, error = Path(run_dir), None
     if (outbox := Outbox.read(run_dir)) is None:
-        raise InputError(f"{run_dir / STATE} is missing or damaged: this run was not tracked with MLflow (tracking.kind)")
+        raise InputError(
+            f"{run_dir / STATE} is missing or damaged: this run was not tracked with MLflow (tracking.kind)"
+        )
     delivery = Delivery(outbox)
     try:
         with sole_sender(run_dir):
@@ -174,7 +214,15 @@ def sync(run_dir: Path) -> Synced:
     except Exception as problem:
         error = brief(problem)
     outbox = delivery.outbox
-    return Synced(outbox.uri, outbox.experiment, outbox.run_id, delivery.rows, delivery.artifacts, *outbox.waiting(), error)
+    return Synced(
+        outbox.uri,
+        outbox.experiment,
+        outbox.run_id,
+        delivery.rows,
+        delivery.artifacts,
+        *outbox.waiting(),
+        error,
+    )
 
 
 def system_reading() -> dict[str, float]:
@@ -182,5 +230,8 @@ def system_reading() -> dict[str, float]:
     import psutil
 
     memory = psutil.virtual_memory()
-    return {"system/cpu_percent": psutil.cpu_percent(None), "system/memory_used_gb": (memory.total - memory.available) / 1e9,
-            "system/process_memory_gb": psutil.Process().memory_info().rss / 1e9}
+    return {
+        "system/cpu_percent": psutil.cpu_percent(None),
+        "system/memory_used_gb": (memory.total - memory.available) / 1e9,
+        "system/process_memory_gb": psutil.Process().memory_info().rss / 1e9,
+    }

@@ -4,6 +4,7 @@ A request whose answer was lost is simply repeated: a metric in MLflow's SQL sto
 and the journal fixes all four (primary key `metric_pk` in mlflow/store/tracking/dbmodels/models.py); a run is looked up
 by a tag of ours before it is created.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -22,11 +23,21 @@ from coupalign.tracking.base import JOURNAL, logger, read_rows
 from coupalign.tracking.outbox import Outbox
 
 KEY_TAG = "coupalign.key"
-METRICS_A_REQUEST, WORDS_A_REQUEST, PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 1000, 100, 6000, 8000, 250
+METRICS_A_REQUEST, WORDS_A_REQUEST, PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = (
+    1000,
+    100,
+    6000,
+    8000,
+    250,
+)
 """MLflow's limits (mlflow/utils/validation.py): metrics, params or tags a request; characters of a value, of a name."""
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-_DEFAULTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-             "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 """MLflow alone would hold one request for about four minutes (7 retries); we retry ourselves. Standard output is ours.
 The user's own values win."""
 
@@ -71,23 +82,33 @@ class Delivery:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-            logger.warning("MLflow (%s) no longer has run %s; it gets a new one", self.outbox.uri, self.outbox.run_id)
+            logger.warning(
+                "MLflow (%s) no longer has run %s; it gets a new one",
+                self.outbox.uri,
+                self.outbox.run_id,
+            )
             self.outbox.start_over()
         experiment_id = _experiment(client, self.outbox)
-        found = client.search_runs([experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{self.outbox.key}'", max_results=1)
+        found = client.search_runs(
+            [experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{self.outbox.key}'", max_results=1
+        )
         if found:
             self.outbox.change(run_id=found[0].info.run_id)
             return client
         first = next((row.time for row, _ in read_rows(self.run_dir / JOURNAL)), time.time())
         tags = {KEY_TAG: self.outbox.key, "mlflow.user": _user(), "mlflow.source.name": "coupalign"}
-        run = client.create_run(experiment_id, start_time=int(first * 1000), tags=tags, run_name=self.outbox.run_name)
+        run = client.create_run(
+            experiment_id, start_time=int(first * 1000), tags=tags, run_name=self.outbox.run_name
+        )
         self.outbox.change(run_id=run.info.run_id)
         return client
 
     def _require_active(self, client: Any) -> None:
         run = client.get_run(self.outbox.run_id)
         if run.info.lifecycle_stage != "active":
-            raise RuntimeError(f"run {self.outbox.run_id} was deleted there; restore it, or delete {self.outbox.path}")
+            raise RuntimeError(
+                f"run {self.outbox.run_id} was deleted there; restore it, or delete {self.outbox.path}"
+            )
 
     def _send_params(self) -> None:
         """Params of a run cannot change in MLflow: what a resumed run changed becomes a tag `changed.<name>`."""
@@ -98,12 +119,19 @@ class Delivery:
         wanted = {_name(name): value[:PARAM_LENGTH] for name, value in self.outbox.params.items()}
         there = self._client.get_run(self.outbox.run_id).data.params
         params = [Param(name, value) for name, value in wanted.items() if name not in there]
-        tags = [RunTag(f"changed.{name}"[:NAME_LENGTH], f"{there[name]} -> {value}"[:TAG_LENGTH])
-                for name, value in wanted.items() if name in there and there[name] != value]
+        tags = [
+            RunTag(f"changed.{name}"[:NAME_LENGTH], f"{there[name]} -> {value}"[:TAG_LENGTH])
+            for name, value in wanted.items()
+            if name in there and there[name] != value
+        ]
         for start in range(0, len(params), WORDS_A_REQUEST):
-            self._client.log_batch(self.outbox.run_id, params=params[start:start + WORDS_A_REQUEST], synchronous=True)
+            self._client.log_batch(
+                self.outbox.run_id, params=params[start : start + WORDS_A_REQUEST], synchronous=True
+            )
         for start in range(0, len(tags), WORDS_A_REQUEST):
-            self._client.log_batch(self.outbox.run_id, tags=tags[start:start + WORDS_A_REQUEST], synchronous=True)
+            self._client.log_batch(
+                self.outbox.run_id, tags=tags[start : start + WORDS_A_REQUEST], synchronous=True
+            )
         self.outbox.change(params_sent=True)
 
     def _send_rows(self) -> bool:
@@ -117,10 +145,13 @@ class Delivery:
         for row, behind in read_rows(journal, self.outbox.sent):
             if metrics and len(metrics) + len(row.metrics) > METRICS_A_REQUEST:
                 break
-            metrics += [Metric(_name(name), value, int(row.time * 1000), row.step) for name, value in row.metrics.items()]
+            metrics += [
+                Metric(_name(name), value, int(row.time * 1000), row.step)
+                for name, value in row.metrics.items()
+            ]
             count, end = count + 1, behind
         for start in range(0, len(metrics), METRICS_A_REQUEST):
-            self._send_metrics(metrics[start:start + METRICS_A_REQUEST])
+            self._send_metrics(metrics[start : start + METRICS_A_REQUEST])
         if count:
             self.outbox.change(sent=end)
             self.rows += count
@@ -137,16 +168,27 @@ class Delivery:
                 raise
             self._require_active(self._client)
             if len(metrics) > 1:
-                self._send_metrics(metrics[:len(metrics) // 2])
-                self._send_metrics(metrics[len(metrics) // 2:])
+                self._send_metrics(metrics[: len(metrics) // 2])
+                self._send_metrics(metrics[len(metrics) // 2 :])
             elif metrics[0].key not in self._refused:
                 self._refused.add(metrics[0].key)
-                logger.warning("MLflow refuses the metric %r: %s; it stays in the journal only", metrics[0].key, brief(error))
+                logger.warning(
+                    "MLflow refuses the metric %r: %s; it stays in the journal only",
+                    metrics[0].key,
+                    brief(error),
+                )
 
     def _send_artifact(self) -> bool:
         """Send one artifact; whether there was one to send."""
         with self.outbox.lock:
-            artifact = next((artifact for artifact in self.outbox.artifacts if artifact["sent"] < artifact["asked"]), None)
+            artifact = next(
+                (
+                    artifact
+                    for artifact in self.outbox.artifacts
+                    if artifact["sent"] < artifact["asked"]
+                ),
+                None,
+            )
             asked = artifact["asked"] if artifact else 0
         if artifact is None:
             return False
@@ -172,7 +214,9 @@ class Delivery:
             tags = dict(self.outbox.tags)
         words = [RunTag(_name(name), value[:TAG_LENGTH]) for name, value in tags.items()]
         for start in range(0, len(words), WORDS_A_REQUEST):
-            self._client.log_batch(self.outbox.run_id, tags=words[start:start + WORDS_A_REQUEST], synchronous=True)
+            self._client.log_batch(
+                self.outbox.run_id, tags=words[start : start + WORDS_A_REQUEST], synchronous=True
+            )
         with self.outbox.lock:
             self.outbox.change(tags_sent=tags == self.outbox.tags)
 
@@ -196,8 +240,10 @@ def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
         InputError: the server does not answer, there is no such run or more than one of that name, or it has no such artifact.
     """
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise InputError(f"{run}: neither a run directory nor a run of a tracking server ({uri} does not exist); name the server with "
-                         "--tracking-uri or MLFLOW_TRACKING_URI")
+        raise InputError(
+            f"{run}: neither a run directory nor a run of a tracking server ({uri} does not exist); name the server with "
+            "--tracking-uri or MLFLOW_TRACKING_URI"
+        )
     from mlflow.exceptions import MlflowException
 
     try:
@@ -206,10 +252,14 @@ def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
         parent = path.rpartition("/")[0]
         there = [found.path for found in client.list_artifacts(run_id, parent or None)]
         if path not in there:
-            raise InputError(f"run {run} on {uri} has no artifact {path}; it has {', '.join(there) or 'none'} there")
+            raise InputError(
+                f"run {run} on {uri} has no artifact {path}; it has {', '.join(there) or 'none'} there"
+            )
         return Path(client.download_artifacts(run_id, path, str(folder)))
     except (MlflowException, OSError) as error:
-        raise InputError(f"run {run}: {path} cannot be fetched from {uri}: {brief(error)}") from error
+        raise InputError(
+            f"run {run}: {path} cannot be fetched from {uri}: {brief(error)}"
+        ) from error
 
 
 def _run_id(client: Any, uri: str, run: str) -> str:
@@ -217,12 +267,16 @@ def _run_id(client: Any, uri: str, run: str) -> str:
         return run
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     quote = '"' if "'" in run else "'"
-    found = client.search_runs(experiments, filter_string=f"attributes.run_name = {quote}{run}{quote}", max_results=10)
+    found = client.search_runs(
+        experiments, filter_string=f"attributes.run_name = {quote}{run}{quote}", max_results=10
+    )
     if not found:
         raise InputError(f"{run}: neither a run directory nor the name of a run on {uri}")
     if len(found) > 1:
-        raise InputError(f"{run}: {len(found)} runs on {uri} are called that; name one by its id: "
-                         f"{', '.join(one.info.run_id for one in found)}")
+        raise InputError(
+            f"{run}: {len(found)} runs on {uri} are called that; name one by its id: "
+            f"{', '.join(one.info.run_id for one in found)}"
+        )
     return found[0].info.run_id
 
 
@@ -275,8 +329,12 @@ def _experiment(client: Any, outbox: Outbox) -> str:
     location = None
     if urlsplit(outbox.uri).scheme not in ("http", "https", ""):
         sqlite = outbox.uri.startswith("sqlite:///")
-        neighbor = Path(outbox.uri.removeprefix("sqlite:///")) if sqlite else outbox.path.resolve().parent
-        location = (neighbor.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", outbox.experiment)).as_uri()
+        neighbor = (
+            Path(outbox.uri.removeprefix("sqlite:///")) if sqlite else outbox.path.resolve().parent
+        )
+        location = (
+            neighbor.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", outbox.experiment)
+        ).as_uri()
     try:
         return client.create_experiment(outbox.experiment, artifact_location=location)
     except MlflowException as error:

@@ -1,9 +1,10 @@
 """What an MLflow run should hold and how much of it is there, in files that need no MLflow.
 
-    <run_dir>/metrics.jsonl   the journal; rows are sent from a cursor on
-    <run_dir>/tracking.json   the cursor, the id of the MLflow run, and what is still to be sent
-    <run_dir>/tracking.lock   held by the process that is sending
+<run_dir>/metrics.jsonl   the journal; rows are sent from a cursor on
+<run_dir>/tracking.json   the cursor, the id of the MLflow run, and what is still to be sent
+<run_dir>/tracking.lock   held by the process that is sending
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -31,13 +32,21 @@ def tracking_address(config: MlflowTracking, run_dir: Path) -> str:
 
     Raises InputError for a folder (MLflow refuses its old file store) and for an address with a password in it.
     """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    uri = (
+        config.uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    )
     parts = urlsplit(uri)
     if uri != "databricks" and parts.scheme in ("", "file"):
-        raise InputError(f"tracking.uri {uri!r} is a folder, which MLflow no longer writes to: give sqlite:///FILE.db or http://HOST:PORT")
+        raise InputError(
+            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes to: give sqlite:///FILE.db or http://HOST:PORT"
+        )
     if parts.scheme in ("http", "https") and parts.password:
-        raise InputError("tracking.uri holds a password, and the address is written into files of the run: put the user and the "
-                         "password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        raise InputError(
+            "tracking.uri holds a password, and the address is written into files of the run: put the user and the "
+            "password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     return uri
@@ -72,7 +81,10 @@ class Outbox:
         try:
             values = json.loads((run_dir / STATE).read_text("utf-8"))
             known = {f.name for f in fields(cls)} - {"path"}
-            return cls(path=run_dir / STATE, **{name: value for name, value in values.items() if name in known})
+            return cls(
+                path=run_dir / STATE,
+                **{name: value for name, value in values.items() if name in known},
+            )
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
@@ -81,14 +93,18 @@ class Outbox:
         with self.lock:
             for name, value in values.items():
                 setattr(self, name, value)
-            write_json(self.path, {name: value for name, value in asdict(self).items() if name != "path"})
+            write_json(
+                self.path, {name: value for name, value in asdict(self).items() if name != "path"}
+            )
 
     def start_over(self, **values: Any) -> None:
         """Mark everything as unsent: another server, or the run is gone from it."""
         with self.lock:
             for artifact in self.artifacts:
                 artifact["sent"] = 0
-            self.change(run_id=None, sent=0, params_sent=False, tags_sent=False, status_sent=False, **values)
+            self.change(
+                run_id=None, sent=0, params_sent=False, tags_sent=False, status_sent=False, **values
+            )
 
     def add_artifact(self, path: Path, folder: str) -> None:
         place = path.resolve()

@@ -1,4 +1,5 @@
 """The training loop: data order in, optimizer steps through the engine, numbers out; it can stop and go on anywhere."""
+
 from __future__ import annotations
 
 import logging
@@ -40,7 +41,7 @@ from coupalign.training.scoring import score_splits
 from coupalign.watch import doing
 
 logger = logging.getLogger("coupalign.training")
-_ASK_EVERY_S = 1.0      # the ranks agree whether to stop
+_ASK_EVERY_S = 1.0  # the ranks agree whether to stop
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Run:
     loader: TrainLoader
     engine: Engine
     checkpoints: Checkpoints
-    total: int                       # optimizer steps of the whole run
+    total: int  # optimizer steps of the whole run
     trained_on: TrainedOn
 
     def logs(self, step: int) -> bool:
@@ -78,7 +79,10 @@ class Run:
 
     def _due(self, every: int | None, step: int) -> bool:
         """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
-        return step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0 or step == self.total
+        return (
+            step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0
+            or step == self.total
+        )
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,14 @@ def train(config: Config, stop: StopRequest) -> Outcome:
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
             dist.on_main(lambda: _claim(run), world)
-            with open_tracker(config.tracking, config.directory, config.name, world.rank, flatten(config), _tags(run)) as tracker:
+            with open_tracker(
+                config.tracking,
+                config.directory,
+                config.name,
+                world.rank,
+                flatten(config),
+                _tags(run),
+            ) as tracker:
                 tracker.artifact(config.directory / "config.yaml")
                 outcome = _steps(run, state, tracker, stop)
                 if not outcome.finished:
@@ -118,31 +129,55 @@ def _prepare(config: Config, world: World) -> Run:
     doing("opening the data", alone=True)
     torch.manual_seed(config.seed)
     tokenizer = open_tokenizer(config.data)
-    loader = build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch,
-                                world.rank, world.size, tokenizer)
+    loader = build_train_loader(
+        config.data,
+        config.seed,
+        config.train.global_batch,
+        config.train.max_micro_batch,
+        world.rank,
+        world.size,
+        tokenizer,
+    )
     doing("building the model", alone=True)
     trained_on = loader.trained_on
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     if not finished(config.directory / "checkpoints"):
         reports = load_pretrained(model, config.model)
-        trained_on = trained_on.after([Path(report.source) for report in reports if not report.random],
-                                      [report.leak for report in reports if report.leak])
+        trained_on = trained_on.after(
+            [Path(report.source) for report in reports if not report.random],
+            [report.leak for report in reports if report.leak],
+        )
         if world.is_main:
             print("\n".join([*(report.text() for report in reports), *loader.leaks]), flush=True)
             if before := len(trained_on.photos - loader.trained_on.photos):
-                print(f"the encoders were trained by a run of ours before, on {before:,} photographs that are not in data.train: every "
-                      "score counts them as trained on", flush=True)
+                print(
+                    f"the encoders were trained by a run of ours before, on {before:,} photographs that are not in data.train: every "
+                    "score counts them as trained on",
+                    flush=True,
+                )
     doing("building the engine")
     engine = build_engine(model, build_optimizer(model, config.optim), config, world)
     total = total_steps(config.train, loader.samples)
     if world.is_main:
-        print(f"{config.name}: {config.model.kind}, {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
-              f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
-              f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
-              f"-> {config.directory}", flush=True)
+        print(
+            f"{config.name}: {config.model.kind}, {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
+            f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
+            f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
+            f"-> {config.directory}",
+            flush=True,
+        )
         if isinstance(config.model, CoupAlignConfig):
             print(f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
-    return Run(config, world, tokenizer, loader, engine, Checkpoints(config, world, loader.fingerprint), total, trained_on)
+    return Run(
+        config,
+        world,
+        tokenizer,
+        loader,
+        engine,
+        Checkpoints(config, world, loader.fingerprint),
+        total,
+        trained_on,
+    )
 
 
 def _claim(run: Run) -> None:
@@ -153,20 +188,35 @@ def _claim(run: Run) -> None:
         with whole_file(config.directory / "config.yaml", "w") as file:
             file.write(dump(config))
         # A checkpoint knows what it was trained on; a file of an older run under this name does not.
-        known = [read_trained_on(checkpoint) for checkpoint in finished(config.directory / "checkpoints")]
+        known = [
+            read_trained_on(checkpoint) for checkpoint in finished(config.directory / "checkpoints")
+        ]
         (next(filter(None, reversed(known)), None) or run.trained_on).write(config.directory)
     except OSError as error:
-        raise InputError(f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
-                         "another run_dir") from error
+        raise InputError(
+            f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
+            "another run_dir"
+        ) from error
 
 
 def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
     """Train from `state` to the end, or until a stop is agreed on. A checkpoint may owe its evaluation, which then comes first."""
     config, world = run.config, run.world
-    scores: dict[str, Score] | None = None                   # none: not evaluated yet; empty on ranks other than 0
-    bar = tqdm(total=run.total, initial=state.step, desc=config.name, unit="step", disable=not world.is_main,
-               mininterval=1.0, dynamic_ncols=True)
-    meter, ranks, utilization = Meter(), RankTimes(config.directory, world), Utilization(config, world)
+    scores: dict[str, Score] | None = None  # none: not evaluated yet; empty on ranks other than 0
+    bar = tqdm(
+        total=run.total,
+        initial=state.step,
+        desc=config.name,
+        unit="step",
+        disable=not world.is_main,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
+    meter, ranks, utilization = (
+        Meter(),
+        RankTimes(config.directory, world),
+        Utilization(config, world),
+    )
     batches = run.loader.steps_from(state.step)
     saved, first = state, True
     while True:
@@ -182,8 +232,11 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
             saved = _save(run, state, tracker, meter)
         if stopping and (state.step < run.total or run.owes_evaluation(state)):
             bar.close()
-            _say(world, f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from "
-                        f"{run.checkpoints.folder}")
+            _say(
+                world,
+                f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from "
+                f"{run.checkpoints.folder}",
+            )
             return Outcome(state, False, world.is_main, scores or {})
         if state.step >= run.total:
             break
@@ -196,11 +249,17 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
             ranks_row = ranks.note(state.step, meter.own_seconds())
             times = meter.read()
             times |= utilization.of(times["train/samples_per_second"])
-            tracker.log(state.step, {**_row(stats, lr), **ranks_row, **times, "data/bad_samples": len(run.loader.bad)})
+            tracker.log(
+                state.step,
+                {**_row(stats, lr), **ranks_row, **times, "data/bad_samples": len(run.loader.bad)},
+            )
             meter.restart()
             bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
     bar.close()
-    _say(world, f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, {meter.saving_share:.1%} of this session")
+    _say(
+        world,
+        f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, {meter.saving_share:.1%} of this session",
+    )
     return Outcome(state, True, world.is_main, scores or {})
 
 
@@ -211,8 +270,14 @@ def _agreed(stop: StopRequest, state: TrainState, meter: Meter, world: World) ->
     return asked > 0, max(1, int(_ASK_EVERY_S / slowest_s)) if slowest_s else 1
 
 
-def _advance(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batch]]], meter: Meter, bar: tqdm,
-             until: int) -> tuple[TrainState, StepStats]:
+def _advance(
+    run: Run,
+    state: TrainState,
+    batches: Iterator[tuple[int, list[Batch]]],
+    meter: Meter,
+    bar: tqdm,
+    until: int,
+) -> tuple[TrainState, StepStats]:
     """Train up to step `until`, or to an earlier one after which something is due; the stats of the last step.
 
     The host waits for no step in between, and looks only then whether each of them was applied.
@@ -230,7 +295,9 @@ def _advance(run: Run, state: TrainState, batches: Iterator[tuple[int, list[Batc
     return state, done[-1]
 
 
-def _step(run: Run, step: int, batches: Iterator[tuple[int, list[Batch]]], meter: Meter) -> tuple[StepStats, list[Batch]]:
+def _step(
+    run: Run, step: int, batches: Iterator[tuple[int, list[Batch]]], meter: Meter
+) -> tuple[StepStats, list[Batch]]:
     doing(f"step {step + 1}: reading data", alone=True)
     with meter.waiting():
         place, micro_batches = next(batches)
@@ -238,7 +305,9 @@ def _step(run: Run, step: int, batches: Iterator[tuple[int, list[Batch]]], meter
     doing(f"step {step + 1}: forward, backward, update")
     seed_step(run.config.seed, step, run.world.rank)
     scale = lr_scale(step, run.total, run.config.schedule)
-    return run.engine.train_step([batch.to(run.world.device) for batch in micro_batches], scale), micro_batches
+    return run.engine.train_step(
+        [batch.to(run.world.device) for batch in micro_batches], scale
+    ), micro_batches
 
 
 def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainState:
@@ -251,24 +320,40 @@ def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainS
     return state
 
 
-def _evaluate(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> tuple[dict[str, Score], TrainState]:
+def _evaluate(
+    run: Run, state: TrainState, tracker: Tracker, stop: StopRequest
+) -> tuple[dict[str, Score], TrainState]:
     """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
     config, world = run.config, run.world
     agree_on_statistics(run.engine.model, world)
     try:
         with run.engine.averaged():
-            scores = score_splits(run.engine.infer, config, config.data.evaluate, run.tokenizer, world,
-                                  config.evaluate.pictures if state.step == run.total else 0,
-                                  dist.AnyRank(lambda: stop.name is not None, world))
+            scores = score_splits(
+                run.engine.infer,
+                config,
+                config.data.evaluate,
+                run.tokenizer,
+                world,
+                config.evaluate.pictures if state.step == run.total else 0,
+                dist.AnyRank(lambda: stop.name is not None, world),
+            )
     except OSError as error:
-        raise InputError(f"{config.directory}: the scores after step {state.step} could not be written ({error}). Make room, then call the "
-                         "same command: it goes on from the newest checkpoint") from error
+        raise InputError(
+            f"{config.directory}: the scores after step {state.step} could not be written ({error}). Make room, then call the "
+            "same command: it goes on from the newest checkpoint"
+        ) from error
     for split, score in scores.items():
-        tracker.log(state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()})
+        tracker.log(
+            state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()}
+        )
         tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})
-        write_json(config.directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()})
-        tqdm.write(f"step {state.step:,}  {split}: oIoU {100 * score.metrics['oIoU']:.2f}  mIoU {100 * score.metrics['mIoU']:.2f}  "
-                   f"P@0.5 {100 * score.metrics['P@0.5']:.2f}  ({score.protocol}, {score.samples:,} samples)")
+        write_json(
+            config.directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()}
+        )
+        tqdm.write(
+            f"step {state.step:,}  {split}: oIoU {100 * score.metrics['oIoU']:.2f}  mIoU {100 * score.metrics['mIoU']:.2f}  "
+            f"P@0.5 {100 * score.metrics['P@0.5']:.2f}  ({score.protocol}, {score.samples:,} samples)"
+        )
     if scores:
         tracker.artifact(config.directory / "scores", "scores")
     first = dist.from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
@@ -288,19 +373,32 @@ def _judged(state: TrainState, stats: StepStats, config: Config) -> TrainState:
     bad = 0 if stats.applied else state.bad_steps + 1
     if bad:
         where = f"the loss on ranks {list(stats.bad_ranks)}" if stats.bad_ranks else "the gradient"
-        logger.warning("step %d: %s was not finite; the weights were left as they were (%d in a row)", state.step, where, bad)
+        logger.warning(
+            "step %d: %s was not finite; the weights were left as they were (%d in a row)",
+            state.step,
+            where,
+            bad,
+        )
     # fp16 finds its loss scale by overflowing: from 65536 down to 1 takes up to 16 steps.
-    allowed = config.train.max_bad_steps + (16 if config.precision == "fp16" and not stats.bad_ranks else 0)
+    allowed = config.train.max_bad_steps + (
+        16 if config.precision == "fp16" and not stats.bad_ranks else 0
+    )
     if bad >= allowed:
-        raise InputError(f"step {state.step}: {where} was not finite {bad} times in a row. Lower optim.lr, set optim.clip_norm, "
-                         "or train in precision: fp32; the run can go on from its last checkpoint")
+        raise InputError(
+            f"step {state.step}: {where} was not finite {bad} times in a row. Lower optim.lr, set optim.clip_norm, "
+            "or train in precision: fp32; the run can go on from its last checkpoint"
+        )
     return replace(state, step=state.step + 1, bad_steps=bad)
 
 
 def _row(stats: StepStats, lr: float) -> dict[str, float]:
     row = {f"train/{name}": value for name, value in stats.losses.items()}
-    row |= {"train/lr": lr, "train/grad_norm": stats.grad_norm, "train/skipped": float(not stats.applied),
-            "train/peak_memory_gb": _peak_memory_gb()}
+    row |= {
+        "train/lr": lr,
+        "train/grad_norm": stats.grad_norm,
+        "train/skipped": float(not stats.applied),
+        "train/peak_memory_gb": _peak_memory_gb(),
+    }
     if stats.loss_scale != 1.0:
         row["train/loss_scale"] = stats.loss_scale
     return row
@@ -314,12 +412,21 @@ def _peak_memory_gb() -> float:
 
 
 def _tags(run: Run) -> dict[str, str]:
-    weights = (read_trained_on(run.config.directory) or run.trained_on).weights       # known to the session that loaded them
-    return {"data_fingerprint": run.loader.fingerprint, "mix": run.config.data.mix or "leaks refused",
-            "leak": "; ".join([*run.loader.leaks, *weights]) or "none found", "method": run.config.model.kind,
-            "git": git_revision(Path(coupalign.__file__).parent),
-            "coupalign": coupalign.__version__, "torch": torch.__version__, "engine": _engine_name(run.config),
-            "world_size": str(run.world.size), "precision": run.config.precision}
+    weights = (
+        read_trained_on(run.config.directory) or run.trained_on
+    ).weights  # known to the session that loaded them
+    return {
+        "data_fingerprint": run.loader.fingerprint,
+        "mix": run.config.data.mix or "leaks refused",
+        "leak": "; ".join([*run.loader.leaks, *weights]) or "none found",
+        "method": run.config.model.kind,
+        "git": git_revision(Path(coupalign.__file__).parent),
+        "coupalign": coupalign.__version__,
+        "torch": torch.__version__,
+        "engine": _engine_name(run.config),
+        "world_size": str(run.world.size),
+        "precision": run.config.precision,
+    }
 
 
 def _engine_name(config: Config) -> str:

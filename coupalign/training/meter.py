@@ -1,4 +1,5 @@
 """Where the time goes: samples per second, waiting for data, saving, and which rank the others wait for."""
+
 from __future__ import annotations
 
 import json
@@ -19,10 +20,15 @@ from coupalign.engine.base import DTYPES
 from coupalign.watch import doing
 
 RANKS = "ranks.jsonl"
-_UTILIZATION_AFTER_S = 30.0   # of a session: shorter ones are not worth the seconds that measuring takes
+_UTILIZATION_AFTER_S = (
+    30.0  # of a session: shorter ones are not worth the seconds that measuring takes
+)
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
-_SECONDS = 0.2                # that each side is multiplied for
-_SLOW, _SLOW_S = 1.5, 0.05    # a rank is a straggler from this many times the median on, and this many seconds a step above it
+_SECONDS = 0.2  # that each side is multiplied for
+_SLOW, _SLOW_S = (
+    1.5,
+    0.05,
+)  # a rank is a straggler from this many times the median on, and this many seconds a step above it
 
 logger = logging.getLogger("coupalign.training")
 
@@ -86,8 +92,11 @@ class Meter:
         """Rates and shares since the last look, for the log; `restart` begins the next one."""
         passed = time.perf_counter() - self.began
         self.last_wait = self.waited / passed
-        return {"train/samples_per_second": self.samples / passed, "data/wait_share": self.last_wait,
-                  "data/cut_sentences_share": self.cut_here / max(1, self.read_here)}
+        return {
+            "train/samples_per_second": self.samples / passed,
+            "data/wait_share": self.last_wait,
+            "data/cut_sentences_share": self.cut_here / max(1, self.read_here),
+        }
 
 
 class Utilization:
@@ -110,7 +119,11 @@ class Utilization:
 
             doing("measuring this machine's fastest matrix product", alone=True)
             flop = sum(cost.flops for cost in step_traffic(self.config, 1).values())
-            self.samples_per_second_at_peak = self.world.size * matmul_peak(DTYPES[self.config.precision], self.world.device) / flop
+            self.samples_per_second_at_peak = (
+                self.world.size
+                * matmul_peak(DTYPES[self.config.precision], self.world.device)
+                / flop
+            )
         return {"train/mfu": samples_per_second / self.samples_per_second_at_peak}
 
 
@@ -137,24 +150,45 @@ class RankTimes:
         """Compare after `step`; collective. Metrics of the slowest rank; none where there is one rank."""
         if self.world.size == 1:
             return {}
-        seconds = dist.gather_vector(torch.tensor(own_seconds, dtype=torch.float64, device=self.world.device), self.world)    # [ranks, 2]
+        seconds = dist.gather_vector(
+            torch.tensor(own_seconds, dtype=torch.float64, device=self.world.device), self.world
+        )  # [ranks, 2]
         total = seconds.sum(1)
         slowest, median = int(total.argmax()), float(total.median())
         if self.world.is_main:
-            line = {"step": step, "data_s": _rounded(seconds[:, 0]), "forward_s": _rounded(seconds[:, 1])}
-            with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:       # a full disk is the journal's to report
+            line = {
+                "step": step,
+                "data_s": _rounded(seconds[:, 0]),
+                "forward_s": _rounded(seconds[:, 1]),
+            }
+            with (
+                suppress(OSError),
+                open(self.path, "a", encoding="utf-8") as file,
+            ):  # a full disk is the journal's to report
                 file.write(json.dumps(line) + "\n")
             self._name(slowest, seconds, median)
-        return {"ranks/slowest": float(slowest), "ranks/slowest_s": float(total[slowest]), "ranks/median_s": median}
+        return {
+            "ranks/slowest": float(slowest),
+            "ranks/slowest_s": float(total[slowest]),
+            "ranks/median_s": median,
+        }
 
     def _name(self, rank: int, seconds: torch.Tensor, median: float) -> None:
         data, forward = seconds[rank].tolist()
         if rank in self.named or data + forward < max(_SLOW * median, median + _SLOW_S):
             return
         self.named.add(rank)
-        logger.warning("rank %d on %s holds up the others: %.2f s a step by itself (%.2f s waiting for data, %.2f s forward), the median "
-                       "of the ranks is %.2f s; %s has the times of all", rank, self.hosts[rank], data + forward, data, forward, median,
-                       self.path)
+        logger.warning(
+            "rank %d on %s holds up the others: %.2f s a step by itself (%.2f s waiting for data, %.2f s forward), the median "
+            "of the ranks is %.2f s; %s has the times of all",
+            rank,
+            self.hosts[rank],
+            data + forward,
+            data,
+            forward,
+            median,
+            self.path,
+        )
 
 
 def _matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -1,4 +1,5 @@
 """Scores of a finished checkpoint, alone or over the ranks of a launcher: `coupalign eval`."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -28,9 +29,17 @@ from coupalign.tracking import open_tracker
 from coupalign.training.scoring import Infer, score_split, split_names
 
 
-def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (), index: str | None = None,
-            protocol: str | None = None, sentences: str = "each", language_blind: bool = False, pictures: int = 0,
-            stop: StopRequest | None = None) -> dict[str, dict[tuple[str, str], Score]]:
+def rescore(
+    path: Path,
+    overrides: Sequence[str] = (),
+    splits: Sequence[str] = (),
+    index: str | None = None,
+    protocol: str | None = None,
+    sentences: str = "each",
+    language_blind: bool = False,
+    pictures: int = 0,
+    stop: StopRequest | None = None,
+) -> dict[str, dict[tuple[str, str], Score]]:
     """Score a checkpoint and keep scores, rows and pictures in its run directory; collective.
 
     Every (image, text) goes through the model once, whatever the number of protocols and sentence rules.
@@ -55,25 +64,51 @@ def rescore(path: Path, overrides: Sequence[str] = (), splits: Sequence[str] = (
     with dist.session() as world:
         checkpoint = find_checkpoint(path)
         config, model, tokenizer = open_checkpoint(checkpoint, world.device)
-        config = override(config, overrides).model_copy(update={"run_dir": run_directory(checkpoint)})
-        score = partial(score_split, _inference(model.eval(), config.precision), config, tokenizer=tokenizer, world=world,
-                        protocols=list(PROTOCOLS) if protocol == "all" else [protocol or config.evaluate.protocol],
-                        rules=RULES if sentences == "all" else [sentences], language_blind=language_blind, pictures=pictures,
-                        stopped=dist.AnyRank(lambda: stop is not None and stop.name is not None, world))
+        config = override(config, overrides).model_copy(
+            update={"run_dir": run_directory(checkpoint)}
+        )
+        score = partial(
+            score_split,
+            _inference(model.eval(), config.precision),
+            config,
+            tokenizer=tokenizer,
+            world=world,
+            protocols=list(PROTOCOLS)
+            if protocol == "all"
+            else [protocol or config.evaluate.protocol],
+            rules=RULES if sentences == "all" else [sentences],
+            language_blind=language_blind,
+            pictures=pictures,
+            stopped=dist.AnyRank(lambda: stop is not None and stop.name is not None, world),
+        )
         scores: dict[str, dict[tuple[str, str], Score]] = {}
         for split, source in split_names(_sources(config, splits, index)).items():
             evaluations = score(name=split, source=source)
             if not world.is_main:
                 continue
-            scores[split] = {key: evaluation.score for key, evaluation in evaluations.items() if evaluation.score is not None}
+            scores[split] = {
+                key: evaluation.score
+                for key, evaluation in evaluations.items()
+                if evaluation.score is not None
+            }
             for one in scores[split].values():
                 _keep(config.directory, checkpoint, split, one)
             if pictures:
                 explain = explainer(model, tokenizer, config.data, world.device)
-                keep_pictures(config.directory / "pictures" / split, next(iter(evaluations.values())), pictures, explain)
+                keep_pictures(
+                    config.directory / "pictures" / split,
+                    next(iter(evaluations.values())),
+                    pictures,
+                    explain,
+                )
         if scores:
-            split, first = next((split, score) for split, found in scores.items() for score in found.values())
-            write_json(config.directory / "score.json", {"checkpoint": checkpoint.resolve().name, "split": split, **first.to_json()})
+            split, first = next(
+                (split, score) for split, found in scores.items() for score in found.values()
+            )
+            write_json(
+                config.directory / "score.json",
+                {"checkpoint": checkpoint.resolve().name, "split": split, **first.to_json()},
+            )
         return scores
 
 
@@ -96,6 +131,7 @@ def _inference(model: ReferringModel, precision: str) -> Infer:
     @torch.no_grad()
     def infer(batch: Batch) -> Tensor:
         return net(batch.image, batch.words, batch.word_mask).float()
+
     return infer
 
 
@@ -108,7 +144,9 @@ def _sources(config: Config, splits: Sequence[str], index: str | None) -> list[S
     known = config.data.evaluate
     if not splits and index is None:
         if not known:
-            raise InputError("the configuration has no data.evaluate: name an --index and a --split")
+            raise InputError(
+                "the configuration has no data.evaluate: name an --index and a --split"
+            )
         return list(known)
     if index is not None and not splits:
         raise InputError("--index needs a --split")

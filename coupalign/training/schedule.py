@@ -1,4 +1,5 @@
 """Learning rate as a pure function of the step."""
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,9 @@ def lr_scale(step: int, total: int, schedule: ScheduleConfig) -> float:
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     t = min(1.0, (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps))
-    curve = (1 - t) ** schedule.power if schedule.kind == "poly" else (1 + math.cos(math.pi * t)) / 2
+    curve = (
+        (1 - t) ** schedule.power if schedule.kind == "poly" else (1 + math.cos(math.pi * t)) / 2
+    )
     return schedule.final + (1 - schedule.final) * curve
 
 

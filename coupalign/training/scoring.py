@@ -1,4 +1,5 @@
 """Scores of a model on the evaluation splits of a config, over all ranks, with the rows kept as files."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -25,8 +26,15 @@ from coupalign.evaluation.protocols import describe_conditions, find_protocol
 Infer = Callable[[Batch], Tensor]
 
 
-def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokenizer: Tokenizer, world: World,
-                 pictures: int = 0, stopped: Callable[[], bool] = lambda: False) -> dict[str, Score]:
+def score_splits(
+    infer: Infer,
+    config: Config,
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    world: World,
+    pictures: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Score]:
     """Score each source by itself under the config's protocol, every sentence a sample; collective.
 
     Names -> scores on rank 0, which also draws so many `pictures` of each kind; empty elsewhere. Raises Stopped on every rank
@@ -34,7 +42,9 @@ def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokeni
     """
     scores = {}
     for name, source in split_names(sources).items():
-        [evaluation] = score_split(infer, config, name, source, tokenizer, world, pictures=pictures, stopped=stopped).values()
+        [evaluation] = score_split(
+            infer, config, name, source, tokenizer, world, pictures=pictures, stopped=stopped
+        ).values()
         if evaluation.score is not None:
             scores[name] = evaluation.score
             if pictures:
@@ -42,9 +52,20 @@ def score_splits(infer: Infer, config: Config, sources: Sequence[Source], tokeni
     return scores
 
 
-def score_split(infer: Infer, config: Config, name: str, source: Source, tokenizer: Tokenizer, world: World, *,
-                protocols: Sequence[str] = (), rules: Sequence[Rule] = ("each",), language_blind: bool = False, pictures: int = 0,
-                stopped: Callable[[], bool] = lambda: False) -> dict[tuple[str, Rule], Evaluation]:
+def score_split(
+    infer: Infer,
+    config: Config,
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    protocols: Sequence[str] = (),
+    rules: Sequence[Rule] = ("each",),
+    language_blind: bool = False,
+    pictures: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[tuple[str, Rule], Evaluation]:
     """Score one source in one pass over the model and write its rows (see `evaluation.facts`) to `<run>/scores/`; collective.
 
     Args:
@@ -62,16 +83,39 @@ def score_split(infer: Infer, config: Config, name: str, source: Source, tokeniz
     limit = config.evaluate.limit
 
     def one_pass(shuffled: bool, shown: int) -> dict[tuple[str, Rule], Evaluation]:
-        loader = build_eval_loader(config.data, [source], config.evaluate.batch, world.rank, world.size, tokenizer,
-                                   limit=limit, shuffle_sentences=shuffled, images=shown > 0, rules=rules)
-        results = evaluate(infer, loader, wanted, gather=partial(dist.gather_rows, world=world), rank=world.rank,
-                           device=world.device, bootstrap=config.evaluate.bootstrap, pictures=shown,
-                           conditions=lambda protocol, rule: describe_conditions(protocol, config.data, [source], limit, rule),
-                           title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}", stopped=stopped)
+        loader = build_eval_loader(
+            config.data,
+            [source],
+            config.evaluate.batch,
+            world.rank,
+            world.size,
+            tokenizer,
+            limit=limit,
+            shuffle_sentences=shuffled,
+            images=shown > 0,
+            rules=rules,
+        )
+        results = evaluate(
+            infer,
+            loader,
+            wanted,
+            gather=partial(dist.gather_rows, world=world),
+            rank=world.rank,
+            device=world.device,
+            bootstrap=config.evaluate.bootstrap,
+            pictures=shown,
+            conditions=lambda protocol, rule: describe_conditions(
+                protocol, config.data, [source], limit, rule
+            ),
+            title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}",
+            stopped=stopped,
+        )
         if world.is_main and not shuffled:
             for (protocol, rule), evaluation in results.items():
                 path = rows_path(config.directory, name, protocol, rule)
-                write_rows(path, Rows.of(evaluation.rows, loader.words), find_protocol(protocol).empty)
+                write_rows(
+                    path, Rows.of(evaluation.rows, loader.words), find_protocol(protocol).empty
+                )
         return _with_leak(results, config.directory, loader)
 
     results = one_pass(False, pictures)
@@ -79,23 +123,36 @@ def score_split(infer: Infer, config: Config, name: str, source: Source, tokeniz
         blind = one_pass(True, 0)
         for key, evaluation in results.items():
             if evaluation.score is not None and (other := blind[key].score) is not None:
-                results[key] = replace(evaluation, score=with_language_blind(evaluation.score, other))
+                results[key] = replace(
+                    evaluation, score=with_language_blind(evaluation.score, other)
+                )
     return results
 
 
-def _with_leak(results: dict[tuple[str, Rule], Evaluation], run: Path, loader: EvalLoader) -> dict[tuple[str, Rule], Evaluation]:
+def _with_leak(
+    results: dict[tuple[str, Rule], Evaluation], run: Path, loader: EvalLoader
+) -> dict[tuple[str, Rule], Evaluation]:
     """The scores with what is known of photographs that were trained on; on rank 0, the only one that has scores."""
-    seen = read_trained_on(run) if any(evaluation.score for evaluation in results.values()) else None
+    seen = (
+        read_trained_on(run) if any(evaluation.score for evaluation in results.values()) else None
+    )
     if seen is None:
         return results
     words = seen.words(loader.photos)
-    return {key: replace(evaluation, score=replace(evaluation.score, leak=words)) for key, evaluation in results.items()}
+    return {
+        key: replace(evaluation, score=replace(evaluation.score, leak=words))
+        for key, evaluation in results.items()
+    }
 
 
 def split_names(sources: Sequence[Source]) -> dict[str, Source]:
     """A short name for each source: its split, with the data set in front where two share a split."""
     splits = [source.split for source in sources]
-    names = [source.split if splits.count(source.split) == 1 else f"{source.dataset}-{source.split_by}-{source.split}"
-             for source in sources]
+    names = [
+        source.split
+        if splits.count(source.split) == 1
+        else f"{source.dataset}-{source.split_by}-{source.split}"
+        for source in sources
+    ]
     assert len(set(names)) == len(names), f"the same source twice: {names}"
     return dict(zip(names, sources))

@@ -1,4 +1,5 @@
 """MLflow's own comparison of two runs that our tracker logged: what tells them apart can be read in the browser."""
+
 from __future__ import annotations
 
 import json
@@ -15,7 +16,7 @@ from tests.unit.tracking.test_mlflow import Server, client_of, run_id_of
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-SCORES = {20: 0.7154, 0: 0.6321}        # by the number of proposals
+SCORES = {20: 0.7154, 0: 0.6321}  # by the number of proposals
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,23 @@ def address(server: Server, tmp_path_factory) -> str:
     ids = []
     for proposals, score in SCORES.items():
         run_dir = tmp_path_factory.mktemp("runs") / f"with-{proposals}"
-        changes = [f"model.proposals.count={proposals}", f"run_dir={run_dir}", f"tracking.uri={server.uri}"]
+        changes = [
+            f"model.proposals.count={proposals}",
+            f"run_dir={run_dir}",
+            f"tracking.uri={server.uri}",
+        ]
         config = read_config(ROOT / "configs" / "demo.yaml", changes)
-        with open_tracker(config.tracking, run_dir, run_dir.name, rank=0, params=flatten(config)) as tracker:
+        with open_tracker(
+            config.tracking, run_dir, run_dir.name, rank=0, params=flatten(config)
+        ) as tracker:
             for step in range(1, 21):
                 tracker.log(step, {"train/loss": 2 / step})
             tracker.log(20, {"eval/val/oIoU": score, "eval/val/P@0.5": score + 0.1})
         ids.append(run_id_of(run_dir))
     experiment = client_of(server.uri).get_run(ids[0]).info.experiment_id
-    return f"{server.uri}/#/compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([experiment])}"
+    return (
+        f"{server.uri}/#/compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([experiment])}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +83,14 @@ def test_the_comparison_shows_what_tells_the_runs_apart(page: Page, shoot):
     toggles = page.get_by_text("Show diff only")
     for of_params_and_metrics in range(2):
         toggles.nth(of_params_and_metrics).click()
-    for name, values in (("model.proposals.count", [str(count) for count in SCORES]),
-                         ("eval/val/oIoU", [f"{score:.3f}" for score in SCORES.values()])):
-        page.wait_for_function(f"([name, values]) => ({BESIDE})(name).some(found => '' + found === '' + values)", arg=[name, values])
-    assert page.evaluate(BESIDE, "model.proposals.heads") == []              # the same in both
+    for name, values in (
+        ("model.proposals.count", [str(count) for count in SCORES]),
+        ("eval/val/oIoU", [f"{score:.3f}" for score in SCORES.values()]),
+    ):
+        page.wait_for_function(
+            f"([name, values]) => ({BESIDE})(name).some(found => '' + found === '' + values)",
+            arg=[name, values],
+        )
+    assert page.evaluate(BESIDE, "model.proposals.heads") == []  # the same in both
     page.get_by_text("Show diff only").last.scroll_into_view_if_needed()
     shoot(page, "mlflow")

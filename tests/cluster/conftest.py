@@ -1,4 +1,5 @@
 """A real Slurm of four nodes on this machine, and the list of what the jobs of a test session survived."""
+
 from __future__ import annotations
 
 import os
@@ -25,8 +26,25 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "tests" / "cluster" / "slurm.sh"
 # What a job must not inherit from whoever runs the tests.
-FOREIGN = ("SLURM_", "SBATCH_", "MASTER_", "OMP_", "NPROC", "NNODES", "NODE_RANK", "DS_", "COUPALIGN_", "DRY_RUN", "RANK", "WORLD_SIZE",
-           "LOCAL_", "GLOO_", "PYTEST_", "TRITON_INTERPRET", "DEEPSPEED_")
+FOREIGN = (
+    "SLURM_",
+    "SBATCH_",
+    "MASTER_",
+    "OMP_",
+    "NPROC",
+    "NNODES",
+    "NODE_RANK",
+    "DS_",
+    "COUPALIGN_",
+    "DRY_RUN",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GLOO_",
+    "PYTEST_",
+    "TRITON_INTERPRET",
+    "DEEPSPEED_",
+)
 SITE = """
 source {bin}/activate
 export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONPATH={root}
@@ -39,16 +57,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("cluster")
-            item.add_marker(pytest.mark.timeout(900))        # a busy machine takes a minute for the start of four ranks
+            item.add_marker(
+                pytest.mark.timeout(900)
+            )  # a busy machine takes a minute for the start of four ranks
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
-    counts = Counter(what for report in reports for name, what in report.user_properties if name == "survived")
+    reports = [
+        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())
+    ]
+    counts = Counter(
+        what for report in reports for name, what in report.user_properties if name == "survived"
+    )
     if counts:
-        kinds = ", ".join(what if times == 1 else f"{what} ({times})" for what, times in counts.items())
+        kinds = ", ".join(
+            what if times == 1 else f"{what} ({times})" for what, times in counts.items()
+        )
         terminalreporter.write_line(f"survived: {kinds}")
-        terminalreporter.write_line(f"survived {counts.total()} disturbances of {len(counts)} kinds")
+        terminalreporter.write_line(
+            f"survived {counts.total()} disturbances of {len(counts)} kinds"
+        )
 
 
 @pytest.fixture
@@ -64,7 +92,9 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return kept | {"PATH": path, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | changes
 
 
-def wait_until(what: str, done: Callable[[], object], seconds: float = 200, log: Callable[[], str] = str) -> None:
+def wait_until(
+    what: str, done: Callable[[], object], seconds: float = 200, log: Callable[[], str] = str
+) -> None:
     """Return when `done` is true; fail with `what` and the end of `log` if it does not become so."""
     until = time.monotonic() + seconds
     while not done():
@@ -99,7 +129,9 @@ def processes_where(known: Callable[[Path], bool]) -> list[int]:
 def weights(run: Path) -> dict[str, bytes]:
     """The bytes of the newest checkpoint's weights and averaged weights."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {file: (newest / file).read_bytes() for file in ("weights.safetensors", "ema.safetensors")}
+    return {
+        file: (newest / file).read_bytes() for file in ("weights.safetensors", "ema.safetensors")
+    }
 
 
 @dataclass(frozen=True)
@@ -112,9 +144,17 @@ class Cluster:
 
     def call(self, *words: str | Path, status: int | None = 0) -> str:
         """Run a command in the checkout; its output."""
-        done = subprocess.run([str(word) for word in words], cwd=self.checkout, env=self.environment, capture_output=True, text=True,
-                              timeout=120)
-        assert status is None or done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=self.checkout,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert status is None or done.returncode == status, (
+            f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done.stdout
 
     def sbatch(self, *words: str | Path) -> str:
@@ -137,24 +177,51 @@ class Cluster:
 
     def wait_rows(self, job: str, run: Path, step: int) -> None:
         """Return when the job's run has written this step."""
+
         def there() -> bool:
-            assert self.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), self.output(job)[-6000:]
+            assert self.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), (
+                self.output(job)[-6000:]
+            )
             return max(losses(run), default=0) >= step
+
         wait_until(f"step {step} of job {job}", there, log=lambda: self.output(job))
 
     def wait_end(self, *jobs: str, state: str = "COMPLETED", seconds: float = 400) -> None:
         """Return when the jobs have ended, all in this state."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+        ends = (
+            "COMPLETED",
+            "FAILED",
+            "CANCELLED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "DEADLINE",
+        )
         for job in jobs:
-            wait_until(f"the end of job {job}", lambda job=job: self.state(job) in ends, seconds, log=lambda job=job: self.output(job))
+            wait_until(
+                f"the end of job {job}",
+                lambda job=job: self.state(job) in ends,
+                seconds,
+                log=lambda job=job: self.output(job),
+            )
             assert self.state(job) == state, f"{self.job(job)}\n{self.output(job)[-6000:]}"
 
     def start_again(self, job: str, restarts: int, seconds: float = 200) -> None:
         """Wait until Slurm has queued the job again, and start it without the two minutes that Slurm holds it back."""
+
         def queued() -> bool:
             record = self.job(job)
-            return record["Restarts"] == str(restarts) and record["JobState"] in ("PENDING", "RUNNING")
-        wait_until(f"restart {restarts} of job {job}", queued, seconds, log=lambda: f"{self.job(job)}\n{self.output(job)}")
+            return record["Restarts"] == str(restarts) and record["JobState"] in (
+                "PENDING",
+                "RUNNING",
+            )
+
+        wait_until(
+            f"restart {restarts} of job {job}",
+            queued,
+            seconds,
+            log=lambda: f"{self.job(job)}\n{self.output(job)}",
+        )
         if self.state(job) == "PENDING":
             # A node refuses for good ("credential revoked") what starts in the very second in which it ended the start before.
             time.sleep(2)
@@ -165,7 +232,9 @@ def why_no_slurm() -> str | None:
     """Why there can be no Slurm here, or none."""
     if os.geteuid() != 0:
         return "slurmd takes root"
-    if not shutil.which("slurmctld", path=clean_environment()["PATH"]) and not shutil.which("apt-get"):
+    if not shutil.which("slurmctld", path=clean_environment()["PATH"]) and not shutil.which(
+        "apt-get"
+    ):
         return "Slurm is not installed, and there is no apt-get"
     return None
 
@@ -181,7 +250,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (checkout / "runs" / "slurm").mkdir(parents=True)
     site = checkout / "site.sh"
     site.write_text(SITE.format(bin=Path(sys.executable).parent, root=ROOT))
-    environment = clean_environment(SLURM_CONF=str(folder / "slurm.conf"), COUPALIGN_TEST_SLURM=str(folder), COUPALIGN_ENV=str(site))
+    environment = clean_environment(
+        SLURM_CONF=str(folder / "slurm.conf"),
+        COUPALIGN_TEST_SLURM=str(folder),
+        COUPALIGN_ENV=str(site),
+    )
     subprocess.run([SLURM, "install"], check=True, env=environment)
     try:
         subprocess.run([SLURM, "start", folder], check=True, env=environment)
@@ -192,7 +265,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 # Without dropout, whose draws are each rank's own, every topology trains on the same numbers; eps keeps Adam's first steps from
 # amplifying the last bit of gradients near 0.
-CHANGES = ["model.text.dropout=0", "model.proposals.dropout=0", "optim.eps=1e-5", "train.log_every=1"]
+CHANGES = [
+    "model.text.dropout=0",
+    "model.proposals.dropout=0",
+    "optim.eps=1e-5",
+    "train.log_every=1",
+]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """The planner's formulas against what ranks hold and send: two ranks over gloo, every engine, a model of five million parameters."""
+
 from __future__ import annotations
 
 import gc
@@ -26,18 +27,38 @@ from tests.distributed.jobs import SIZE, VOCABULARY, make_engine, micro_batches,
 from tests.distributed.ranks import run_ranks
 
 RANKS, BUCKET_MB = 2, 1
-LARGE = ["model.image.widths=[32, 64, 128, 256]", "model.text.width=192", "model.text.heads=4", "model.decoder.width=64",
-         f"engine.bucket_mb={BUCKET_MB}"]
+LARGE = [
+    "model.image.widths=[32, 64, 128, 256]",
+    "model.text.width=192",
+    "model.text.heads=4",
+    "model.decoder.width=64",
+    f"engine.bucket_mb={BUCKET_MB}",
+]
 # Partitions are rounded up: a parameter to 4 numbers (16 bytes) at stages 1 and 2, to a whole number for each rank at stage 3,
 # a group to 2 N numbers; some 150 parameters and 6 groups make 3 kB of the 20 MB that the weights take, 0.02 %.
 PADDING = 1e-3
-COLLECTIVES = {"all_reduce": 2, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "reduce_scatter": 1}
+COLLECTIVES = {
+    "all_reduce": 2,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "reduce_scatter_tensor": 1,
+    "reduce_scatter": 1,
+}
 
 
 def configs() -> list[Config]:
     """One for each way to train that the planner knows; a step has two micro-batches."""
-    return [tiny("engine.kind=deepspeed", f"engine.stage={way.stage}", f"engine.offload={str(way.offload).lower()}", *LARGE)
-            if way.stage is not None else tiny(*LARGE) for way in WAYS]
+    return [
+        tiny(
+            "engine.kind=deepspeed",
+            f"engine.stage={way.stage}",
+            f"engine.offload={str(way.offload).lower()}",
+            *LARGE,
+        )
+        if way.stage is not None
+        else tiny(*LARGE)
+        for way in WAYS
+    ]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -48,10 +69,15 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def everything() -> dict[int, int]:
     """The memory of every tensor that Python knows of since `gc.freeze`, gradients included."""
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]       # isinstance would wake lazy modules
+    tensors = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)
+    ]  # isinstance would wake lazy modules
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # asking a tensor that is no leaf for its gradient
-        return storages([t for t in tensors if t.layout == torch.strided] + [t.grad for t in tensors if t.is_leaf and t.grad is not None])
+        warnings.simplefilter("ignore")  # asking a tensor that is no leaf for its gradient
+        return storages(
+            [t for t in tensors if t.layout == torch.strided]
+            + [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+        )
 
 
 class Scale:
@@ -61,16 +87,33 @@ class Scale:
         self.engine, self.most = engine, Counter()
         inner = getattr(getattr(engine, "engine", None), "optimizer", None)
         # Noted now: at stages 1 and 2 DeepSpeed shows its optimizer one group at a time, at stage 3 none.
-        self.trained = storages(getattr(inner, "fp32_partitioned_groups_flat", None)
-                                or [p for group in engine.optimizer.param_groups for p in group["params"]])
+        self.trained = storages(
+            getattr(inner, "fp32_partitioned_groups_flat", None)
+            or [p for group in engine.optimizer.param_groups for p in group["params"]]
+        )
 
     def parts(self) -> dict[str, dict[int, int]]:
         """The memory of the weights, the master copy, the moments and the average."""
-        weights = storages([p.ds_tensor if hasattr(p, "ds_tensor") else p.data for p in self.engine.model.parameters()])
-        moments = storages([value for state in self.engine.optimizer.state.values() for name, value in state.items()
-                            if name.startswith("exp_avg")])
-        return {"weights": weights, "master": {place: size for place, size in self.trained.items() if place not in weights},
-                "moments": moments, "ema": storages(self.engine.ema.kept.values())}
+        weights = storages(
+            [
+                p.ds_tensor if hasattr(p, "ds_tensor") else p.data
+                for p in self.engine.model.parameters()
+            ]
+        )
+        moments = storages(
+            [
+                value
+                for state in self.engine.optimizer.state.values()
+                for name, value in state.items()
+                if name.startswith("exp_avg")
+            ]
+        )
+        return {
+            "weights": weights,
+            "master": {place: size for place, size in self.trained.items() if place not in weights},
+            "moments": moments,
+            "ema": storages(self.engine.ema.kept.values()),
+        }
 
     def mark(self, moment: str) -> None:
         """Note the bytes of everything that is none of the parts; the most of a moment stays."""
@@ -84,26 +127,37 @@ class Counted:
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
-        self.scale: Scale | None = None                      # weighs at each large collective
+        self.scale: Scale | None = None  # weighs at each large collective
         for name in COLLECTIVES:
             setattr(td, name, self._counting(name, getattr(td, name)))
 
     def _counting(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            size = max(_bytes(value) for value in (*args, *kwargs.values()))          # the whole, not a rank's share of it
+            size = max(
+                _bytes(value) for value in (*args, *kwargs.values())
+            )  # the whole, not a rank's share of it
             self.sent[name] += size
             if self.scale and size > 1e5:
                 self.scale.mark("exchange")
             return original(*args, **kwargs)
+
         return run
 
     def ring(self, ranks: int) -> float:
         """Bytes that a rank sends if every collective is a ring."""
-        return sum(COLLECTIVES[name] * size for name, size in self.sent.items()) * (ranks - 1) / ranks
+        return (
+            sum(COLLECTIVES[name] * size for name, size in self.sent.items()) * (ranks - 1) / ranks
+        )
 
 
 def _bytes(value: Any) -> int:
-    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else value.nbytes if isinstance(value, Tensor) else 0
+    return (
+        sum(map(_bytes, value))
+        if isinstance(value, (list, tuple))
+        else value.nbytes
+        if isinstance(value, Tensor)
+        else 0
+    )
 
 
 def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
@@ -113,11 +167,13 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
         doing(f"weighing {way_of(config).name}")
         batches = micro_batches(2, world, config)
         gc.collect()
-        gc.freeze()                                          # what is older does not count
+        gc.freeze()  # what is older does not count
         engine = make_engine(config, world)
         if isinstance(getattr(engine, "net", None), DistributedDataParallel):
-            engine.net.register_comm_hook(None, allreduce_hook)              # the same all-reduce, called from Python
-        for step in range(2):                                # DDP rebuilds its buckets, Adam makes its moments
+            engine.net.register_comm_hook(
+                None, allreduce_hook
+            )  # the same all-reduce, called from Python
+        for step in range(2):  # DDP rebuilds its buckets, Adam makes its moments
             seed_step(0, step, world.rank)
             engine.train_step(micro_batches(step, world, config), 1.0)
         counted.sent.clear()
@@ -125,8 +181,13 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
         undo = mark_moments(scale)
         engine.train_step(batches, 1.0)
         counted.scale = undo()
-        results.append({"parts": {name: sum(part.values()) for name, part in scale.parts().items()}, "most": dict(scale.most),
-                        "wire": counted.ring(world.size)})
+        results.append(
+            {
+                "parts": {name: sum(part.values()) for name, part in scale.parts().items()},
+                "most": dict(scale.most),
+                "wire": counted.ring(world.size),
+            }
+        )
         del engine, scale, undo
     return results
 
@@ -141,14 +202,17 @@ def mark_moments(scale: Scale) -> Callable[[], None]:
         return original(*args)
 
     module.end_step = after_backward
-    hooks = [engine.model.register_forward_pre_hook(lambda *_: scale.mark("before forward")),
-             engine.model.register_forward_hook(lambda *_: scale.mark("after forward")),
-             engine.optimizer.register_step_pre_hook(lambda *_: scale.mark("update"))]
+    hooks = [
+        engine.model.register_forward_pre_hook(lambda *_: scale.mark("before forward")),
+        engine.model.register_forward_hook(lambda *_: scale.mark("after forward")),
+        engine.optimizer.register_step_pre_hook(lambda *_: scale.mark("update")),
+    ]
 
     def undo() -> None:
         module.end_step = original
         for hook in hooks:
             hook.remove()
+
     return undo
 
 
@@ -166,7 +230,11 @@ def sizes() -> Sizes:
 def weighed() -> dict[str, dict[str, Any]]:
     """Way -> what rank 0 weighed; three ways at a time, because the ranks of a test must end in time."""
     wanted = configs()
-    results = [result for at in range(0, len(wanted), 3) for result in run_ranks(weigh, RANKS, wanted[at:at + 3])[0]]
+    results = [
+        result
+        for at in range(0, len(wanted), 3)
+        for result in run_ranks(weigh, RANKS, wanted[at : at + 3])[0]
+    ]
     return {way_of(config).name: result for config, result in zip(wanted, results)}
 
 
@@ -181,10 +249,19 @@ def test_what_a_rank_holds(way: Way, sizes: Sizes, weighed: dict[str, dict[str, 
     unit = 4 * sizes.trainable
     gathered = unit if way.stage == 3 else 0
     # Only stage 3 is at its peak there: all weights are gathered. Elsewhere it would only add what Python sees of the activations.
-    beyond = max(size for moment, size in found["most"].items() if way.stage == 3 or moment != "after forward")
+    beyond = max(
+        size
+        for moment, size in found["most"].items()
+        if way.stage == 3 or moment != "after forward"
+    )
     bound = expected.buckets + gathered + max(expected.gradients, expected.update)
-    rows = {name: (found["parts"][name], getattr(expected, name) - (gathered if name == "weights" else 0))
-            for name in ("weights", "master", "moments", "ema")}
+    rows = {
+        name: (
+            found["parts"][name],
+            getattr(expected, name) - (gathered if name == "weights" else 0),
+        )
+        for name in ("weights", "master", "moments", "ema")
+    }
     print_rows(way, rows | {"gradients, buckets": (beyond, bound)}, unit)
     for name, (measured, planned) in rows.items():
         assert measured == pytest.approx(planned, rel=PADDING), name
@@ -194,15 +271,31 @@ def test_what_a_rank_holds(way: Way, sizes: Sizes, weighed: dict[str, dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if way.offload], ids=lambda way: way.name)
-def test_what_the_host_holds_when_the_optimizer_is_offloaded(way: Way, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
+def test_what_the_host_holds_when_the_optimizer_is_offloaded(
+    way: Way, sizes: Sizes, weighed: dict[str, dict[str, Any]]
+) -> None:
     """Without a GPU both memories are one. The sums of accumulation keep a parameter whole that the cut divides: within a share."""
     expected, found = formula(way, sizes), weighed[way.name]
     unit = 4 * sizes.trainable
     gpu = found["parts"]["weights"] + found["parts"]["ema"]
-    moment = "update" if way.stage != 3 else "after backward"                  # nothing of the exchange, no whole weights
-    host = found["parts"]["master"] + found["parts"]["moments"] + found["most"][moment] - 1e6 * BUCKET_MB * (way.stage == 3)
+    moment = (
+        "update" if way.stage != 3 else "after backward"
+    )  # nothing of the exchange, no whole weights
+    host = (
+        found["parts"]["master"]
+        + found["parts"]["moments"]
+        + found["most"][moment]
+        - 1e6 * BUCKET_MB * (way.stage == 3)
+    )
     gathered = unit if way.stage == 3 else 0
-    print_rows(way, {"weights, ema": (gpu, expected.weights - gathered + expected.ema), "host": (host, expected.host)}, unit)
+    print_rows(
+        way,
+        {
+            "weights, ema": (gpu, expected.weights - gathered + expected.ema),
+            "host": (host, expected.host),
+        },
+        unit,
+    )
     assert gpu == pytest.approx(expected.weights - gathered + expected.ema, rel=PADDING)
     assert abs(host - expected.host) < unit / RANKS
 
@@ -218,7 +311,9 @@ def test_what_a_rank_sends(way: Way, sizes: Sizes, weighed: dict[str, dict[str, 
 def print_rows(way: Way, rows: dict[str, tuple[float, float]], unit: float) -> None:
     """Measured beside planned, in MB and in units of the weights."""
     for name, (measured, planned) in rows.items():
-        print(f"{way.name:<14}{name:<20}{measured / 1e6:>9.2f} MB{planned / 1e6:>9.2f} MB{measured / unit:>9.3f}{planned / unit:>9.3f}")
+        print(
+            f"{way.name:<14}{name:<20}{measured / 1e6:>9.2f} MB{planned / 1e6:>9.2f} MB{measured / unit:>9.3f}{planned / unit:>9.3f}"
+        )
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 """The launchers over a network: two network namespaces with a cable between them, each with its own name, hosts file and sshd."""
+
 from __future__ import annotations
 
 import os
@@ -14,11 +15,30 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.conftest import CHANGES, ROOT, SLURM, clean_environment, losses, processes_where, wait_until, why_no_slurm
+from tests.cluster.conftest import (
+    CHANGES,
+    ROOT,
+    SLURM,
+    clean_environment,
+    losses,
+    processes_where,
+    wait_until,
+    why_no_slurm,
+)
 
-PORTS = count(29500)           # in namespaces that nobody else uses; each test has its own, whatever another one has left
+PORTS = count(
+    29500
+)  # in namespaces that nobody else uses; each test has its own, whatever another one has left
 PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen", "pdsh")
-TRAIN = ["train", "tiny.yaml", *CHANGES, "schedule.warmup_steps=0", "schedule.final=1", "train.evaluate_every=1000", "train.steps=6"]
+TRAIN = [
+    "train",
+    "tiny.yaml",
+    *CHANGES,
+    "schedule.warmup_steps=0",
+    "schedule.final=1",
+    "train.evaluate_every=1000",
+    "train.steps=6",
+]
 SSHD = """
 Port 22
 ListenAddress 0.0.0.0
@@ -62,10 +82,31 @@ class Machine:
 
     def start(self, *words: str | Path, **changes: str) -> subprocess.Popen[str]:
         """Start a command on this machine, in the tests' folder."""
-        inside = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", f"--wdns={self.folder}"]
-        environment = clean_environment(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1", **changes)
-        return subprocess.Popen([str(word) for word in (*inside, *words)], env=environment, cwd=self.folder, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        inside = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--net",
+            "--uts",
+            "--mount",
+            f"--wdns={self.folder}",
+        ]
+        environment = clean_environment(
+            OMP_NUM_THREADS="1",
+            DS_ACCELERATOR="cpu",
+            PYTHONPATH=str(ROOT),
+            PYTHONFAULTHANDLER="1",
+            **changes,
+        )
+        return subprocess.Popen(
+            [str(word) for word in (*inside, *words)],
+            env=environment,
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(*processes: subprocess.Popen[str]) -> str:
@@ -75,7 +116,11 @@ def finish(*processes: subprocess.Popen[str]) -> str:
     except subprocess.TimeoutExpired as late:
         # The ranks first, whose stacks Python prints; the launchers end with them.
         for process in processes:
-            for victim in reversed(psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []):
+            for victim in reversed(
+                psutil.Process(process.pid).children(recursive=True)
+                if process.poll() is None
+                else []
+            ):
                 victim.send_signal(signal.SIGABRT)
         outputs = "".join(process.communicate(timeout=60)[0] for process in processes)
         raise AssertionError(f"still running after 280 s:\n{outputs[-9000:]}") from late
@@ -87,12 +132,27 @@ def finish(*processes: subprocess.Popen[str]) -> str:
 @contextmanager
 def machine(name: str, address: str, folder: Path) -> Iterator[Machine]:
     """A machine without a cable."""
-    script = MACHINE.format(name=name, address=address, folder=folder, sshd=shutil.which("sshd", path=clean_environment()["PATH"]))
+    script = MACHINE.format(
+        name=name,
+        address=address,
+        folder=folder,
+        sshd=shutil.which("sshd", path=clean_environment()["PATH"]),
+    )
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(["unshare", "--net", "--uts", "--mount", "bash", "-c", script], env=clean_environment(),
-                                   stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            ["unshare", "--net", "--uts", "--mount", "bash", "-c", script],
+            env=clean_environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
-        wait_until(f"machine {name}", (folder / f"{name}.made").exists, 30, (folder / f"{name}.log").read_text)
+        wait_until(
+            f"machine {name}",
+            (folder / f"{name}.made").exists,
+            30,
+            (folder / f"{name}.log").read_text,
+        )
         yield Machine(name, process.pid, folder)
     finally:
         # sshd's sessions are other process groups; whatever is left in the namespace goes with the machine.
@@ -103,40 +163,80 @@ def machine(name: str, address: str, folder: Path) -> Iterator[Machine]:
 
 
 @pytest.fixture(scope="module")
-def machines(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
+def machines(
+    config: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Machine, Machine]]:
     """Two machines, one, two, joined by a cable: eth0 on both sides, ssh without a password."""
     if reason := why_no_slurm():
         pytest.skip(reason)
     subprocess.run([SLURM, "install"], check=True, env=clean_environment())
-    missing = [program for program in PROGRAMS if not shutil.which(program, path=clean_environment()["PATH"])]
+    missing = [
+        program
+        for program in PROGRAMS
+        if not shutil.which(program, path=clean_environment()["PATH"])
+    ]
     assert not missing, missing
     folder = tmp_path_factory.mktemp("machines")
     for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True
+        )
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
     (folder / "ssh_config").write_text(SSH.format(folder=folder))
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 one\n10.77.0.2 two\n")
     (folder / "tiny.yaml").write_text(config.read_text())
     (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
     # The launcher passes on hardly any variable: these do not come from the machine that it is started on.
-    (folder / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    (folder / ".deepspeed_env").write_text(
+        "GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
+    )
     with ExitStack() as stack:
         one = stack.enter_context(machine("one", "10.77.0.1", folder))
         two = stack.enter_context(machine("two", "10.77.0.2", folder))
-        cable = ["ip", "link", "add", "name", "eth0", "netns", str(one.pid), "type", "veth", "peer", "name", "eth0", "netns", str(two.pid)]
+        cable = [
+            "ip",
+            "link",
+            "add",
+            "name",
+            "eth0",
+            "netns",
+            str(one.pid),
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(two.pid),
+        ]
         subprocess.run(cable, check=True, env=clean_environment())
         for here, there in ((one, "two"), (two, "one")):
+
             def reached(here: Machine = here, there: str = there) -> bool:
-                return here.start("ssh", "-o", "ConnectTimeout=2", there, "true").wait(timeout=30) == 0
-            wait_until(f"ssh from {here.name} to {there}", reached, 30, (folder / f"{there}.log").read_text)
+                return (
+                    here.start("ssh", "-o", "ConnectTimeout=2", there, "true").wait(timeout=30) == 0
+                )
+
+            wait_until(
+                f"ssh from {here.name} to {there}", reached, 30, (folder / f"{there}.log").read_text
+            )
         yield one, two
 
 
 @pytest.fixture(scope="module")
 def through_ssh(machines: tuple[Machine, Machine]) -> dict[int, float]:
     """The losses of a training by ZeRO 2 that machine one started on both, by the command that the README shows."""
-    output = finish(machines[0].start(ROOT / "launch/deepspeed.sh", "--hostfile", "hostfile", *TRAIN, "name=ssh", "engine.kind=deepspeed",
-                                      "engine.stage=2"))
+    output = finish(
+        machines[0].start(
+            ROOT / "launch/deepspeed.sh",
+            "--hostfile",
+            "hostfile",
+            *TRAIN,
+            "name=ssh",
+            "engine.kind=deepspeed",
+            "engine.stage=2",
+        )
+    )
     assert "(2 ranks x" in output
     return losses(machines[0].folder / "runs" / "ssh")
 
@@ -145,36 +245,85 @@ def test_deepspeed_starts_the_other_machine_over_ssh(through_ssh: dict[int, floa
     assert sorted(through_ssh) == [1, 2, 3, 4, 5, 6]
 
 
-def on_both(machines: tuple[Machine, Machine], launcher: str, *words: str, **changes: str) -> list[subprocess.Popen[str]]:
+def on_both(
+    machines: tuple[Machine, Machine], launcher: str, *words: str, **changes: str
+) -> list[subprocess.Popen[str]]:
     """Start the same on each machine; {rank} in a variable is the machine's number."""
-    common = {"GLOO_SOCKET_IFNAME": "eth0", "MASTER_ADDR": "one", "MASTER_PORT": str(next(PORTS)), "NNODES": "2"} | changes
-    return [each.start(ROOT / "launch" / launcher, *words, **{name: value.format(rank=rank) for name, value in common.items()})
-            for rank, each in enumerate(machines)]
+    common = {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "MASTER_ADDR": "one",
+        "MASTER_PORT": str(next(PORTS)),
+        "NNODES": "2",
+    } | changes
+    return [
+        each.start(
+            ROOT / "launch" / launcher,
+            *words,
+            **{name: value.format(rank=rank) for name, value in common.items()},
+        )
+        for rank, each in enumerate(machines)
+    ]
 
 
-def test_deepspeed_without_ssh_is_started_on_each_machine(machines: tuple[Machine, Machine], through_ssh: dict[int, float]) -> None:
-    output = finish(*on_both(machines, "deepspeed.sh", "--hostfile", "hostfile", *TRAIN, "name=no-ssh", "engine.kind=deepspeed",
-                             "engine.stage=2", DEEPSPEED_ARGS="--no_ssh --node_rank {rank}"))
+def test_deepspeed_without_ssh_is_started_on_each_machine(
+    machines: tuple[Machine, Machine], through_ssh: dict[int, float]
+) -> None:
+    output = finish(
+        *on_both(
+            machines,
+            "deepspeed.sh",
+            "--hostfile",
+            "hostfile",
+            *TRAIN,
+            "name=no-ssh",
+            "engine.kind=deepspeed",
+            "engine.stage=2",
+            DEEPSPEED_ARGS="--no_ssh --node_rank {rank}",
+        )
+    )
     assert "(2 ranks x" in output
-    assert losses(machines[0].folder / "runs" / "no-ssh") == through_ssh, "the same ranks add in the same order"
+    assert losses(machines[0].folder / "runs" / "no-ssh") == through_ssh, (
+        "the same ranks add in the same order"
+    )
 
 
-def test_torchrun_with_the_rank_of_each_machine(machines: tuple[Machine, Machine], through_ssh: dict[int, float]) -> None:
+def test_torchrun_with_the_rank_of_each_machine(
+    machines: tuple[Machine, Machine], through_ssh: dict[int, float]
+) -> None:
     output = finish(*on_both(machines, "torchrun.sh", *TRAIN, "name=static", NODE_RANK="{rank}"))
     assert "(2 ranks x" in output
     assert losses(machines[0].folder / "runs" / "static") == pytest.approx(through_ssh, rel=1e-5)
 
 
-def test_torchrun_whose_machines_find_each_other_starts_lost_ranks_again(machines: tuple[Machine, Machine], through_ssh: dict[int, float],
-                                                                         survived: Callable[[str], None]) -> None:
+def test_torchrun_whose_machines_find_each_other_starts_lost_ranks_again(
+    machines: tuple[Machine, Machine],
+    through_ssh: dict[int, float],
+    survived: Callable[[str], None],
+) -> None:
     run = machines[0].folder / "runs" / "c10d"
-    processes = on_both(machines, "torchrun.sh", *TRAIN, "name=c10d", "train.steps=30", "train.save_every=3", RDZV="c10d", RDZV_ID="test",
-                        TORCHRUN_ARGS="--max-restarts 3")
+    processes = on_both(
+        machines,
+        "torchrun.sh",
+        *TRAIN,
+        "name=c10d",
+        "train.steps=30",
+        "train.save_every=3",
+        RDZV="c10d",
+        RDZV_ID="test",
+        TORCHRUN_ARGS="--max-restarts 3",
+    )
+
     def rank_one(entry: Path) -> bool:
         environment = (entry / "environ").read_bytes().split(b"\0")
         return b"RANK=1" in environment and f"PWD={machines[0].folder}".encode() in environment
 
-    wait_until("step 6", lambda: max(losses(run), default=0) >= 6 or any(process.poll() is not None for process in processes))
+    wait_until(
+        "step 6",
+        lambda: (
+            max(losses(run), default=0) >= 6
+            or any(process.poll() is not None for process in processes)
+        ),
+    )
     for pid in processes_where(rank_one):
         os.kill(pid, signal.SIGKILL)
     output = finish(*processes)

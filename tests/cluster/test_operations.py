@@ -1,4 +1,5 @@
 """The commands of docs/operations.md, as they stand and in their order, on a real Slurm with a small configuration."""
+
 from __future__ import annotations
 
 import re
@@ -11,7 +12,7 @@ import pytest
 from tests.cluster.conftest import ROOT, Cluster, losses, wait_until
 
 PAGE = ROOT / "docs" / "operations.md"
-ENDLESS = 10_000      # steps: no job is over before the page stops it, however fast the machine is
+ENDLESS = 10_000  # steps: no job is over before the page stops it, however fast the machine is
 
 
 @pytest.fixture
@@ -24,8 +25,12 @@ def demo(cluster: Cluster, config: Path) -> Path:
 def write_config(cluster: Cluster, config: Path, steps: int) -> None:
     """The page's configuration: so many small steps."""
     text = config.read_text() + "name: demo\n"
-    for old, new in (("kind: none", "kind: mlflow"), ("steps: 14", f"steps: {steps}"), ("evaluate_every: 7", f"evaluate_every: {ENDLESS}"),
-                     ("save_every: 3", "save_every: 10")):
+    for old, new in (
+        ("kind: none", "kind: mlflow"),
+        ("steps: 14", f"steps: {steps}"),
+        ("evaluate_every: 7", f"evaluate_every: {ENDLESS}"),
+        ("save_every: 3", "save_every: 10"),
+    ):
         assert old in text
         text = text.replace(old, new)
     (cluster.checkout / "configs").mkdir(exist_ok=True)
@@ -40,15 +45,21 @@ def test_the_page_can_be_followed(cluster: Cluster, config: Path, demo: Path) ->
         restarts = int(cluster.job(job)["Restarts"]) if job and "sbatch" not in block else 0
         done = max(losses(demo), default=0)
         if "--wait" in block and "train.sbatch" in block:
-            steps = done + 20                                # the last job: it is to end by itself, and soon
+            steps = done + 20  # the last job: it is to end by itself, and soon
             write_config(cluster, config, steps)
         job = run(cluster, block, job)
         if "job=$(sbatch" in block or "StartTime=now" in block and "scancel" not in block:
-            wait_until(f"three more steps after\n{block}", lambda done=done: max(losses(demo), default=0) >= done + 3,
-                       log=lambda job=job: cluster.output(job))
+            wait_until(
+                f"three more steps after\n{block}",
+                lambda done=done: max(losses(demo), default=0) >= done + 3,
+                log=lambda job=job: cluster.output(job),
+            )
         elif "scancel --signal" in block or "scontrol requeue" in block:
-            wait_until(f"the requeue after\n{block}", lambda job=job, restarts=restarts: int(cluster.job(job)["Restarts"]) > restarts,
-                       log=lambda job=job: cluster.output(job))
+            wait_until(
+                f"the requeue after\n{block}",
+                lambda job=job, restarts=restarts: int(cluster.job(job)["Restarts"]) > restarts,
+                log=lambda job=job: cluster.output(job),
+            )
         elif "scancel $job" in block:
             cluster.wait_end(job, state="CANCELLED")
     assert sorted(losses(demo)) == list(range(1, steps + 1))
@@ -60,8 +71,19 @@ def run(cluster: Cluster, block: str, job: str) -> str:
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
     # Slurm's nodes refuse for good what starts in the very second in which they ended the start before.
     pause = 2 if "sbatch" in block or "StartTime" in block else 0
-    script = f"set -eo pipefail; job={job}; sleep {pause}\n{block}\necho; echo \"$job\""
-    environment = cluster.environment | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", script], cwd=cluster.checkout, env=environment, capture_output=True, text=True, timeout=400)
+    script = f'set -eo pipefail; job={job}; sleep {pause}\n{block}\necho; echo "$job"'
+    environment = cluster.environment | {
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=cluster.checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, f"{block}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout.splitlines()[-1]

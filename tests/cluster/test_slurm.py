@@ -1,4 +1,5 @@
 """The project's own sbatch files on a real Slurm: every topology and engine trains the same, and nothing that happens to a job shows."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,15 @@ import pytest
 from tests.cluster.conftest import CHANGES, ROOT, Cluster, losses, processes_where, weights
 
 # A constant learning rate: a run of 6 steps is the beginning of one of STEPS.
-TRAIN = ["slurm/train.sbatch", "tiny.yaml", *CHANGES, "schedule.warmup_steps=0", "schedule.final=1", "train.evaluate_every=1000",
-         "train.save_every=20"]
+TRAIN = [
+    "slurm/train.sbatch",
+    "tiny.yaml",
+    *CHANGES,
+    "schedule.warmup_steps=0",
+    "schedule.final=1",
+    "train.evaluate_every=1000",
+    "train.save_every=20",
+]
 STEPS = 80
 SHORT = 6
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
@@ -43,27 +51,42 @@ def test_pack(cluster: Cluster, shards: Path) -> None:
     recipe = shards.parent / "recipe.yaml"
     job = cluster.sbatch("slurm/pack.sbatch", recipe, "--out", "packed", "--workers", "1")
     cluster.wait_end(job)
+
     def tars(folder: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in folder.glob("*.tar")}
+
     assert tars(cluster.checkout / "packed") == tars(shards)
 
 
 def test_a_failure_is_the_jobs_failure_and_is_not_queued_again(cluster: Cluster) -> None:
-    job = cluster.sbatch(*TWO_NODES, "slurm/train.sbatch", "tiny.yaml", "name=wrong", "train.global_batch=9")
+    job = cluster.sbatch(
+        *TWO_NODES, "slurm/train.sbatch", "tiny.yaml", "name=wrong", "train.global_batch=9"
+    )
     cluster.wait_end(job, state="FAILED")
     assert cluster.job(job)["ExitCode"] == "2:0" and cluster.job(job)["Restarts"] == "0"
     assert "train.global_batch=9" in cluster.output(job)
 
 
 @pytest.mark.parametrize("nodes, tasks, stage", [(2, 2, 1), (4, 1, 2), (2, 1, 3)])
-def test_every_topology_and_engine_has_the_same_losses(cluster: Cluster, undisturbed: Path, nodes: int, tasks: int, stage: int) -> None:
+def test_every_topology_and_engine_has_the_same_losses(
+    cluster: Cluster, undisturbed: Path, nodes: int, tasks: int, stage: int
+) -> None:
     name = f"zero{stage}"
-    job = cluster.sbatch(f"--nodes={nodes}", f"--ntasks-per-node={tasks}", *TRAIN, f"name={name}", f"train.steps={SHORT}",
-                         "engine.kind=deepspeed", f"engine.stage={stage}")
+    job = cluster.sbatch(
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={tasks}",
+        *TRAIN,
+        f"name={name}",
+        f"train.steps={SHORT}",
+        "engine.kind=deepspeed",
+        f"engine.stage={stage}",
+    )
     cluster.wait_end(job)
     assert f"({nodes * tasks} ranks x" in cluster.output(job)
     same = losses(undisturbed)
-    assert losses(cluster.checkout / "runs" / name) == pytest.approx({step: same[step] for step in range(1, SHORT + 1)}, rel=1e-5)
+    assert losses(cluster.checkout / "runs" / name) == pytest.approx(
+        {step: same[step] for step in range(1, SHORT + 1)}, rel=1e-5
+    )
 
 
 def test_score(cluster: Cluster, undisturbed: Path) -> None:
@@ -75,10 +98,16 @@ def test_score(cluster: Cluster, undisturbed: Path) -> None:
 
 def ranks_of(job: str) -> list[int]:
     """Process ids of the job's ranks."""
+
     def is_rank(entry: Path) -> bool:
         environment = (entry / "environ").read_bytes().split(b"\0")
         words = (entry / "cmdline").read_bytes().split(b"\0")
-        return f"SLURM_JOB_ID={job}".encode() in environment and b"python" in words[0] and b"coupalign" in words
+        return (
+            f"SLURM_JOB_ID={job}".encode() in environment
+            and b"python" in words[0]
+            and b"coupalign" in words
+        )
+
     return processes_where(is_rank)
 
 
@@ -96,8 +125,9 @@ def frozen(job: str, count: int) -> Iterator[None]:
             os.kill(rank, signal.SIGCONT)
 
 
-def test_whatever_ends_a_job_the_run_is_that_of_an_undisturbed_one(cluster: Cluster, undisturbed: Path,
-                                                                   survived: Callable[[str], None]) -> None:
+def test_whatever_ends_a_job_the_run_is_that_of_an_undisturbed_one(
+    cluster: Cluster, undisturbed: Path, survived: Callable[[str], None]
+) -> None:
     run = cluster.checkout / "runs" / "disturbed"
     words = [*TWO_NODES, "--time=30", *TRAIN, "name=disturbed", f"train.steps={STEPS}"]
     job = cluster.sbatch(*words)
@@ -121,7 +151,10 @@ def test_whatever_ends_a_job_the_run_is_that_of_an_undisturbed_one(cluster: Clus
     cluster.call("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     cluster.start_again(job, restarts=3)
     cluster.wait_rows(job, run, max(losses(run)) + 1)
-    assert "node2" not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+    assert (
+        "node2"
+        not in cluster.call("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+    )
     cluster.call("scontrol", "update", "nodename=node2", "state=resume")
 
     go_on()
@@ -139,10 +172,22 @@ def test_whatever_ends_a_job_the_run_is_that_of_an_undisturbed_one(cluster: Clus
         survived(what)
 
 
-def test_a_sweep_is_an_array_of_trainings_with_their_scores(cluster: Cluster, survived: Callable[[str], None]) -> None:
-    (cluster.checkout / "sweep.txt").write_text("# two variants\n\nwpa-off  model.wpa.stages=[false,false,false,false]\n"
-                                                "other-seed seed=7 data.augment='{flip: 0.5}'\n")
-    words = ["--nodes=1", "--ntasks-per-node=1", "slurm/sweep.sbatch", "sweep.txt", "tiny.yaml", *CHANGES, "train.evaluate_every=1000"]
+def test_a_sweep_is_an_array_of_trainings_with_their_scores(
+    cluster: Cluster, survived: Callable[[str], None]
+) -> None:
+    (cluster.checkout / "sweep.txt").write_text(
+        "# two variants\n\nwpa-off  model.wpa.stages=[false,false,false,false]\n"
+        "other-seed seed=7 data.augment='{flip: 0.5}'\n"
+    )
+    words = [
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "slurm/sweep.sbatch",
+        "sweep.txt",
+        "tiny.yaml",
+        *CHANGES,
+        "train.evaluate_every=1000",
+    ]
     array = cluster.sbatch("--array=0-2", *words, "train.steps=40", "train.save_every=100")
     # The array's last task has the array's own number: queued again by that, all of them would start again.
     first, second, third = (f"{array}_{index}" for index in range(3))
@@ -163,11 +208,29 @@ def test_a_sweep_is_an_array_of_trainings_with_their_scores(cluster: Cluster, su
 
 def test_a_table_is_an_array_for_each_configuration(cluster: Cluster) -> None:
     """`coupalign reproduce --slurm` submits the runs of a table; when they are done the same command prints it."""
-    for file in ("configs/refshapes_tiny.yaml", "configs/refshapes.yaml", "shards/recipes/refshapes.yaml"):
+    for file in (
+        "configs/refshapes_tiny.yaml",
+        "configs/refshapes.yaml",
+        "shards/recipes/refshapes.yaml",
+    ):
         (cluster.checkout / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, cluster.checkout / file)
-    (cluster.checkout / "own.yaml").write_text("title: Ours\nsource: ours\ncolumns: [val oIoU]\nrows: [{method: CoupAlign, shapes: []}]\n")
-    reproduce = [sys.executable, "-m", "coupalign", "reproduce", "own.yaml", "--data", "refshapes", "--scale", "tiny", "--seeds", "2"]
+    (cluster.checkout / "own.yaml").write_text(
+        "title: Ours\nsource: ours\ncolumns: [val oIoU]\nrows: [{method: CoupAlign, shapes: []}]\n"
+    )
+    reproduce = [
+        sys.executable,
+        "-m",
+        "coupalign",
+        "reproduce",
+        "own.yaml",
+        "--data",
+        "refshapes",
+        "--scale",
+        "tiny",
+        "--seeds",
+        "2",
+    ]
     changes = ["train.steps=4", "tracking.kind=none"]
     said = cluster.call(*reproduce, "--slurm", "--nodes 1 --ntasks-per-node 1", *changes)
     array = re.search(r"job (\d+)", said)[1]
@@ -184,12 +247,24 @@ def test_nodes_are_examined_before_a_training(cluster: Cluster) -> None:
 def test_the_deepspeed_launcher_inside_an_allocation(cluster: Cluster, undisturbed: Path) -> None:
     (cluster.checkout / "hostfile").write_text("node1 slots=1\nnode3 slots=1\n")
     script = cluster.checkout / "launcher.sh"
-    script.write_text("#!/usr/bin/env bash\nset -e\nsource site.sh\nexport OMP_NUM_THREADS=1\n"
-                      'DEEPSPEED_ARGS="--launcher slurm" launch/deepspeed.sh --hostfile hostfile train tiny.yaml "$@"\n')
-    job = cluster.sbatch("--nodelist=node1,node3", *TWO_NODES, "--output=runs/slurm/%j.out", script, *TRAIN[2:], "name=launcher",
-                         f"train.steps={SHORT}", "engine.kind=deepspeed", "engine.stage=2")
+    script.write_text(
+        "#!/usr/bin/env bash\nset -e\nsource site.sh\nexport OMP_NUM_THREADS=1\n"
+        'DEEPSPEED_ARGS="--launcher slurm" launch/deepspeed.sh --hostfile hostfile train tiny.yaml "$@"\n'
+    )
+    job = cluster.sbatch(
+        "--nodelist=node1,node3",
+        *TWO_NODES,
+        "--output=runs/slurm/%j.out",
+        script,
+        *TRAIN[2:],
+        "name=launcher",
+        f"train.steps={SHORT}",
+        "engine.kind=deepspeed",
+        "engine.stage=2",
+    )
     cluster.wait_end(job)
     assert "(2 ranks x" in cluster.output(job)
     same = losses(undisturbed)
-    assert losses(cluster.checkout / "runs" / "launcher") == pytest.approx({step: same[step] for step in range(1, SHORT + 1)}, rel=1e-5)
-
+    assert losses(cluster.checkout / "runs" / "launcher") == pytest.approx(
+        {step: same[step] for step in range(1, SHORT + 1)}, rel=1e-5
+    )

@@ -1,4 +1,5 @@
 """What the distributed tests run on every rank."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -20,11 +21,28 @@ from coupalign.training.optim import build_optimizer
 
 SIZE, WORDS, VOCABULARY = 64, 8, 40
 
-TINY = ["precision=fp32", "model.image.kind=small", "model.image.widths=[8, 16, 16, 24]", "model.text.kind=small", "model.text.width=16",
-        "model.decoder.width=16", "model.proposals.count=4", "model.proposals.layers=1", "model.proposals.heads=2",
-        "model.proposals.ffn=32", "optim.lr=1e-3", "optim.lr_image=1e-3", "optim.lr_text=5e-4", "optim.clip_norm=0.5",
-        "train.global_batch=8", "train.max_micro_batch=2", "train.ema.decay=0.9", "optim.eps=1e-5",
-        f"data.image_size={SIZE}", f"data.max_tokens={WORDS}"]
+TINY = [
+    "precision=fp32",
+    "model.image.kind=small",
+    "model.image.widths=[8, 16, 16, 24]",
+    "model.text.kind=small",
+    "model.text.width=16",
+    "model.decoder.width=16",
+    "model.proposals.count=4",
+    "model.proposals.layers=1",
+    "model.proposals.heads=2",
+    "model.proposals.ffn=32",
+    "optim.lr=1e-3",
+    "optim.lr_image=1e-3",
+    "optim.lr_text=5e-4",
+    "optim.clip_norm=0.5",
+    "train.global_batch=8",
+    "train.max_micro_batch=2",
+    "train.ema.decay=0.9",
+    "optim.eps=1e-5",
+    f"data.image_size={SIZE}",
+    f"data.max_tokens={WORDS}",
+]
 
 
 def tiny(*changes: str) -> Config:
@@ -33,9 +51,17 @@ def tiny(*changes: str) -> Config:
 
 
 def engines(*kinds: str) -> list[Config]:
-    """"ddp", "zero0" … "zero3", "zero1 offload" … -> their configurations."""
-    return [tiny() if kind == "ddp" else tiny("engine.kind=deepspeed", f"engine.stage={kind[4]}", f"engine.offload={'offload' in kind}")
-            for kind in kinds]
+    """ "ddp", "zero0" … "zero3", "zero1 offload" … -> their configurations."""
+    return [
+        tiny()
+        if kind == "ddp"
+        else tiny(
+            "engine.kind=deepspeed",
+            f"engine.stage={kind[4]}",
+            f"engine.offload={'offload' in kind}",
+        )
+        for kind in kinds
+    ]
 
 
 def make_engine(config: Config, world: World) -> Engine:
@@ -47,7 +73,10 @@ def make_engine(config: Config, world: World) -> Engine:
 def micro_batches(step: int, world: World, config: Config) -> list[Batch]:
     """This rank's share of a step's random global batch, cut into micro-batches."""
     generator = torch.Generator().manual_seed(100 + step)
-    total, cut = config.train.global_batch, config.train.max_micro_batch or config.train.global_batch
+    total, cut = (
+        config.train.global_batch,
+        config.train.max_micro_batch or config.train.global_batch,
+    )
     image = torch.randint(0, 256, (total, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     words = torch.randint(5, VOCABULARY, (total, WORDS), generator=generator)
     mask = torch.arange(WORDS)[None] < torch.randint(3, WORDS + 1, (total, 1), generator=generator)
@@ -55,7 +84,16 @@ def micro_batches(step: int, world: World, config: Config) -> list[Batch]:
     share = total // world.size
     cut = min(cut, share)
     starts = range(world.rank * share, (world.rank + 1) * share, cut)
-    batches = [Batch(image[at:at + cut], words[at:at + cut], mask[at:at + cut], target[at:at + cut], ()) for at in starts]
+    batches = [
+        Batch(
+            image[at : at + cut],
+            words[at : at + cut],
+            mask[at : at + cut],
+            target[at : at + cut],
+            (),
+        )
+        for at in starts
+    ]
     return [batch.to(world.device) for batch in batches]
 
 
@@ -78,24 +116,38 @@ def curves(world: World, configs: Sequence[Config], count: int) -> list[dict[str
         probe = micro_batches(999, World(0, 1, 0, 1, world.device), config)[0]
         with engine.averaged():
             logits = engine.infer(probe)
-        numbers += steps(engine, config, world, range(count, count + 2))     # the average was taken out again
-        results.append({"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True),
-                        "logits": logits.cpu()})
+        numbers += steps(
+            engine, config, world, range(count, count + 2)
+        )  # the average was taken out again
+        results.append(
+            {
+                "numbers": numbers,
+                "weights": engine.export(),
+                "ema": engine.export(averaged=True),
+                "logits": logits.cpu(),
+            }
+        )
     return results
 
 
-def interrupted(world: World, configs: Sequence[Config], folder: Path, first: int, count: int) -> list[list[tuple[float, float]]]:
+def interrupted(
+    world: World, configs: Sequence[Config], folder: Path, first: int, count: int
+) -> list[list[tuple[float, float]]]:
     """Loss and norm of each step, for each engine: train `first` steps, save, build everything anew, load, train up to `count`."""
     results = []
     for place, config in enumerate(configs):
         numbers, counters = begun(world, config, folder / str(place), first)
-        again = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)      # another random start
+        again = make_engine(
+            config.model_copy(update={"seed": config.seed + 1}), world
+        )  # another random start
         again.load(folder / str(place), counters)
         results.append(numbers + steps(again, config, world, range(first, count)))
     return results
 
 
-def begun(world: World, config: Config, folder: Path, first: int) -> tuple[list[tuple[float, float]], dict[str, float]]:
+def begun(
+    world: World, config: Config, folder: Path, first: int
+) -> tuple[list[tuple[float, float]], dict[str, float]]:
     """Train `first` steps and save into a new folder: loss and norm of each step, and the engine's counters."""
     engine = make_engine(config, world)
     numbers = steps(engine, config, world, range(first))
@@ -110,13 +162,22 @@ def begun(world: World, config: Config, folder: Path, first: int) -> tuple[list[
     return numbers, engine.counters()
 
 
-def begin_all(world: World, configs: Sequence[Config], folder: Path, first: int) -> list[dict[str, float]]:
+def begin_all(
+    world: World, configs: Sequence[Config], folder: Path, first: int
+) -> list[dict[str, float]]:
     """`begun` for each configuration, in folders 0, 1, …; the counters."""
-    return [begun(world, config, folder / str(place), first)[1] for place, config in enumerate(configs)]
+    return [
+        begun(world, config, folder / str(place), first)[1] for place, config in enumerate(configs)
+    ]
 
 
-def adopted(world: World, moves: Sequence[tuple[int, Config]], folder: Path, counters: Sequence[dict[str, float]],
-            span: range) -> list[dict[str, Any]]:
+def adopted(
+    world: World,
+    moves: Sequence[tuple[int, Config]],
+    folder: Path,
+    counters: Sequence[dict[str, float]],
+    span: range,
+) -> list[dict[str, Any]]:
     """Each move is a checkpoint of `begin_all` and who takes it over: loss and norm of the steps in `span`, weights after them."""
     if world.is_main:
         for place in range(len(counters)):
@@ -127,7 +188,9 @@ def adopted(world: World, moves: Sequence[tuple[int, Config]], folder: Path, cou
         engine = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)
         engine.adopt(folder / str(place), open_moments(folder / str(place)), counters[place])
         numbers = steps(engine, config, world, span)
-        results.append({"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)})
+        results.append(
+            {"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)}
+        )
     return results
 
 
@@ -144,9 +207,19 @@ def poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:
             hook.remove()
         after = engine.export()
         numbers = steps(engine, config, world, range(2, 3))
-        results.append({"stats": stats, "before": before, "after": after, "numbers": numbers, "later": engine.export()})
+        results.append(
+            {
+                "stats": stats,
+                "before": before,
+                "after": after,
+                "numbers": numbers,
+                "later": engine.export(),
+            }
+        )
     return results
 
 
-def _poison(module: torch.nn.Module, inputs: Any, losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _poison(
+    module: torch.nn.Module, inputs: Any, losses: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     return {**losses, "loss": losses["loss"] * float("nan")}

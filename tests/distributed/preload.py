@@ -1,4 +1,5 @@
 """Imported once, by the process from which all ranks without a GPU are forked: the imports take longer than most tests."""
+
 import os
 
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

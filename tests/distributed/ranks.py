@@ -1,4 +1,5 @@
 """Runs an ordinary function on several ranks: `run_ranks(fn, 2, argument)` returns what each rank returned."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -23,10 +24,15 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any, gpu: bool = F
     Raises:
         AssertionError: a rank failed (with its traceback) or did not end in time.
     """
-    context = multiprocessing.get_context("spawn" if gpu else "forkserver")      # CUDA does not survive a fork
+    context = multiprocessing.get_context(
+        "spawn" if gpu else "forkserver"
+    )  # CUDA does not survive a fork
     context.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments, gpu)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=_rank, args=(fn, rank, ranks, folder, arguments, gpu))
+            for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         try:
@@ -36,16 +42,31 @@ def run_ranks(fn: Callable[..., Any], ranks: int, *arguments: Any, gpu: bool = F
             assert not late, f"ranks {late} did not end within {TIMEOUT_S} s"
             failures = [file.read_text() for file in sorted(Path(folder).glob("*.error"))]
             assert not failures, "\n".join(failures)
-            return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(ranks)]
+            return [
+                pickle.loads((Path(folder) / f"{rank}.result").read_bytes())
+                for rank in range(ranks)
+            ]
         finally:
             for process in processes:
                 process.kill()
 
 
-def _rank(fn: Callable[..., Any], rank: int, ranks: int, folder: str, arguments: tuple[Any, ...], gpu: bool) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-                   "OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
-    torch.set_num_threads(1)              # the variable comes too late for a torch that is imported already
+def _rank(
+    fn: Callable[..., Any],
+    rank: int,
+    ranks: int,
+    folder: str,
+    arguments: tuple[Any, ...],
+    gpu: bool,
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": "1",
+    } | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    torch.set_num_threads(1)  # the variable comes too late for a torch that is imported already
     try:
         with dist.session(f"file://{folder}/rendezvous", hang_minutes=3) as world:
             result = fn(world, *arguments)

@@ -1,4 +1,5 @@
 """Who a process is, and collectives that must give the same answer on every rank."""
+
 from __future__ import annotations
 
 import time
@@ -16,11 +17,17 @@ from tests.distributed.ranks import run_ranks
 
 
 def collect(world: World) -> dict[str, Any]:
-    rows = np.arange(world.rank * 3, dtype=np.int64).reshape(-1, 3) + 100 * world.rank      # 0, 1 and 2 rows
+    rows = (
+        np.arange(world.rank * 3, dtype=np.int64).reshape(-1, 3) + 100 * world.rank
+    )  # 0, 1 and 2 rows
     dist.wait_for_all(world)
-    return {"rows": dist.gather_rows(rows, world), "any": dist.AnyRank(lambda: world.rank == 1, world)(),
-            "none": dist.AnyRank(lambda: False, world)(), "vector": dist.gather_vector(torch.tensor([world.rank, 0.5]), world),
-            "main": dist.from_main(world.rank * 2 + 7, world)}
+    return {
+        "rows": dist.gather_rows(rows, world),
+        "any": dist.AnyRank(lambda: world.rank == 1, world)(),
+        "none": dist.AnyRank(lambda: False, world)(),
+        "vector": dist.gather_vector(torch.tensor([world.rank, 0.5]), world),
+        "main": dist.from_main(world.rank * 2 + 7, world),
+    }
 
 
 def test_collectives_agree_on_three_ranks() -> None:
@@ -73,8 +80,10 @@ def test_the_harness_reports_a_failing_rank() -> None:
 
 def found_on_main(world: World) -> tuple[int, str]:
     """What on_main gave, and the mistake it raised."""
+
     def refuse() -> None:
         raise InputError("deliberate")
+
     value = dist.on_main(lambda: world.rank + 40, world)
     try:
         dist.on_main(refuse, world)
@@ -91,9 +100,12 @@ def statistics(world: World) -> tuple[list[float], list[float]]:
     learned, kept = torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2).requires_grad_(False)
     for norm in (learned, kept):
         norm.running_mean.fill_(world.rank + 1.0)
-        norm.running_var.fill_(4.0 ** world.rank)
+        norm.running_var.fill_(4.0**world.rank)
     agree_on_statistics(torch.nn.Sequential(learned, kept), world)
-    return [*learned.running_mean.tolist(), *learned.running_var.tolist()], kept.running_mean.tolist()
+    return [
+        *learned.running_mean.tolist(),
+        *learned.running_var.tolist(),
+    ], kept.running_mean.tolist()
 
 
 def test_batch_statistics_that_are_learned_become_their_mean() -> None:

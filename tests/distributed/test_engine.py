@@ -1,4 +1,5 @@
 """DDP, every ZeRO stage and a single process are the same optimizer; a checkpoint is the same run; NaN changes nothing."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,12 +33,18 @@ def pair() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_equal_one_process(kind: str, single: dict[str, Any], pair: dict[str, dict[str, Any]]) -> None:
+def test_two_ranks_equal_one_process(
+    kind: str, single: dict[str, Any], pair: dict[str, dict[str, Any]]
+) -> None:
     one, two = single, pair[kind]
     losses = _losses(one, two)
-    norms = torch.tensor([[numbers[1] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
-    print(f"{kind}: largest relative difference to one process: loss {_relative(losses):.1e}, gradient norm {_relative(norms):.1e}, "
-          f"weights {_furthest(one, two, 'weights'):.1e}, average {_furthest(one, two, 'ema'):.1e}")
+    norms = torch.tensor(
+        [[numbers[1] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64
+    )
+    print(
+        f"{kind}: largest relative difference to one process: loss {_relative(losses):.1e}, gradient norm {_relative(norms):.1e}, "
+        f"weights {_furthest(one, two, 'weights'):.1e}, average {_furthest(one, two, 'ema'):.1e}"
+    )
     assert _relative(losses) < LOSS_TOLERANCE
     assert _relative(norms) < 100 * LOSS_TOLERANCE
     assert _furthest(one, two, "weights") < WEIGHT_TOLERANCE
@@ -46,7 +53,9 @@ def test_two_ranks_equal_one_process(kind: str, single: dict[str, Any], pair: di
     assert losses[0, -1] < losses[0, 0], "the runs compared did not even learn"
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(pair: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    pair: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     """Loss and gradient norm of a step tell of every weight and every moment of the steps before it."""
     for kind, again in zip(KINDS, run_ranks(interrupted, 2, engines(*KINDS), tmp_path, 3, 8)[0]):
         whole = pair[kind]["numbers"][:8]
@@ -69,15 +78,27 @@ def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
     for kind, result in zip(kinds, run_ranks(poisoned, 2, engines(*kinds))[0]):
         assert not result["stats"].applied, kind
         assert result["stats"].bad_ranks == (1,), kind
-        assert all(torch.equal(result["before"][name], result["after"][name]) for name in result["before"]), kind
-        assert all(loss == loss for loss, _ in result["numbers"]), f"{kind}: the step after a skipped one is healthy"
-        assert any(not torch.equal(result["after"][name], result["later"][name]) for name in result["after"]), kind
+        assert all(
+            torch.equal(result["before"][name], result["after"][name]) for name in result["before"]
+        ), kind
+        assert all(loss == loss for loss, _ in result["numbers"]), (
+            f"{kind}: the step after a skipped one is healthy"
+        )
+        assert any(
+            not torch.equal(result["after"][name], result["later"][name])
+            for name in result["after"]
+        ), kind
 
 
 def test_other_methods_train_alike_under_every_engine() -> None:
-    methods = (["model.kind=lavt", "model.decoder.width=8"], ["model.kind=vlt", "model.transformer.width=16", "model.transformer.ffn=32"],
-               ["model.kind=lts", "model.segment.width=16"])
-    configs = [override(config, changes) for changes in methods for config in engines("ddp", "zero3")]
+    methods = (
+        ["model.kind=lavt", "model.decoder.width=8"],
+        ["model.kind=vlt", "model.transformer.width=16", "model.transformer.ffn=32"],
+        ["model.kind=lts", "model.segment.width=16"],
+    )
+    configs = [
+        override(config, changes) for changes in methods for config in engines("ddp", "zero3")
+    ]
     results = run_ranks(curves, 2, configs, 2)[0]
     for changes, ddp, zero in zip(methods, results[::2], results[1::2]):
         assert _relative(_losses(ddp, zero)) < LOSS_TOLERANCE, changes
@@ -91,10 +112,18 @@ def test_mixed_precision_agrees_between_engines() -> None:
 
     That holds for ZeRO 0 as well, whose own bf16 mode would take a step with zero gradients first.
     """
-    kinds = {"fp32": ("ddp",), "bf16": ("ddp", "zero0", "zero1", "zero2", "zero3"), "fp16": ("ddp", "zero2")}
-    configs = [config.model_copy(update={"precision": precision}) for precision in kinds for config in engines(*kinds[precision])]
+    kinds = {
+        "fp32": ("ddp",),
+        "bf16": ("ddp", "zero0", "zero1", "zero2", "zero3"),
+        "fp16": ("ddp", "zero2"),
+    }
+    configs = [
+        config.model_copy(update={"precision": precision})
+        for precision in kinds
+        for config in engines(*kinds[precision])
+    ]
     exact, *results = run_ranks(curves, 2, configs, 2)[0]
-    for (first, *others) in (results[:5], results[5:]):
+    for first, *others in (results[:5], results[5:]):
         spread = _relative(_losses(exact, first))
         for other in others:
             assert _relative(_losses(first, other)) < spread < 0.05
@@ -102,14 +131,19 @@ def test_mixed_precision_agrees_between_engines() -> None:
 
 def test_recomputing_activations_changes_no_number(pair: dict[str, dict[str, Any]]) -> None:
     kinds = ("ddp", "zero2", "zero3")
-    configs = [override(config, ["model.image.checkpointing=selective", "model.text.checkpointing=true"]) for config in engines(*kinds)]
+    configs = [
+        override(config, ["model.image.checkpointing=selective", "model.text.checkpointing=true"])
+        for config in engines(*kinds)
+    ]
     for kind, found in zip(kinds, run_ranks(curves, 2, configs, 3)[0]):
         for numbers, expected in zip(found["numbers"][:3], pair[kind]["numbers"]):
             assert numbers == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
 
 
 def _losses(one: dict[str, Any], two: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor([[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64)
+    return torch.tensor(
+        [[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64
+    )
 
 
 def _relative(pair: torch.Tensor) -> float:

@@ -1,4 +1,5 @@
 """The engines on one GPU: the same curve as on the CPU, and bf16 near fp32."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from tests.distributed.jobs import curves, engines
 from tests.distributed.ranks import run_ranks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
 KINDS = ("ddp", "zero0", "zero1", "zero2", "zero3")
 
 

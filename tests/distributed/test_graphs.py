@@ -1,4 +1,5 @@
 """CUDA graphs around a step: what may be recorded, and that results which always lie in the same memory are summed as others are."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -30,8 +31,12 @@ DROPPING = ("model.text.dropout=0.2",)
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 @pytest.mark.parametrize("changes", [(), ("precision=bf16",), ("compile=true",)], ids=str)
 def test_a_recorded_step_computes_what_an_eager_one_does(changes: tuple[str, ...]) -> None:
-    plain, recorded = (tiny(*DROPPING, *changes, f"cuda_graphs={value}") for value in ("false", "true"))
-    [[expected], [found]] = [run_ranks(curves, 1, [config], 5, gpu=True)[0] for config in (plain, recorded)]
+    plain, recorded = (
+        tiny(*DROPPING, *changes, f"cuda_graphs={value}") for value in ("false", "true")
+    )
+    [[expected], [found]] = [
+        run_ranks(curves, 1, [config], 5, gpu=True)[0] for config in (plain, recorded)
+    ]
     assert found["numbers"] == pytest.approx(expected["numbers"], rel=1e-5)
 
 
@@ -40,7 +45,9 @@ def test_a_step_of_results_that_overwrite_each_other_is_the_same(ranks: int) -> 
     """Accumulation, dropout, clipping, a moving average, scoring in between; one rank and the buckets of DDP."""
     config = tiny(*DROPPING, "train.global_batch=12")
     [expected] = run_ranks(curves, ranks, [config], 4)[0]
-    [found] = run_ranks(curves_played_back, ranks, [config.model_copy(update={"cuda_graphs": True})], 4)[0]
+    [found] = run_ranks(
+        curves_played_back, ranks, [config.model_copy(update={"cuda_graphs": True})], 4
+    )[0]
     assert found["numbers"] == expected["numbers"]
     for kind in ("weights", "ema"):
         assert all(torch.equal(found[kind][name], value) for name, value in expected[kind].items())
@@ -48,19 +55,29 @@ def test_a_step_of_results_that_overwrite_each_other_is_the_same(ranks: int) -> 
 
 
 def test_it_is_refused_where_nothing_can_be_recorded() -> None:
-    with pytest.raises(InputError, match="cuda_graphs.* NVIDIA GPU.* on the cpu: set cuda_graphs: false"):
+    with pytest.raises(
+        InputError, match="cuda_graphs.* NVIDIA GPU.* on the cpu: set cuda_graphs: false"
+    ):
         jobs.make_engine(tiny("cuda_graphs=true"), World(0, 1, 0, 1, torch.device("cpu")))
     with pytest.raises(InputError, match="DeepSpeed moves them: set engine.kind to ddp"):
         tiny("cuda_graphs=true", "engine.kind=deepspeed")
-    with pytest.raises(InputError, match="cuda_graphs cannot record checkpointing.* set model.image.checkpointing"):
+    with pytest.raises(
+        InputError, match="cuda_graphs cannot record checkpointing.* set model.image.checkpointing"
+    ):
         tiny("cuda_graphs=true", "model.text.checkpointing=true")
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_method_makes_or_reads_a_tensor_of_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_method_makes_or_reads_a_tensor_of_the_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What may be recorded, asked of the meta device: whatever lies on the CPU there would be copied to a GPU in the middle of a step."""
     autocast = torch.autocast
-    monkeypatch.setattr(torch, "autocast", lambda device, **more: nullcontext() if device == "meta" else autocast(device, **more))
+    monkeypatch.setattr(
+        torch,
+        "autocast",
+        lambda device, **more: nullcontext() if device == "meta" else autocast(device, **more),
+    )
     with torch.device("meta"):
         model = build_model(METHODS[name], VOCABULARY, SIZE).train()
         inputs = [torch.empty_like(tensor, device="meta") for tensor in batch()]
@@ -79,9 +96,14 @@ class HostTensors(TorchDispatchMode):
         super().__init__()
         self.operators: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs, out))):
+        if any(
+            isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+            for leaf in tree_leaves((args, kwargs, out))
+        ):
             self.operators.append(str(func))
         return out
 
@@ -121,15 +143,24 @@ def play_back(net: nn.Module, inputs: tuple[Tensor, ...], allow_unused_input: bo
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             [grad] = [grad for name, grad in zip(losses, grads) if name == "loss"]
-            new = torch.autograd.grad(live["loss"], parameters, grad, allow_unused=allow_unused_input)
+            new = torch.autograd.grad(
+                live["loss"], parameters, grad, allow_unused=allow_unused_input
+            )
             if not gradients:
-                gradients.extend(None if value is None else torch.empty_like(value) for value in new)
+                gradients.extend(
+                    None if value is None else torch.empty_like(value) for value in new
+                )
             for place, value in zip(gradients, new):
                 if place is not None:
                     place.copy_(value)
-            return (*[None] * len(inputs), *[None if value is None else value.detach() for value in gradients])
+            return (
+                *[None] * len(inputs),
+                *[None if value is None else value.detach() for value in gradients],
+            )
 
     def played(*given: Tensor) -> Any:
-        return dict(zip(losses, Playback.apply(*given, *parameters))) if net.training else run(*given)
+        return (
+            dict(zip(losses, Playback.apply(*given, *parameters))) if net.training else run(*given)
+        )
 
     net.forward = played

@@ -1,4 +1,5 @@
 """A configuration that trains on a tiny RefShapes in seconds, and real launchers to start it with."""
+
 from __future__ import annotations
 
 import os
@@ -41,10 +42,27 @@ def launch(ranks: int, *arguments: str | Path, launcher: str = "torchrun") -> su
     """Start a verb on several ranks through a real launcher, or by itself for one rank."""
     words = [str(word) for word in arguments]
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NPROC": str(ranks), "PYTHON": sys.executable}
-    command = [sys.executable, "-m", "coupalign", *words] if ranks == 1 else [str(root / "launch" / f"{launcher}.sh"), *words]
-    return subprocess.Popen(command, env=environment, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "NPROC": str(ranks),
+        "PYTHON": sys.executable,
+    }
+    command = (
+        [sys.executable, "-m", "coupalign", *words]
+        if ranks == 1
+        else [str(root / "launch" / f"{launcher}.sh"), *words]
+    )
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=root,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:

@@ -1,4 +1,5 @@
 """A run whose encoder another run has trained has seen what that one saw."""
+
 from __future__ import annotations
 
 import json
@@ -9,17 +10,32 @@ import pytest
 from coupalign.cli import main
 
 
-def test_scores_know_what_the_start_was_trained_on(config: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    changes = ["data.workers=0", "data.image_size=32", "train.steps=1", "train.evaluate_every=10", "train.ema=null",
-               "evaluate.bootstrap=10", "model.image={kind: timm, name: resnet18}"]
+def test_scores_know_what_the_start_was_trained_on(
+    config: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = [
+        "data.workers=0",
+        "data.image_size=32",
+        "train.steps=1",
+        "train.evaluate_every=10",
+        "train.ema=null",
+        "evaluate.bootstrap=10",
+        "model.image={kind: timm, name: resnet18}",
+    ]
     first, second = tmp_path / "first", tmp_path / "second"
     train = f"data.train=[{{index: {shards}, split: testA}}]"
     assert main(["train", str(config), f"run_dir={first}", *changes, train, "data.mix=leaky"]) == 0
     start = next((first / "checkpoints").glob("step-*")) / "weights.safetensors"
     capfd.readouterr()
-    assert main(["train", str(config), f"run_dir={second}", *changes, f"model.image.weights={start}"]) == 0
+    assert (
+        main(["train", str(config), f"run_dir={second}", *changes, f"model.image.weights={start}"])
+        == 0
+    )
     assert "every score counts them as trained on" in capfd.readouterr().out
-    expected = {"testA": "LEAKY: 3 of 3 scored photographs were trained on", "testB": "none: no scored photograph was trained on"}
+    expected = {
+        "testA": "LEAKY: 3 of 3 scored photographs were trained on",
+        "testB": "none: no scored photograph was trained on",
+    }
     for split, leak in expected.items():
         assert main(["eval", str(second), "--split", split, "--json"]) == 0
         assert json.loads(capfd.readouterr().out.splitlines()[-1])[split]["leak"] == leak

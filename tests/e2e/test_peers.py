@@ -2,6 +2,7 @@
 
 One tiny run is trained once, in this process; its learning rate is high, so that its scores move.
 """
+
 from __future__ import annotations
 
 import errno
@@ -24,7 +25,13 @@ from coupalign.config.schema import Config, Source
 from coupalign.data import masks
 from coupalign.data.batch import Batch
 from coupalign.data.index import read_index
-from coupalign.data.loader import EvalLoader, TrainLoader, build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.loader import (
+    EvalLoader,
+    TrainLoader,
+    build_eval_loader,
+    build_train_loader,
+    open_tokenizer,
+)
 from coupalign.data.refer import read_set
 from coupalign.data.samples import Rule
 from coupalign.dist import World
@@ -42,9 +49,20 @@ from coupalign.tracking import read_rows
 from coupalign.training.optim import build_optimizer, parameter_groups
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-CHANGES = ["data.image_size=32", "data.workers=0", "train.steps=6", "train.evaluate_every=2", "train.save_every=2", "train.keep_last=1",
-           "train.ema=null", "model.losses.foreground=40", "optim.lr=0.3", "schedule.warmup_steps=0", "evaluate.protocol=cris",
-           "evaluate.bootstrap=0"]
+CHANGES = [
+    "data.image_size=32",
+    "data.workers=0",
+    "train.steps=6",
+    "train.evaluate_every=2",
+    "train.save_every=2",
+    "train.keep_last=1",
+    "train.ema=null",
+    "model.losses.foreground=40",
+    "optim.lr=0.3",
+    "schedule.warmup_steps=0",
+    "evaluate.protocol=cris",
+    "evaluate.bootstrap=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +71,9 @@ def trained(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("peers") / "run"
     assert main(["train", str(config), f"run_dir={run}", *CHANGES]) == 0
     scores = curve(run)
-    assert sorted(scores) == [2, 4, 6] and len(set(scores.values())) == 3 and min(scores.values()) > 0, f"it proves nothing: {scores}"
+    assert (
+        sorted(scores) == [2, 4, 6] and len(set(scores.values())) == 3 and min(scores.values()) > 0
+    ), f"it proves nothing: {scores}"
     return run
 
 
@@ -65,7 +85,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def curve(run: Path) -> dict[int, float]:
     """The score on the first split by step."""
-    return {row.step: row.metrics["eval/val/oIoU"] for row, _ in read_rows(run / "metrics.jsonl") if "eval/val/oIoU" in row.metrics}
+    return {
+        row.step: row.metrics["eval/val/oIoU"]
+        for row, _ in read_rows(run / "metrics.jsonl")
+        if "eval/val/oIoU" in row.metrics
+    }
 
 
 def best_of(scores: dict[int, float]) -> int:
@@ -88,13 +112,29 @@ def engine_of(config: Config, seed: int = 99) -> Engine:
 
 
 def train_loader(config: Config) -> TrainLoader:
-    return build_train_loader(config.data, config.seed, config.train.global_batch, config.train.max_micro_batch, 0, 1,
-                              open_tokenizer(config.data))
+    return build_train_loader(
+        config.data,
+        config.seed,
+        config.train.global_batch,
+        config.train.max_micro_batch,
+        0,
+        1,
+        open_tokenizer(config.data),
+    )
 
 
-def eval_loader(config: Config, rank: int = 0, ranks: int = 1, batch: int = 8, rule: Rule = "each", split: str = "val") -> EvalLoader:
+def eval_loader(
+    config: Config,
+    rank: int = 0,
+    ranks: int = 1,
+    batch: int = 8,
+    rule: Rule = "each",
+    split: str = "val",
+) -> EvalLoader:
     source = config.data.evaluate[0].model_copy(update={"split": split})
-    return build_eval_loader(config.data, [source], batch, rank, ranks, open_tokenizer(config.data), rules=[rule])
+    return build_eval_loader(
+        config.data, [source], batch, rank, ranks, open_tokenizer(config.data), rules=[rule]
+    )
 
 
 class Gathered(Exception):
@@ -118,15 +158,30 @@ def score_over(run: Path, ranks: int, batch: int = 8) -> tuple[Evaluation, list[
 
     for rank in range(ranks - 1, 0, -1):
         with pytest.raises(Gathered):
-            evaluate(infer, eval_loader(config, rank, ranks, batch), [find_protocol("cris")], gather=gather, rank=rank)
-    results = evaluate(infer, eval_loader(config, 0, ranks, batch), [find_protocol("cris")], gather=gather, bootstrap=0)
+            evaluate(
+                infer,
+                eval_loader(config, rank, ranks, batch),
+                [find_protocol("cris")],
+                gather=gather,
+                rank=rank,
+            )
+    results = evaluate(
+        infer,
+        eval_loader(config, 0, ranks, batch),
+        [find_protocol("cris")],
+        gather=gather,
+        bootstrap=0,
+    )
     return results["cris", "each"], shares
 
 
 def test_01_resume_loads_the_weights(trained: Path) -> None:
     """CGFormer restores optimizer and schedule, never the model."""
     config = config_of(trained)
-    engine, saved = engine_of(config), read_weights(trained / "checkpoints" / "step-00000006" / "weights.safetensors")
+    engine, saved = (
+        engine_of(config),
+        read_weights(trained / "checkpoints" / "step-00000006" / "weights.safetensors"),
+    )
     before = engine.export()
     assert not all(torch.equal(before[name], saved[name]) for name in saved)
     state = Checkpoints(config, ALONE, train_loader(config).fingerprint).resume(engine)
@@ -140,7 +195,11 @@ def test_02_the_best_is_kept_however_late_it_comes(trained: Path, tmp_path: Path
     engine, checkpoints = engine_of(config), Checkpoints(config, ALONE, "data")
     late = 10**7
     for step in (late, late + 1, late + 2):
-        checkpoints.save(engine, TrainState(step, best=0.9, best_step=late, evaluated=step), open_tokenizer(config.data))
+        checkpoints.save(
+            engine,
+            TrainState(step, best=0.9, best_step=late, evaluated=step),
+            open_tokenizer(config.data),
+        )
     assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{late:08d}"
     assert (tmp_path / "checkpoints" / "best" / "weights.safetensors").is_file()
 
@@ -149,7 +208,10 @@ def test_03_a_checkpoint_holds_its_own_best_score_and_the_loss_scale(trained: Pa
     """CRIS, ETRIS, DETRIS, CGFormer store the best score of before the epoch, and not the scaler."""
     scores = curve(trained)
     for step in {best_of(scores), 6}:
-        state, best = state_of(trained, step)["state"], best_of({at: score for at, score in scores.items() if at <= step})
+        state, best = (
+            state_of(trained, step)["state"],
+            best_of({at: score for at, score in scores.items() if at <= step}),
+        )
         assert (state["best"], state["best_step"], state["evaluated"]) == (scores[best], best, step)
     updates, again = Updates("fp16"), Updates("fp16")
     for applied in (False, False, True):
@@ -159,19 +221,29 @@ def test_03_a_checkpoint_holds_its_own_best_score_and_the_loss_scale(trained: Pa
     assert again.state() == updates.state() and again.scale == 16384.0
 
 
-def test_04_the_newest_is_kept_beside_the_best_and_a_resumed_run_knows_its_best(run: Path, config: Path) -> None:
+def test_04_the_newest_is_kept_beside_the_best_and_a_resumed_run_knows_its_best(
+    run: Path, config: Path
+) -> None:
     """LAVT saves the best only, and begins again at -0.1 when it goes on, so the first epoch replaces the best."""
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"step-{best_of(curve(run)):08d}", "step-00000006", "best"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        f"step-{best_of(curve(run)):08d}",
+        "step-00000006",
+        "best",
+    }
     assert main(["train", str(config), *CHANGES, f"run_dir={run}", "train.steps=8"]) == 0
     scores = curve(run)
     best = best_of(scores)
-    assert sorted(scores) == [2, 4, 6, 8] and (run / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+    assert (
+        sorted(scores) == [2, 4, 6, 8]
+        and (run / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+    )
     state = state_of(run, 8)["state"]
     assert (state["best"], state["best_step"]) == (scores[best], best)
 
 
 def test_05_a_step_neither_collects_garbage_nor_empties_caches_nor_waits_for_a_number(
-        trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LAVT calls gc.collect, empty_cache, synchronize twice and loss.item() in every iteration."""
     config = config_of(trained, "train.ema.decay=0.9")
     engine, calls = engine_of(config), []
@@ -205,44 +277,80 @@ def test_06_ranks_share_the_samples_and_always_read_the_same_sentences(trained: 
     """In LAVT every rank scores everything, with sentences of its own drawing, and nothing is reduced."""
     config = config_of(trained)
     loaders = [eval_loader(config, rank, 2) for rank in (0, 1)]
-    shares = [{info.number: info.sentence for batch in loader for info in batch.info} for loader in loaders]
-    again = [{info.number: info.sentence for batch in loader for info in batch.info} for loader in loaders]
+    shares = [
+        {info.number: info.sentence for batch in loader for info in batch.info}
+        for loader in loaders
+    ]
+    again = [
+        {info.number: info.sentence for batch in loader for info in batch.info}
+        for loader in loaders
+    ]
     assert shares == again and {**shares[0], **shares[1]}.keys() == set(range(loaders[0].samples))
     assert sum(map(len, shares)) == loaders[0].samples, "no sample on two ranks"
 
 
 def test_07_every_layer_of_the_text_encoder_is_trained(trained: Path, tmp_path: Path) -> None:
     """LAVT and ReLA give layers 0 to 9 of twelve to the optimizer, and not the embeddings."""
-    BertConfig(hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=16, vocab_size=300).save_pretrained(tmp_path)
-    model = build_model(config_of(trained, f"model.text={{kind: bert, weights: 'random:{tmp_path}'}}").model, 300, 32)
-    grouped = [id(p) for group in parameter_groups(model, config_of(trained).optim) for p in group["params"]]
+    BertConfig(
+        hidden_size=16,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=300,
+    ).save_pretrained(tmp_path)
+    model = build_model(
+        config_of(trained, f"model.text={{kind: bert, weights: 'random:{tmp_path}'}}").model,
+        300,
+        32,
+    )
+    grouped = [
+        id(p)
+        for group in parameter_groups(model, config_of(trained).optim)
+        for p in group["params"]
+    ]
     named = {name: id(p) for name, p in model.named_parameters()}
     assert sorted(grouped) == sorted(named.values()), "each once"
-    assert {int(name.split("layer.")[1].split(".")[0]) for name in named if name.startswith("text.") and "layer." in name} == set(range(12))
+    assert {
+        int(name.split("layer.")[1].split(".")[0])
+        for name in named
+        if name.startswith("text.") and "layer." in name
+    } == set(range(12))
     config = config_of(trained)
     engine = engine_of(config)
     [(_, batches)] = islice(train_loader(config).steps_from(0), 1)
     before = engine.export()
     assert engine.train_step(batches, 1.0).applied
     after = engine.export()
-    matrices = [name for name, value in before.items() if name.startswith("text.") and value.ndim > 1]
+    matrices = [
+        name for name, value in before.items() if name.startswith("text.") and value.ndim > 1
+    ]
     assert any("embeddings" in name for name in matrices)
-    assert not [name for name in matrices if torch.equal(before[name], after[name])], "layers that did not move"
+    assert not [name for name in matrices if torch.equal(before[name], after[name])], (
+        "layers that did not move"
+    )
 
 
 def test_08_cudnn_stays_on_and_a_rank_is_the_one_of_the_job(trained: Path) -> None:
     """ETRIS and DETRIS switch cuDNN off for the whole training and take the local rank for the rank."""
     assert trained.is_dir() and torch.backends.cudnn.enabled
-    assert places({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}) == (9, 16, 1, 8)
+    assert places(
+        {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    ) == (9, 16, 1, 8)
 
 
-def test_09_every_sample_of_a_mixture_can_be_read_and_no_held_out_image_is_trained_on_unasked(trained: Path, shards: Path) -> None:
+def test_09_every_sample_of_a_mixture_can_be_read_and_no_held_out_image_is_trained_on_unasked(
+    trained: Path, shards: Path
+) -> None:
     """DETRIS gives its mixture one key too many, and leaves the images of its test splits in."""
     mixture = tuple(Source(index=str(shards), split=split) for split in ("train", "val", "testA"))
     counts, config = read_index(shards).counts["refshapes/unc"], config_of(trained)
 
     def mixed(mix: str | None) -> TrainLoader:
-        return train_loader(config.model_copy(update={"data": config.data.model_copy(update={"train": mixture, "mix": mix})}))
+        return train_loader(
+            config.model_copy(
+                update={"data": config.data.model_copy(update={"train": mixture, "mix": mix})}
+            )
+        )
 
     with pytest.raises(InputError, match="photographs that are to be scored"):
         mixed(None)
@@ -251,22 +359,31 @@ def test_09_every_sample_of_a_mixture_can_be_read_and_no_held_out_image_is_train
     assert loader.samples == sum(counts[source.split]["refs"] for source in mixture)
     steps = islice(loader.steps_from(0), -(-loader.samples // 8))
     numbers = [info.number for _, batches in steps for batch in batches for info in batch.info]
-    assert sorted(numbers[:loader.samples]) == list(range(loader.samples))
+    assert sorted(numbers[: loader.samples]) == list(range(loader.samples))
 
 
 def test_10_nothing_is_removed_before_the_new_one_is_whole_and_no_error_is_swallowed(
-        run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LISA removes the old checkpoint before it writes the new one, and catches whatever its data raise."""
     config = config_of(run)
-    engine, before = engine_of(config), {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()}
+    engine, before = (
+        engine_of(config),
+        {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()},
+    )
 
     def full(directory: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
     monkeypatch.setattr(engine, "save", full)
-    with pytest.raises(InputError, match="step-00000007: the checkpoint could not be written .*Whole checkpoints there: .*step-00000006"):
+    with pytest.raises(
+        InputError,
+        match="step-00000007: the checkpoint could not be written .*Whole checkpoints there: .*step-00000006",
+    ):
         Checkpoints(config, ALONE, "data").save(engine, TrainState(7), open_tokenizer(config.data))
-    assert {file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()} == before
+    assert {
+        file: file.read_bytes() for file in (run / "checkpoints").rglob("*") if file.is_file()
+    } == before
     damaged = shutil.copytree(shards, tmp_path / "damaged")
     for tar in damaged.glob("*.tar"):
         tar.write_bytes(bytes(tar.stat().st_size))
@@ -279,13 +396,14 @@ def test_10_nothing_is_removed_before_the_new_one_is_whole_and_no_error_is_swall
 def test_11_the_overall_iou_is_of_all_ranks(trained: Path) -> None:
     """OneRef reduces mIoU over the ranks and prints the sums of one rank for oIoU."""
     (alone, _), (both, shares) = score_over(trained, 1), score_over(trained, 2)
-    local = [rows[:, -4].sum() / rows[:, -3].sum() for rows in shares]      # I and U of each rank
+    local = [rows[:, -4].sum() / rows[:, -3].sum() for rows in shares]  # I and U of each rank
     assert both.score == alone.score and both.rows.tolist() == alone.rows.tolist()
     assert local[0] != local[1] and both.score.metrics["oIoU"] not in local
 
 
 def test_12_sentences_are_drawn_each_epoch_joined_with_a_space_and_refs_share_no_record(
-        trained: Path, shards: Path, tmp_path: Path) -> None:
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
     """mmdet draws its random sentence once, joins without a space, and lets two refs of one annotation overwrite each other."""
     config = config_of(trained)
     loader = train_loader(config)
@@ -293,30 +411,50 @@ def test_12_sentences_are_drawn_each_epoch_joined_with_a_space_and_refs_share_no
     for _, batches in islice(loader.steps_from(0), 3 * loader.samples // 8):
         for info in (info for batch in batches for info in batch.info):
             read.setdefault(info.name.rpartition("/")[0], set()).add(info.name)
-    assert sum(len(names) > 1 for names in read.values()) > len(read) / 2, "three epochs, two or three sentences a ref"
+    assert sum(len(names) > 1 for names in read.values()) > len(read) / 2, (
+        "three epochs, two or three sentences a ref"
+    )
     own: dict[str, list[str]] = {}
     for name, sentence in eval_loader(config).words:
         own.setdefault(name.rpartition("/")[0], []).append(sentence)
-    assert [sentence for _, sentence in eval_loader(config, rule="concatenated").words] == [" ".join(texts) for texts in own.values()]
+    assert [sentence for _, sentence in eval_loader(config, rule="concatenated").words] == [
+        " ".join(texts) for texts in own.values()
+    ]
     folder = shutil.copytree(shards.parent / "refer" / "refcoco", tmp_path / "refcoco")
     refs = pickle.loads((folder / "refs(unc).p").read_bytes())
-    twin = {**refs[0], "ref_id": 10**6, "split": "val", "sentences": [{"sent_id": 10**6, "raw": "Another.", "sent": "another"}]}
+    twin = {
+        **refs[0],
+        "ref_id": 10**6,
+        "split": "val",
+        "sentences": [{"sent_id": 10**6, "raw": "Another.", "sent": "another"}],
+    }
     (folder / "refs(unc).p").write_bytes(pickle.dumps([*refs, twin], protocol=2))
     found = {referral.ref_id: referral for referral in read_set(tmp_path, "refcoco", "unc")[0]}
     first, second = found[refs[0]["ref_id"]], found[10**6]
-    assert first.ann_id == second.ann_id and (first.split, second.split) == (refs[0]["split"], "val")
-    assert [s.cleaned for s in second.sentences] == ["another"] and len(first.sentences) == len(refs[0]["sentences"])
+    assert first.ann_id == second.ann_id and (first.split, second.split) == (
+        refs[0]["split"],
+        "val",
+    )
+    assert [s.cleaned for s in second.sentences] == ["another"] and len(first.sentences) == len(
+        refs[0]["sentences"]
+    )
 
 
 def test_13_what_ranks_repeat_to_stay_in_step_is_not_scored_twice(trained: Path) -> None:
     """CARIS sums over the padded samples and divides by the number of real ones."""
     (alone, _), (three, shares) = score_over(trained, 1), score_over(trained, 3, batch=1)
-    assert sum(map(len, shares)) > len(three.rows) == three.score.samples == eval_loader(config_of(trained)).samples
+    assert (
+        sum(map(len, shares))
+        > len(three.rows)
+        == three.score.samples
+        == eval_loader(config_of(trained)).samples
+    )
     assert three.score == alone.score
 
 
 def test_14_polygons_that_overlap_are_a_union() -> None:
     """The refer toolbox adds the polygons up, and LAVT, CARIS, DMMI, PolyFormer take the sum of 2 for background."""
+
     def box(x: int, y: int, side: int) -> list[int]:
         return [x, y, x, y + side, x + side, y + side, x + side, y]
 
@@ -326,16 +464,24 @@ def test_14_polygons_that_overlap_are_a_union() -> None:
     assert np.array_equal(masks.decode(rle), expected) and masks.area(rle) == 16 + 16 - 4
 
 
-def test_15_a_score_is_of_the_data_that_the_run_names(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_15_a_score_is_of_the_data_that_the_run_names(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command in CRIS' README takes the configuration of one data set and the images of another."""
     capsys.readouterr()
     assert main(["eval", str(run), "data.evaluate.0.dataset=refshapes", "--json"]) == 0
     score = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
     assert score["conditions"]["sets"] == "refshapes/all val"
     config = config_of(run, "data.evaluate.0.dataset=refshapes")
-    assert score["data_fingerprint"] == eval_loader(config).fingerprint != eval_loader(config, split="testA").fingerprint
+    assert (
+        score["data_fingerprint"]
+        == eval_loader(config).fingerprint
+        != eval_loader(config, split="testA").fingerprint
+    )
     assert main(["eval", str(run), "data.evaluate.0.dataset=refcocog"]) == 2
-    assert "no sample of refcocog/*, split 'val'; it holds: refshapes/unc" in capsys.readouterr().err
+    assert (
+        "no sample of refcocog/*, split 'val'; it holds: refshapes/unc" in capsys.readouterr().err
+    )
 
 
 def test_16_the_number_of_samples_is_that_of_the_shards(trained: Path, shards: Path) -> None:
@@ -343,5 +489,8 @@ def test_16_the_number_of_samples_is_that_of_the_shards(trained: Path, shards: P
     config, counts = config_of(trained), read_index(shards).counts["refshapes/unc"]
     assert train_loader(config).samples == counts["train"]["refs"]
     sizes = {split: eval_loader(config, split=split).samples for split in ("val", "testA", "testB")}
-    assert sizes == {split: counts[split]["sentences"] for split in sizes} and len(set(sizes.values())) > 1
+    assert (
+        sizes == {split: counts[split]["sentences"] for split in sizes}
+        and len(set(sizes.values())) > 1
+    )
     assert sum(len(batch) for batch in eval_loader(config)) == sizes["val"]

@@ -1,4 +1,5 @@
 """The verbs that only look: each runs, prints, and ends with one JSON object where it is asked to."""
+
 from __future__ import annotations
 
 import json
@@ -36,14 +37,20 @@ def test_the_traffic_of_a_step(config: Path, capsys: pytest.CaptureFixture[str])
     assert (status, found["batch"]) == (0, 4) and found["parts"]["wpa"]["bytes"] > 0
 
 
-def test_config_and_its_deepspeed_dictionary(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_and_its_deepspeed_dictionary(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert said(capsys, "config", config, "seed=3")[1]["seed"] == 3
-    status, found = said(capsys, "config", config, "engine.kind=deepspeed", "--deepspeed", "--ranks", "2")
+    status, found = said(
+        capsys, "config", config, "engine.kind=deepspeed", "--deepspeed", "--ranks", "2"
+    )
     assert (status, found["train_batch_size"], found["gradient_accumulation_steps"]) == (0, 8, 2)
     assert main(["config", str(config), "--deepspeed"]) == 2
 
 
-def test_verify_says_no_to_a_flipped_byte(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_says_no_to_a_flipped_byte(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = shutil.copytree(shards, tmp_path / "shards")
     assert said(capsys, "verify", copy)[0] == 0
     shard = sorted(copy.glob("*.tar"))[0]
@@ -55,8 +62,22 @@ def test_verify_says_no_to_a_flipped_byte(shards: Path, tmp_path: Path, capsys: 
     assert shard.name in capsys.readouterr().out
 
 
-def test_track_sends_what_is_left(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_track_sends_what_is_left(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    assert main(["train", str(config), f"run_dir={run}", "train.steps=1", "data.evaluate=[]", "tracking.kind=mlflow"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(config),
+                f"run_dir={run}",
+                "train.steps=1",
+                "data.evaluate=[]",
+                "tracking.kind=mlflow",
+            ]
+        )
+        == 0
+    )
     status, sent = said(capsys, "track", run)
     assert (status, sent["rows_left"], sent["error"]) == (0, 0, None)

@@ -3,6 +3,7 @@
 The tolerance is not chosen: a kernel may be wrong by twice what eager PyTorch is wrong by in the same type, both
 measured against float64 on the same rounded inputs.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -17,14 +18,39 @@ fused = pytest.importorskip("coupalign.kernels.fused", reason="Triton is not ins
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-pytestmark = pytest.mark.gpu if ON_GPU else []      # with a GPU these tests need it: `-m gpu` selects them there
-bf16 = pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(not ON_GPU, reason="the interpreter gets bfloat16 wrong"))
+pytestmark = (
+    pytest.mark.gpu if ON_GPU else []
+)  # with a GPU these tests need it: `-m gpu` selects them there
+bf16 = pytest.param(
+    torch.bfloat16,
+    id="bf16",
+    marks=pytest.mark.skipif(not ON_GPU, reason="the interpreter gets bfloat16 wrong"),
+)
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16"), bf16]
-NAMES = ("pixels_from_words", "words_from_pixels", "grad pixels", "grad keys", "grad values", "grad bias")
-SHAPES = [      # B, P, T, C, H: every backbone's widths, no multiple of a tile among P, all paths of the plan
-    (2, 111, 7, 96, 1), (1, 300, 20, 128, 1), (1, 63, 20, 192, 1), (3, 130, 1, 256, 1), (1, 65, 32, 384, 1), (1, 225, 20, 512, 1),
-    (1, 63, 16, 768, 1), (1, 111, 20, 1024, 1), (1, 70, 9, 1536, 1), (1, 30, 20, 2048, 1), (2, 100, 64, 128, 1), (1, 90, 20, 96, 2),
-    (1, 50, 5, 24, 3), (1, 70, 40, 256, 4), (1, 1, 1, 16, 1),
+NAMES = (
+    "pixels_from_words",
+    "words_from_pixels",
+    "grad pixels",
+    "grad keys",
+    "grad values",
+    "grad bias",
+)
+SHAPES = [  # B, P, T, C, H: every backbone's widths, no multiple of a tile among P, all paths of the plan
+    (2, 111, 7, 96, 1),
+    (1, 300, 20, 128, 1),
+    (1, 63, 20, 192, 1),
+    (3, 130, 1, 256, 1),
+    (1, 65, 32, 384, 1),
+    (1, 225, 20, 512, 1),
+    (1, 63, 16, 768, 1),
+    (1, 111, 20, 1024, 1),
+    (1, 70, 9, 1536, 1),
+    (1, 30, 20, 2048, 1),
+    (2, 100, 64, 128, 1),
+    (1, 90, 20, 96, 2),
+    (1, 50, 5, 24, 3),
+    (1, 70, 40, 256, 4),
+    (1, 1, 1, 16, 1),
 ]
 
 
@@ -44,23 +70,38 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def operands(shape: tuple[int, ...], dtype: torch.dtype, padding: str = "some", logits: float = 2.0) -> list[Tensor]:
+def operands(
+    shape: tuple[int, ...], dtype: torch.dtype, padding: str = "some", logits: float = 2.0
+) -> list[Tensor]:
     """pixels in `dtype`, keys, values and bias in float32, and a gradient for each output."""
     batch, pixels, words, channels, heads = shape
     generator = torch.Generator().manual_seed(pixels + channels)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)       # noqa: E731
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
     bias = draw(batch, heads, words)
     if padding == "some" and words > 1:
-        bias[0, :, words - words // 3 - 1:] = -torch.inf
+        bias[0, :, words - words // 3 - 1 :] = -torch.inf
     if padding == "all":
         bias[-1] = -torch.inf
-    v, k, u = draw(batch, pixels, channels), draw(batch, heads * words, channels), draw(batch, heads * words, channels)
-    made = [v, k * logits / channels ** 0.5, u, bias.flatten(1), draw(batch, pixels, channels), draw(batch, heads * words, channels)]
+    v, k, u = (
+        draw(batch, pixels, channels),
+        draw(batch, heads * words, channels),
+        draw(batch, heads * words, channels),
+    )
+    made = [
+        v,
+        k * logits / channels**0.5,
+        u,
+        bias.flatten(1),
+        draw(batch, pixels, channels),
+        draw(batch, heads * words, channels),
+    ]
     types = [dtype, *[torch.float32] * 3, dtype, torch.float32]
     return [x.to(DEVICE, kind) for x, kind in zip(made, types)]
 
 
-def everything(attend: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def everything(
+    attend: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor]
+) -> tuple[Tensor, ...]:
     """Both outputs and all four gradients."""
     leaves = [x.detach().requires_grad_() for x in inputs[:4]]
     outputs = attend(*leaves)
@@ -73,6 +114,7 @@ def through(heads: int) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def eager(heads: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
     """As autocast runs it: matrix products in `dtype`, softmax in float32."""
+
     def attend(v: Tensor, k: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         bias, padding = reference.finite_bias(bias)
         scores = (v @ k.to(dtype).transpose(1, 2)).float() + bias[:, None]
@@ -80,11 +122,14 @@ def eager(heads: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]
         over_pixels = scores.softmax(1).to(dtype).transpose(1, 2)
         from_words = (over_words @ u.to(dtype)).masked_fill(padding.all(1)[:, None, None], 0.0)
         return from_words, (over_pixels @ v).masked_fill(padding[..., None], 0.0).float()
+
     return attend
 
 
 def truth(inputs: list[Tensor], heads: int) -> tuple[Tensor, ...]:
-    return everything(lambda *x: reference.bidirectional_attention(*x, heads), [x.double() for x in inputs])
+    return everything(
+        lambda *x: reference.bidirectional_attention(*x, heads), [x.double() for x in inputs]
+    )
 
 
 def assert_twice_eager(got: tuple[Tensor, ...], inputs: list[Tensor], heads: int) -> None:
@@ -93,18 +138,29 @@ def assert_twice_eager(got: tuple[Tensor, ...], inputs: list[Tensor], heads: int
     dtype = inputs[0].dtype
     plain, exact = everything(eager(heads, dtype), inputs), truth(inputs, heads)
     largest = [x.abs().max().item() for x in (inputs[0], *inputs[4:])]
-    terms = max(1.0, largest[0]) * max(largest[1:])        # what keys and bias get is a sum that may cancel to nothing
+    terms = max(1.0, largest[0]) * max(
+        largest[1:]
+    )  # what keys and bias get is a sum that may cancel to nothing
     for name, ours, theirs, want in zip(NAMES, got, plain, exact):
         assert ours.isfinite().all(), name
-        unit = torch.finfo(dtype).eps * max(want.abs().max().item(), terms if name in ("grad keys", "grad bias") else 0.0)
+        unit = torch.finfo(dtype).eps * max(
+            want.abs().max().item(), terms if name in ("grad keys", "grad bias") else 0.0
+        )
         for measure in (lambda x: x.square().mean().sqrt().item(), lambda x: x.abs().max().item()):
-            error, allowed = measure(ours.double() - want), 2 * measure(theirs.double() - want) + unit
-            assert error <= allowed, f"{name}: {error:.2e} is more than twice eager's error, {allowed:.2e}"
+            error, allowed = (
+                measure(ours.double() - want),
+                2 * measure(theirs.double() - want) + unit,
+            )
+            assert error <= allowed, (
+                f"{name}: {error:.2e} is more than twice eager's error, {allowed:.2e}"
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_no_worse_than_twice_eager(shape: tuple[int, ...], dtype: torch.dtype, poisoned_memory: None) -> None:
+def test_no_worse_than_twice_eager(
+    shape: tuple[int, ...], dtype: torch.dtype, poisoned_memory: None
+) -> None:
     inputs = operands(shape, dtype)
     assert_twice_eager(everything(through(shape[-1]), inputs), inputs, shape[-1])
 
@@ -112,12 +168,16 @@ def test_no_worse_than_twice_eager(shape: tuple[int, ...], dtype: torch.dtype, p
 @pytest.mark.parametrize("padding", ["none", "all"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 111, 7, 96, 1), (2, 70, 20, 320, 2)], ids=["narrow", "wide"])
-def test_without_padding_and_without_words(shape: tuple[int, ...], dtype: torch.dtype, padding: str, poisoned_memory: None) -> None:
+def test_without_padding_and_without_words(
+    shape: tuple[int, ...], dtype: torch.dtype, padding: str, poisoned_memory: None
+) -> None:
     inputs = operands(shape, dtype, padding)
     got = everything(through(shape[-1]), inputs)
     assert_twice_eager(got, inputs, shape[-1])
     if padding == "all":
-        assert not any(x[-1].any() for x in got), "an image without words gives zeros, and zero gradients"
+        assert not any(x[-1].any() for x in got), (
+            "an image without words gives zeros, and zero gradients"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,11 +189,15 @@ def test_large_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = truth([x.to(dtype) if place in (1, 2) else x for place, x in enumerate(inputs)], 1)
     for name, ours, want in zip(NAMES[:2], got, exact):
         close = (ours.double() - want).abs() <= 1e-2 * want.abs().max()
-        assert close.double().mean() > 0.95, name        # where two scores are nearly equal, rounding may pick the other
+        assert close.double().mean() > 0.95, (
+            name
+        )  # where two scores are nearly equal, rounding may pick the other
     assert all(x.isfinite().all() for x in got)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")      # the gradient of float16 pixels may
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered in cast:RuntimeWarning"
+)  # the gradient of float16 pixels may
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("power", [-12, 20])
 def test_the_scale_of_the_word_gradient_does_not_matter(power: int, dtype: torch.dtype) -> None:
@@ -141,13 +205,17 @@ def test_the_scale_of_the_word_gradient_does_not_matter(power: int, dtype: torch
     *inputs, from_words, from_pixels = operands((1, 111, 7, 96, 1), dtype)
     nothing = torch.zeros_like(from_words)
     one = everything(through(1), [*inputs, nothing, from_pixels])
-    scaled = everything(through(1), [*inputs, nothing, from_pixels * 2.0 ** power])
-    assert all(torch.equal(a * 2.0 ** power, b) for a, b in zip(one[3:], scaled[3:]))
+    scaled = everything(through(1), [*inputs, nothing, from_pixels * 2.0**power])
+    assert all(torch.equal(a * 2.0**power, b) for a, b in zip(one[3:], scaled[3:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 300, 20, 128, 1), (1, 130, 20, 320, 1)], ids=["narrow", "wide"])
-def test_repeats_are_equal_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype, poisoned_memory: None) -> None:
+@pytest.mark.parametrize(
+    "shape", [(1, 300, 20, 128, 1), (1, 130, 20, 320, 1)], ids=["narrow", "wide"]
+)
+def test_repeats_are_equal_bit_for_bit(
+    shape: tuple[int, ...], dtype: torch.dtype, poisoned_memory: None
+) -> None:
     inputs = operands(shape, dtype)
     first = everything(through(1), inputs)
     for _ in range(100 if ON_GPU else 2):
@@ -177,6 +245,11 @@ def test_strided_inputs_and_a_single_output() -> None:
     for place in (0, 1):
         output = bidirectional_attention(*leaves, impl="fused")[place]
         got = torch.autograd.grad(output, leaves, inputs[4 + place])
-        exact = torch.autograd.grad(reference.bidirectional_attention(*leaves)[place], leaves, inputs[4 + place], materialize_grads=True)
+        exact = torch.autograd.grad(
+            reference.bidirectional_attention(*leaves)[place],
+            leaves,
+            inputs[4 + place],
+            materialize_grads=True,
+        )
         for a, b in zip(got, exact):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,5 @@
 """The fused kernels as a registered operation: compiled, under autocast, checkpointed, captured; and when they are not used."""
+
 from __future__ import annotations
 
 import logging
@@ -22,7 +23,9 @@ SMALL = (2, 40, 5, 64, 1)
 BACKEND = "inductor" if ON_GPU else "aot_eager"
 
 
-def leaves(shape: tuple[int, ...] = SMALL, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def leaves(
+    shape: tuple[int, ...] = SMALL, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     return [x.requires_grad_() for x in operands(shape, dtype)[:4]]
 
 
@@ -55,8 +58,14 @@ def test_compiles_whole(dynamic: bool) -> None:
 def test_the_module_compiles_whole() -> None:
     torch.manual_seed(0)
     module = WordPixelAlignment(64, 32, impl="fused").to(DEVICE)
-    inputs = torch.randn(2, 40, 64, device=DEVICE), torch.randn(2, 5, 32, device=DEVICE), torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
-    for a, b in zip(module(*inputs), torch.compile(module, backend=BACKEND, fullgraph=True)(*inputs)):
+    inputs = (
+        torch.randn(2, 40, 64, device=DEVICE),
+        torch.randn(2, 5, 32, device=DEVICE),
+        torch.ones(2, 5, dtype=torch.bool, device=DEVICE),
+    )
+    for a, b in zip(
+        module(*inputs), torch.compile(module, backend=BACKEND, fullgraph=True)(*inputs)
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -73,7 +82,12 @@ def test_the_module_gives_what_the_oracle_gives(heads: int) -> None:
         v, words = torch.randn(2, 90, 64, device=DEVICE), torch.randn(2, 5, 32, device=DEVICE)
         mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2], device=DEVICE)
         out = module(v, words * mask[..., None], mask)
-        results.append([*out, *torch.autograd.grad([x.square().mean() for x in out], list(module.parameters()))])
+        results.append(
+            [
+                *out,
+                *torch.autograd.grad([x.square().mean() for x in out], list(module.parameters())),
+            ]
+        )
     for a, b in zip(*results):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-7
 
@@ -83,7 +97,10 @@ def test_autocast_rounds_the_pixels_and_nothing_else() -> None:
     with torch.autocast(DEVICE, torch.float16):
         from_words, from_pixels = bidirectional_attention(*inputs, impl="fused")
         plain = bidirectional_attention(*inputs, impl="reference")
-    assert from_words.dtype == plain[0].dtype == torch.float16 and from_pixels.dtype == plain[1].dtype == torch.float32
+    assert (
+        from_words.dtype == plain[0].dtype == torch.float16
+        and from_pixels.dtype == plain[1].dtype == torch.float32
+    )
     want = bidirectional_attention(inputs[0].half(), *inputs[1:], impl="fused")
     assert torch.equal(from_words, want[0]) and torch.equal(from_pixels, want[1])
 
@@ -91,6 +108,7 @@ def test_autocast_rounds_the_pixels_and_nothing_else() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_and_double_use(reentrant: bool) -> None:
     """The operation twice in one graph, each recomputed in backward."""
+
     def twice(v, k, u, bias):
         from_words, from_pixels = bidirectional_attention(v, k, u, bias, impl="fused")
         return bidirectional_attention(v + from_words, k + from_pixels, u, bias, impl="fused")
@@ -112,13 +130,16 @@ def test_nothing_of_the_size_of_the_scores_is_kept_for_backward() -> None:
         bidirectional_attention(*inputs, impl="fused")
     large = [x for x in kept if x.numel() >= 300 * 20]
     assert len(large) == 1 and large[0].data_ptr() == inputs[0].data_ptr()
-    assert sorted(tuple(x.shape) for x in kept if x.numel() < 300 * 20) == [(2, 20), (2, 20)] + [(2, 20, 64)] * 3
+    assert (
+        sorted(tuple(x.shape) for x in kept if x.numel() < 300 * 20)
+        == [(2, 20), (2, 20)] + [(2, 20, 64)] * 3
+    )
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device here")
 def test_a_cuda_graph_captures_forward_and_backward() -> None:
     inputs = operands((2, 3600, 20, 256, 1), torch.bfloat16)
-    want = everything(through(1), inputs)          # compiled before the capture
+    want = everything(through(1), inputs)  # compiled before the capture
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -148,11 +169,18 @@ def test_offsets_beyond_32_bits() -> None:
     assert tail.isfinite().all() and torch.equal(tail, pixels.grad[0, at - 111 * 100])
 
 
-REFUSED = {"65 words": (1, 8, 65, 16, 1), "5 heads": (1, 8, 4, 20, 5), "2064 channels": (1, 8, 4, 2064, 1), "float32": (1, 8, 64, 16, 4)}
+REFUSED = {
+    "65 words": (1, 8, 65, 16, 1),
+    "5 heads": (1, 8, 4, 20, 5),
+    "2064 channels": (1, 8, 4, 2064, 1),
+    "float32": (1, 8, 64, 16, 4),
+}
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_shape_it_cannot_run_takes_the_reference_and_says_so_once(what: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shape_it_cannot_run_takes_the_reference_and_says_so_once(
+    what: str, caplog: pytest.LogCaptureFixture
+) -> None:
     kernels._said.clear()
     shape = REFUSED[what]
     inputs = operands(shape, torch.float32)[:4]
@@ -163,8 +191,9 @@ def test_a_shape_it_cannot_run_takes_the_reference_and_says_so_once(what: str, c
     assert len(caplog.records) == 1 and what in caplog.text
 
 
-def test_tensors_on_another_device_are_told_of_where_fused_was_asked_for(monkeypatch: pytest.MonkeyPatch,
-                                                                         caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_on_another_device_are_told_of_where_fused_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     kernels._said.clear()
     monkeypatch.setattr(kernels, "obstacle", lambda: None)
     monkeypatch.setattr(kernels, "interpreting", lambda: False)
@@ -173,7 +202,9 @@ def test_tensors_on_another_device_are_told_of_where_fused_was_asked_for(monkeyp
         for impl in ("auto", "fused", "fused"):
             bidirectional_attention(*inputs, impl=impl)
             bidirectional_attention(*[x.to("meta") for x in inputs], impl=impl)
-    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["the tensors are on cpu"]
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
+        "the tensors are on cpu"
+    ]
 
 
 def test_float64_takes_the_reference() -> None:
@@ -183,9 +214,14 @@ def test_float64_takes_the_reference() -> None:
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_nothing_to_compute(count: int) -> None:
-    empty = [torch.zeros(size, device=DEVICE) for size in ((2, count, 8), (2, 3 - count, 8), (2, 3 - count, 8), (2, 3 - count))]
+    empty = [
+        torch.zeros(size, device=DEVICE)
+        for size in ((2, count, 8), (2, 3 - count, 8), (2, 3 - count, 8), (2, 3 - count))
+    ]
     got = bidirectional_attention(*empty, impl="fused")
-    assert [tuple(x.shape) for x in got] == [(2, count, 8), (2, 3 - count, 8)] and not any(x.any() for x in got)
+    assert [tuple(x.shape) for x in got] == [(2, count, 8), (2, 3 - count, 8)] and not any(
+        x.any() for x in got
+    )
 
 
 def test_works_without_triton() -> None:
@@ -214,5 +250,7 @@ else:
 def test_without_a_gpu_and_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert kernels.choose("auto") == "reference"
-    with pytest.raises(InputError, match="wpa.impl = fused: there is no NVIDIA GPU here; use auto or reference"):
+    with pytest.raises(
+        InputError, match="wpa.impl = fused: there is no NVIDIA GPU here; use auto or reference"
+    ):
         kernels.choose("fused")

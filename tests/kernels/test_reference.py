@@ -1,4 +1,5 @@
 """The spec of word-pixel attention against its definition written as loops, and its rules for padding."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,17 +8,33 @@ import torch
 from coupalign.errors import InputError
 from coupalign.kernels import bidirectional_attention
 
-SHAPES = [(1, 1, 1, 4, 1), (2, 63, 7, 8, 1), (3, 111, 20, 16, 2), (2, 225, 5, 12, 4)]      # B, P, T, C, H
+SHAPES = [
+    (1, 1, 1, 4, 1),
+    (2, 63, 7, 8, 1),
+    (3, 111, 20, 16, 2),
+    (2, 225, 5, 12, 4),
+]  # B, P, T, C, H
 
 
-def operands(batch: int, pixels: int, words: int, channels: int, heads: int,
-             dtype: torch.dtype = torch.float64, pad: bool = True):
+def operands(
+    batch: int,
+    pixels: int,
+    words: int,
+    channels: int,
+    heads: int,
+    dtype: torch.dtype = torch.float64,
+    pad: bool = True,
+):
     generator = torch.Generator().manual_seed(pixels)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)    # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     bias = draw(batch, heads, words)
     if pad and words > 2:
-        bias[0, :, words // 2:] = -torch.inf
-    v, k, u = draw(batch, pixels, channels), draw(batch, heads * words, channels), draw(batch, heads * words, channels)
+        bias[0, :, words // 2 :] = -torch.inf
+    v, k, u = (
+        draw(batch, pixels, channels),
+        draw(batch, heads * words, channels),
+        draw(batch, heads * words, channels),
+    )
     return [x.requires_grad_() for x in (v, k, u, bias.flatten(1))]
 
 
@@ -43,7 +60,9 @@ def test_equals_the_definition_with_all_gradients(shape):
     upstream = [torch.randn_like(x) for x in want]
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream)):
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
@@ -53,7 +72,9 @@ def test_an_image_without_words_gives_zeros_and_finite_gradients():
         bias[1] = -torch.inf
     from_words, from_pixels = bidirectional_attention(v, k, u, bias)
     assert not from_words[1].any() and not from_pixels[1].any() and from_words[2].any()
-    gradients = torch.autograd.grad([from_words, from_pixels], [v, k, u, bias], [torch.ones_like(v), torch.ones_like(u)])
+    gradients = torch.autograd.grad(
+        [from_words, from_pixels], [v, k, u, bias], [torch.ones_like(v), torch.ones_like(u)]
+    )
     assert all(g.isfinite().all() for g in gradients)
     assert not any(g[1].any() for g in gradients)
 
@@ -62,7 +83,9 @@ def test_padding_has_no_influence_whatever_it_holds():
     v, k, u, bias = operands(2, 50, 8, 8, 1)
     other_k, other_u = k.detach().clone(), u.detach().clone()
     other_k[0, 4:], other_u[0, 4:] = 1e4, -1e4
-    for a, b in zip(bidirectional_attention(v, k, u, bias), bidirectional_attention(v, other_k, other_u, bias)):
+    for a, b in zip(
+        bidirectional_attention(v, k, u, bias), bidirectional_attention(v, other_k, other_u, bias)
+    ):
         assert torch.equal(a, b)
 
 

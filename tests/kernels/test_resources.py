@@ -1,4 +1,5 @@
 """Every kernel compiles for every architecture, fits into its shared memory, and spills nothing on sm_90; no GPU is needed."""
+
 from __future__ import annotations
 
 import json
@@ -26,20 +27,40 @@ resources = pytest.importorskip("coupalign.kernels.resources", reason="Triton is
 def test_registers_and_shared_memory() -> None:
     """A process of its own: in this one the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "coupalign", "bench", "registers", "--json"], env=environment, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "coupalign", "bench", "registers", "--json"],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
     *shown, rows = done.stdout.splitlines() or [""]
-    assert done.returncode == 0, f"{done.stderr[-2000:]}\n" + "\n".join(line for line in shown if " bytes " in line or "compile" in line)
+    assert done.returncode == 0, f"{done.stderr[-2000:]}\n" + "\n".join(
+        line for line in shown if " bytes " in line or "compile" in line
+    )
     rows = json.loads(rows)
     compiled = {(row["arch"], row["dtype"], row["kernel"], row["channels"]) for row in rows}
-    for arch, dtype, width in product(("sm_80", "sm_90", "sm_100"), ("float32", "float16", "bfloat16"),
-                                      {width for stages in resources.STAGES.values() for width in stages}):
+    for arch, dtype, width in product(
+        ("sm_80", "sm_90", "sm_100"),
+        ("float32", "float16", "bfloat16"),
+        {width for stages in resources.STAGES.values() for width in stages},
+    ):
         for direction in ("forward", "backward"):
             wide = dtype == "float32" or width > 256
-            assert (arch, dtype, f"{direction}_wide" if wide else direction, "any" if wide else width) in compiled
-    assert {row["kernel"] for row in rows} == {name.removesuffix("_kernel") for name in resources.IN_PIXEL_TYPE}
+            assert (
+                arch,
+                dtype,
+                f"{direction}_wide" if wide else direction,
+                "any" if wide else width,
+            ) in compiled
+    assert {row["kernel"] for row in rows} == {
+        name.removesuffix("_kernel") for name in resources.IN_PIXEL_TYPE
+    }
     assert all(row["registers"] > 16 for row in rows)
-    on_tensor_cores = [row["tensor cores"] for row in rows if row["kernel"] in ("forward", "backward") and row["arch"] == "sm_90"]
+    on_tensor_cores = [
+        row["tensor cores"]
+        for row in rows
+        if row["kernel"] in ("forward", "backward") and row["arch"] == "sm_90"
+    ]
     assert all("wgmma" in used for used in on_tensor_cores)
 
 
@@ -54,12 +75,21 @@ def test_a_fault_is_a_fault() -> None:
 
 
 def test_the_stages_are_those_of_the_backbones() -> None:
-    names = {"swin_t": "swin_tiny_patch4_window7_224", "swin_b": "swin_base_patch4_window12_384", "resnet101": "resnet101",
-             "swin_l": "swin_large_patch4_window12_384", "darknet53": "darknet53"}
+    names = {
+        "swin_t": "swin_tiny_patch4_window7_224",
+        "swin_b": "swin_base_patch4_window12_384",
+        "resnet101": "resnet101",
+        "swin_l": "swin_large_patch4_window12_384",
+        "darknet53": "darknet53",
+    }
     demo = read_config(Path(__file__).parents[2] / "configs" / "demo.yaml")
-    images = {name: TimmBackbone(name=names[name], weights="random") for name in names} | {"small": demo.model.image}
+    images = {name: TimmBackbone(name=names[name], weights="random") for name in names} | {
+        "small": demo.model.image
+    }
     with torch.device("meta"):
-        assert {name: tuple(StagedBackbone(image, 384).channels) for name, image in images.items()} == resources.STAGES
+        assert {
+            name: tuple(StagedBackbone(image, 384).channels) for name, image in images.items()
+        } == resources.STAGES
 
 
 def test_the_types_compiled_are_the_types_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,10 +103,19 @@ def test_the_types_compiled_are_the_types_launched(monkeypatch: pytest.MonkeyPat
 
         def __getitem__(self, grid):
             def launch(*arguments, **constants):
-                names = [name for name in self.kernel.arg_names if name.isupper() and name not in ("C", "HEADS", "P_", "C_", "W", "W_HEAD")]
-                seen[self.name] = {name for name, x in zip(names, arguments) if x.dtype == torch.float16}
-                assert all(x.dtype in (torch.float16, torch.float32) for x in arguments[:len(names)])
+                names = [
+                    name
+                    for name in self.kernel.arg_names
+                    if name.isupper() and name not in ("C", "HEADS", "P_", "C_", "W", "W_HEAD")
+                ]
+                seen[self.name] = {
+                    name for name, x in zip(names, arguments) if x.dtype == torch.float16
+                }
+                assert all(
+                    x.dtype in (torch.float16, torch.float32) for x in arguments[: len(names)]
+                )
                 return self.kernel[grid](*arguments, **constants)
+
             return launch
 
     for name in resources.IN_PIXEL_TYPE:

@@ -1,4 +1,5 @@
 """Files and directories appear whole or not at all."""
+
 from __future__ import annotations
 
 import hashlib
@@ -38,12 +39,21 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path: Path, count: int) -> None:
 def test_json_and_hash(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"é": 1})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
-    assert sha256_of(tmp_path / "a.json") == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+    assert (
+        sha256_of(tmp_path / "a.json")
+        == hashlib.sha256((tmp_path / "a.json").read_bytes()).hexdigest()
+    )
 
 
-def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "scores").mkdir()
-    old, young, folder = tmp_path / "scores" / ".val.csv.12.partial", tmp_path / ".a.json.13.partial", tmp_path / ".step-1.partial"
+    old, young, folder = (
+        tmp_path / "scores" / ".val.csv.12.partial",
+        tmp_path / ".a.json.13.partial",
+        tmp_path / ".step-1.partial",
+    )
     folder.mkdir()
     for file in (old, young, folder / "weights"):
         file.write_text("half")

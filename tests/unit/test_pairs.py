@@ -1,4 +1,5 @@
 """What is asked of a model: files of pairs and folders, and every line that is wrong."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,20 +11,27 @@ from coupalign.errors import InputError
 from coupalign.pairs import folder_pairs, read_pairs
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("p.csv", "", "line 1: no column image and sentence"),
-    ("p.csv", "image,text\n", "line 1: no column sentence; the columns are image,text"),
-    ("p.csv", "image,sentence\n", "holds no pairs"),
-    ("p.csv", "image,sentence\na.png,red\na.png\n", "line 3: the sentence is missing"),
-    ("p.csv", "image,sentence\na.png,red\n,star\n", "line 3: the image is missing"),
-    ("p.csv", "image,sentence\na.png,star, left\n", "line 2: more fields than columns; a sentence with a comma needs quotes"),
-    ("p.csv", "image,sentence\na.png,red\nb.png,red\n", "line 3: no such image: .*b.png"),
-    ("p.csv", "image,sentence\na.png,...\n", "line 2: .*holds no words"),
-    ("p.jsonl", '{"image": "a.png", "sentence": "red"}\n{"image"\n', "line 2: not valid JSON"),
-    ("p.jsonl", '["a.png", "red"]\n', "line 1: an object"),
-    ("p.jsonl", '{"image": "a.png", "sentence": 3}\n', "line 1: the sentence is missing"),
-    ("p.txt", "a.png red\n", "pairs are read from .csv or .jsonl, not from .txt"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("p.csv", "", "line 1: no column image and sentence"),
+        ("p.csv", "image,text\n", "line 1: no column sentence; the columns are image,text"),
+        ("p.csv", "image,sentence\n", "holds no pairs"),
+        ("p.csv", "image,sentence\na.png,red\na.png\n", "line 3: the sentence is missing"),
+        ("p.csv", "image,sentence\na.png,red\n,star\n", "line 3: the image is missing"),
+        (
+            "p.csv",
+            "image,sentence\na.png,star, left\n",
+            "line 2: more fields than columns; a sentence with a comma needs quotes",
+        ),
+        ("p.csv", "image,sentence\na.png,red\nb.png,red\n", "line 3: no such image: .*b.png"),
+        ("p.csv", "image,sentence\na.png,...\n", "line 2: .*holds no words"),
+        ("p.jsonl", '{"image": "a.png", "sentence": "red"}\n{"image"\n', "line 2: not valid JSON"),
+        ("p.jsonl", '["a.png", "red"]\n', "line 1: an object"),
+        ("p.jsonl", '{"image": "a.png", "sentence": 3}\n', "line 1: the sentence is missing"),
+        ("p.txt", "a.png red\n", "pairs are read from .csv or .jsonl, not from .txt"),
+    ],
+)
 def test_bad_lines_name_file_and_line(tmp_path: Path, name: str, text: str, message: str):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / name).write_text(text)
@@ -36,7 +44,11 @@ def test_a_folder_is_its_images_by_name(tmp_path: Path):
         (tmp_path / name).touch()
     (tmp_path / "e.png").mkdir()
     found = folder_pairs(tmp_path, "star")
-    assert [(pair.given, pair.name) for pair in found] == [("a.JPG", "a"), ("b.jpg", "b.jpg"), ("b.png", "b.png")]
+    assert [(pair.given, pair.name) for pair in found] == [
+        ("a.JPG", "a"),
+        ("b.jpg", "b.jpg"),
+        ("b.png", "b.png"),
+    ]
     assert all(pair.image == tmp_path / pair.given and pair.sentence == "star" for pair in found)
 
 

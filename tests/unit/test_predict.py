@@ -1,4 +1,5 @@
 """A trained model at work: one pair, many pairs, files of pairs, and every way in which a checkpoint or a file can be wrong."""
+
 from __future__ import annotations
 
 import json
@@ -32,14 +33,24 @@ WORDS = ["small red star", "the blue square on the left", "second circle from th
 
 
 def tiny_config(width: int = 32, resize: str = "squash") -> Config:
-    return Config.model_validate({
-        "name": "tiny", "precision": "fp32", "data": {"image_size": 64, "max_tokens": 20, "resize": resize},
-        "model": {"image": {"kind": "small", "widths": [8, 8, 8, 8]},
-                  "text": {"kind": "small", "width": 16, "layers": 4, "heads": 2},
-                  "decoder": {"width": width}, "proposals": {"count": 4, "layers": 1, "heads": 2, "ffn": 16}}})
+    return Config.model_validate(
+        {
+            "name": "tiny",
+            "precision": "fp32",
+            "data": {"image_size": 64, "max_tokens": 20, "resize": resize},
+            "model": {
+                "image": {"kind": "small", "widths": [8, 8, 8, 8]},
+                "text": {"kind": "small", "width": 16, "layers": 4, "heads": 2},
+                "decoder": {"width": width},
+                "proposals": {"count": 4, "layers": 1, "heads": 2, "ffn": 16},
+            },
+        }
+    )
 
 
-def write_checkpoint(folder: Path, config: Config, seed: int = 0, average: float | None = None) -> Path:
+def write_checkpoint(
+    folder: Path, config: Config, seed: int = 0, average: float | None = None
+) -> Path:
     """A checkpoint directory of a random model; `average` fills ema.safetensors with the weights times that."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(config))
@@ -48,12 +59,16 @@ def write_checkpoint(folder: Path, config: Config, seed: int = 0, average: float
     tokenizer.save(folder / "tokenizer")
     torch.manual_seed(seed)
     model = build_model(config.model, len(tokenizer), config.data.image_size)
-    torch.nn.init.normal_(model.head.classify.weight, std=2.0)  # so that some pixels are foreground and some are not
+    torch.nn.init.normal_(
+        model.head.classify.weight, std=2.0
+    )  # so that some pixels are foreground and some are not
     torch.nn.init.zeros_(model.head.classify.bias)
     state = model.state_dict()
     write_weights(folder / "weights.safetensors", state)
     if average is not None:
-        averaged = {name: value * average for name, value in state.items() if value.is_floating_point()}
+        averaged = {
+            name: value * average for name, value in state.items() if value.is_floating_point()
+        }
         write_weights(folder / "ema.safetensors", averaged)
     return folder
 
@@ -77,13 +92,20 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three photographs of several sizes and modes in a folder."""
     folder = tmp_path_factory.mktemp("photos")
     random = np.random.default_rng(0)
-    for name, shape, mode in (("wide.jpg", (40, 90, 3), "RGB"), ("tall.png", (70, 30, 3), "RGB"), ("gray.png", (33, 44), "L")):
+    for name, shape, mode in (
+        ("wide.jpg", (40, 90, 3), "RGB"),
+        ("tall.png", (70, 30, 3), "RGB"),
+        ("gray.png", (33, 44), "L"),
+    ):
         Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / name)
     return folder
 
 
 def same(left, right, tolerance: float = 0.0) -> bool:
-    return left.mask.shape == right.mask.shape and float(np.abs(left.probability - right.probability).max()) <= tolerance
+    return (
+        left.mask.shape == right.mask.shape
+        and float(np.abs(left.probability - right.probability).max()) <= tolerance
+    )
 
 
 # ------------------------------------------------------------------------------------------------- one and many
@@ -94,8 +116,14 @@ def test_a_prediction_fits_together(predictor: Predictor, photos: Path):
         result = predictor.predict(photos / name, WORDS[0])
         assert result.mask.shape == result.probability.shape == shape
         assert result.mask.dtype == bool and result.probability.dtype == np.float32
-        assert (result.mask == (result.probability > 0.5)).all() and result.area == result.mask.sum()
-        assert 0 <= result.probability.min() and result.probability.max() <= 1 and 0 < result.area < result.mask.size
+        assert (
+            result.mask == (result.probability > 0.5)
+        ).all() and result.area == result.mask.sum()
+        assert (
+            0 <= result.probability.min()
+            and result.probability.max() <= 1
+            and 0 < result.area < result.mask.size
+        )
         x0, y0, x1, y1 = result.box
         outside = result.mask.copy()
         outside[y0:y1, x0:x1] = False
@@ -122,7 +150,10 @@ def test_paths_pictures_and_arrays_give_the_same(predictor: Predictor, photos: P
 
 def test_gray_means_three_equal_colors(predictor: Predictor, photos: Path):
     gray = np.asarray(Image.open(photos / "gray.png"))
-    assert same(predictor.predict(gray, WORDS[0]), predictor.predict(np.stack([gray] * 3, axis=-1), WORDS[0]))
+    assert same(
+        predictor.predict(gray, WORDS[0]),
+        predictor.predict(np.stack([gray] * 3, axis=-1), WORDS[0]),
+    )
 
 
 def test_exif_orientation_is_followed(predictor: Predictor, photos: Path, tmp_path: Path):
@@ -130,7 +161,9 @@ def test_exif_orientation_is_followed(predictor: Predictor, photos: Path, tmp_pa
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
-    assert same(predictor.predict(tmp_path / "lying.png", WORDS[0]), predictor.predict(upright, WORDS[0]))
+    assert same(
+        predictor.predict(tmp_path / "lying.png", WORDS[0]), predictor.predict(upright, WORDS[0])
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -144,15 +177,21 @@ def test_batches_do_not_matter(predictor: Predictor, photos: Path, batch: int):
 
 def test_the_package_itself_loads_a_run(run: Path, predictor: Predictor, photos: Path):
     image = photos / "wide.jpg"
-    assert same(coupalign.load(run, "cpu").predict(image, WORDS[0]), predictor.predict(image, WORDS[0]))
+    assert same(
+        coupalign.load(run, "cpu").predict(image, WORDS[0]), predictor.predict(image, WORDS[0])
+    )
 
 
 def test_letterbox_reads_only_the_photograph(tmp_path: Path, photos: Path):
-    predictor = Predictor.from_checkpoint(write_checkpoint(tmp_path / "c", tiny_config(resize="letterbox")), "cpu")
+    predictor = Predictor.from_checkpoint(
+        write_checkpoint(tmp_path / "c", tiny_config(resize="letterbox")), "cpu"
+    )
     assert predictor.predict(photos / "wide.jpg", WORDS[0]).mask.shape == (40, 90)
 
 
-def test_the_end_of_a_sentence_does_not_matter_but_its_length_is_told(predictor: Predictor, photos: Path):
+def test_the_end_of_a_sentence_does_not_matter_but_its_length_is_told(
+    predictor: Predictor, photos: Path
+):
     image = photos / "gray.png"
     plain = predictor.predict(image, "small red star")
     assert same(predictor.predict(image, "  small  red\nstar. "), plain) and not plain.cut
@@ -162,19 +201,39 @@ def test_the_end_of_a_sentence_does_not_matter_but_its_length_is_told(predictor:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, precision: str):
     config = tiny_config()
-    data = config.data.model_copy(update={"evaluate": (Source(index=str(shards), split="val"),), "workers": 0})
+    data = config.data.model_copy(
+        update={"evaluate": (Source(index=str(shards), split="val"),), "workers": 0}
+    )
     evaluate = config.evaluate.model_copy(update={"batch": 3, "bootstrap": 0})
     config = config.model_copy(update={"data": data, "precision": precision, "evaluate": evaluate})
     run = write_checkpoint(tmp_path / "run" / "checkpoints" / "best", config).parents[1]
     rescore(run, protocol="ris-v1")
     rows = read_rows(run / "scores" / "val-ris-v1.csv").counts[:, 1:3].tolist()
     predictor = Predictor.from_checkpoint(run, "cpu")
-    infos = [info for batch in build_eval_loader(config.data, data.evaluate, 3, 0, 1, predictor.tokenizer, images=True)
-             for info in batch.info]
-    masks = [result.mask for result in predictor.predict_many([(info.image, info.sentence) for info in infos], 3)]
-    assert rows == [[(mask & info.truth).sum(), (mask | info.truth).sum()] for mask, info in zip(masks, infos)]
-    other = Predictor(config.model_copy(update={"precision": "fp32"}), predictor.model, predictor.tokenizer, predictor.device)
-    same_masks = all((other.predict(info.image, info.sentence).mask == mask).all() for info, mask in zip(infos, masks))
+    infos = [
+        info
+        for batch in build_eval_loader(
+            config.data, data.evaluate, 3, 0, 1, predictor.tokenizer, images=True
+        )
+        for info in batch.info
+    ]
+    masks = [
+        result.mask
+        for result in predictor.predict_many([(info.image, info.sentence) for info in infos], 3)
+    ]
+    assert rows == [
+        [(mask & info.truth).sum(), (mask | info.truth).sum()] for mask, info in zip(masks, infos)
+    ]
+    other = Predictor(
+        config.model_copy(update={"precision": "fp32"}),
+        predictor.model,
+        predictor.tokenizer,
+        predictor.device,
+    )
+    same_masks = all(
+        (other.predict(info.image, info.sentence).mask == mask).all()
+        for info, mask in zip(infos, masks)
+    )
     assert same_masks is (precision == "fp32"), "the precision would make no difference"
 
 
@@ -193,7 +252,12 @@ def test_what_is_no_image_is_refused(tmp_path: Path, photos: Path):
     for name in ("none.jpg", "text.jpg", "cut.jpg", "."):
         with pytest.raises(InputError, match="cannot be read as an image"):
             open_image(tmp_path / name)
-    for array in (np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros(4, np.uint8)):
+    for array in (
+        np.zeros((4, 4, 3)),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+    ):
         with pytest.raises(InputError, match="uint8"):
             open_image(array)
 
@@ -233,7 +297,9 @@ def test_averaged_weights_are_preferred(tmp_path: Path):
 def test_a_checkpoint_of_another_model_names_the_tensors(tmp_path: Path):
     folder = write_checkpoint(tmp_path / "c", tiny_config(width=32))
     (folder / "config.yaml").write_text(dump(tiny_config(width=48)))
-    with pytest.raises(InputError, match=r"(?s)weights\.safetensors.*another model.*decoder\..*32.*48"):
+    with pytest.raises(
+        InputError, match=r"(?s)weights\.safetensors.*another model.*decoder\..*32.*48"
+    ):
         open_checkpoint(folder)
 
 
@@ -241,7 +307,10 @@ def test_a_missing_tensor_is_named(tmp_path: Path):
     folder = write_checkpoint(tmp_path / "c", tiny_config())
     state = load_file(folder / "weights.safetensors")
     gone = sorted(state)[3]
-    write_weights(folder / "weights.safetensors", {name: value for name, value in state.items() if name != gone})
+    write_weights(
+        folder / "weights.safetensors",
+        {name: value for name, value in state.items() if name != gone},
+    )
     with pytest.raises(InputError, match=gone.replace(".", r"\.")):
         open_checkpoint(folder)
 
@@ -267,9 +336,16 @@ def test_a_directory_without_checkpoint_says_what_it_holds(tmp_path: Path):
 
 def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
     if path.suffix == ".csv":
-        path.write_text("sentence,image\n" + "".join(f'"{sentence}",{image}\n' for image, sentence in pairs))
+        path.write_text(
+            "sentence,image\n" + "".join(f'"{sentence}",{image}\n' for image, sentence in pairs)
+        )
     else:
-        path.write_text("".join(json.dumps({"image": image, "sentence": sentence}) + "\n\n" for image, sentence in pairs))
+        path.write_text(
+            "".join(
+                json.dumps({"image": image, "sentence": sentence}) + "\n\n"
+                for image, sentence in pairs
+            )
+        )
     return path
 
 
@@ -279,25 +355,44 @@ def test_a_file_of_pairs(predictor: Predictor, photos: Path, tmp_path: Path, nam
     sentences = ["small red star", "star, left", "caf\u00e9 \u2028 square"]
     pairs = list(zip(["photos/wide.jpg", "photos/gray.png", "photos/wide.jpg"], sentences))
     results = predictor.predict_file(write_pairs(tmp_path / name, pairs), tmp_path / "out", batch=2)
-    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().rstrip("\n").split("\n")] == results
-    expected = {f"{stem}.{kind}.png" for stem in ("wide-1", "gray-2", "wide-3") for kind in ("mask", "overlay")}
+    assert [
+        json.loads(line)
+        for line in (tmp_path / "out" / "results.jsonl").read_text().rstrip("\n").split("\n")
+    ] == results
+    expected = {
+        f"{stem}.{kind}.png"
+        for stem in ("wide-1", "gray-2", "wide-3")
+        for kind in ("mask", "overlay")
+    }
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {"results.jsonl"}
     for (image, sentence), result in zip(pairs, results):
         assert (result["image"], result["sentence"]) == (image, sentence)
         mask = np.asarray(Image.open(tmp_path / "out" / result["mask"]))
         again = predictor.predict(tmp_path / image, sentence)
-        assert mask.dtype == np.uint8 and (mask == again.mask * 255).all() and result["area"] == again.area
-        assert Image.open(tmp_path / "out" / result["overlay"]).size == (mask.shape[1], mask.shape[0])
+        assert (
+            mask.dtype == np.uint8
+            and (mask == again.mask * 255).all()
+            and result["area"] == again.area
+        )
+        assert Image.open(tmp_path / "out" / result["overlay"]).size == (
+            mask.shape[1],
+            mask.shape[0],
+        )
 
 
 def test_one_pair_to_files(predictor: Predictor, photos: Path, tmp_path: Path):
     result = predictor.predict_to(photos / "tall.png", WORDS[2], tmp_path / "out")
     assert (result["mask"], result["overlay"]) == ("tall.mask.png", "tall.overlay.png")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall.mask.png", "tall.overlay.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "tall.mask.png",
+        "tall.overlay.png",
+    }
     assert result["height"], result["width"] == (70, 30)
 
 
-def test_a_damaged_image_names_the_line_and_no_results_are_written(predictor: Predictor, photos: Path, tmp_path: Path):
+def test_a_damaged_image_names_the_line_and_no_results_are_written(
+    predictor: Predictor, photos: Path, tmp_path: Path
+):
     (tmp_path / "bad.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (tmp_path / "wide.jpg").symlink_to(photos / "wide.jpg")
     pairs = write_pairs(tmp_path / "pairs.csv", [("wide.jpg", "star"), ("bad.jpg", "star")])
@@ -315,16 +410,31 @@ def lines_of(output: Path) -> list[dict]:
 
 def test_a_folder_and_a_sentence(predictor: Predictor, photos: Path, tmp_path: Path):
     results = predictor.predict_folder(photos, WORDS[0], tmp_path / "out", batch=2)
-    assert results == lines_of(tmp_path / "out") and [result["image"] for result in results] == ["gray.png", "tall.png", "wide.jpg"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.jsonl", *(
-        f"{stem}.{kind}.png" for stem in ("gray", "tall", "wide") for kind in ("mask", "overlay"))}
+    assert results == lines_of(tmp_path / "out") and [result["image"] for result in results] == [
+        "gray.png",
+        "tall.png",
+        "wide.jpg",
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.jsonl",
+        *(
+            f"{stem}.{kind}.png"
+            for stem in ("gray", "tall", "wide")
+            for kind in ("mask", "overlay")
+        ),
+    }
     for result in results:
         again = predictor.predict(photos / result["image"], WORDS[0])
         assert (np.asarray(Image.open(tmp_path / "out" / result["mask"])) == again.mask * 255).all()
 
 
-def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(run: Path, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-                                                                capsys: pytest.CaptureFixture[str]):
+def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+):
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for name in ("a.png", "a.jpg", "c.JPG", ".hidden.png", "notes.txt"):
@@ -332,18 +442,51 @@ def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(run: Path, photo
     (folder / "b.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (folder / "deeper.png").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert main(["predict", str(run), str(folder), WORDS[0], "--out", str(out), "--batch", "1", "--device", "cpu", "--json"]) == 1
+        assert (
+            main(
+                [
+                    "predict",
+                    str(run),
+                    str(folder),
+                    WORDS[0],
+                    "--out",
+                    str(out),
+                    "--batch",
+                    "1",
+                    "--device",
+                    "cpu",
+                    "--json",
+                ]
+            )
+            == 1
+        )
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results == lines_of(out) and [result["image"] for result in results] == ["a.jpg", "a.png", "b.jpg", "c.JPG"]
-    assert [result.get("mask") for result in results] == ["a.jpg.mask.png", "a.png.mask.png", None, "c.mask.png"]
-    assert set(results[2]) == {"image", "sentence", "error"} and "b.jpg: cannot be read as an image" in results[2]["error"]
-    [warning] = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert results == lines_of(out) and [result["image"] for result in results] == [
+        "a.jpg",
+        "a.png",
+        "b.jpg",
+        "c.JPG",
+    ]
+    assert [result.get("mask") for result in results] == [
+        "a.jpg.mask.png",
+        "a.png.mask.png",
+        None,
+        "c.mask.png",
+    ]
+    assert (
+        set(results[2]) == {"image", "sentence", "error"}
+        and "b.jpg: cannot be read as an image" in results[2]["error"]
+    )
+    [warning] = [
+        record.getMessage() for record in caplog.records if "passed over" in record.getMessage()
+    ]
     assert "b.jpg" in warning and "repair or remove it" in warning
     assert len(list(out.iterdir())) == 7
 
 
-def test_a_folder_for_its_own_masks_or_without_a_sentence_is_refused(predictor: Predictor, run: Path, photos: Path,
-                                                                   capsys: pytest.CaptureFixture[str]):
+def test_a_folder_for_its_own_masks_or_without_a_sentence_is_refused(
+    predictor: Predictor, run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(InputError, match="give another folder with --out"):
         predictor.predict_folder(photos, WORDS[0], photos / ".." / photos.name)
     assert main(["predict", str(run), str(photos)]) == 2
@@ -351,8 +494,9 @@ def test_a_folder_for_its_own_masks_or_without_a_sentence_is_refused(predictor: 
     assert main(["predict", str(run), str(photos), WORDS[0], "--batch", "0"]) == 2
 
 
-def test_images_are_opened_ahead_and_files_written_behind_the_model(run: Path, photos: Path, tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch):
+def test_images_are_opened_ahead_and_files_written_behind_the_model(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The model's first batch is not done before the second image is open, nor the first file before the second batch was asked."""
     predictor = Predictor.from_checkpoint(run, "cpu")
     second_open, second_asked = threading.Event(), threading.Event()

@@ -1,4 +1,5 @@
 """What a start imports, asked of processes of their own: a library that nothing needs must not come back unseen."""
+
 from __future__ import annotations
 
 import gc
@@ -28,11 +29,15 @@ LIBRARIES = "timm transformers torchvision scipy sympy triton mlflow deepspeed h
 def imported(code: str, libraries: str) -> set[str]:
     """Which of the libraries are imported once `code` has run."""
     code = f"{code}\nimport sys; print(*({{*{libraries.split()!r}}} & {{*sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_a_training_of_small_encoders_imports_none_of_the_libraries_that_others_need(tmp_path: Path) -> None:
+def test_a_training_of_small_encoders_imports_none_of_the_libraries_that_others_need(
+    tmp_path: Path,
+) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(TINY)
     assert imported(BUILT.format(config=str(file)), LIBRARIES) == set()
@@ -42,7 +47,10 @@ def test_scoring_and_predicting_import_none_of_them_either() -> None:
     assert imported("import coupalign.predict, coupalign.training.rescore", LIBRARIES) == set()
 
 
-@pytest.mark.parametrize("module", ["coupalign.data.server", "coupalign.engine.stop", "coupalign.config.load", "coupalign.start"])
+@pytest.mark.parametrize(
+    "module",
+    ["coupalign.data.server", "coupalign.engine.stop", "coupalign.config.load", "coupalign.start"],
+)
 def test_what_comes_before_the_imports_of_a_training_needs_no_torch(module: str) -> None:
     """So that the server of the worker processes begins to import beside the rank, and a signal is heard from the first moment on."""
     assert imported(f"import {module}", "torch numpy") == set()

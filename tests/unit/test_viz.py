@@ -1,4 +1,5 @@
 """Pictures: pixels that must change change, others do not; sizes, wrapping, whole files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,13 +23,18 @@ def mask() -> np.ndarray:
     return mask
 
 
-def test_overlay_tints_inside_outlines_the_border_and_leaves_the_rest(image: np.ndarray, mask: np.ndarray) -> None:
+def test_overlay_tints_inside_outlines_the_border_and_leaves_the_rest(
+    image: np.ndarray, mask: np.ndarray
+) -> None:
     before = image.copy()
     drawn = viz.overlay(image, mask, (255, 0, 0), alpha=0.5, outline=1)
     assert drawn.dtype == np.uint8 and drawn.shape == image.shape
     assert np.array_equal(image, before)
     assert (drawn[10, 20:50] == (255, 0, 0)).all() and (drawn[10:30, 49] == (255, 0, 0)).all()
-    assert np.abs(drawn[11:29, 21:49].astype(int) - (image[11:29, 21:49] * 0.5 + (127.5, 0, 0))).max() <= 1
+    assert (
+        np.abs(drawn[11:29, 21:49].astype(int) - (image[11:29, 21:49] * 0.5 + (127.5, 0, 0))).max()
+        <= 1
+    )
     assert (drawn[9, 20:50] == 255).all()
     assert np.array_equal(drawn[:9], image[:9]) and np.array_equal(drawn[:, 51:], image[:, 51:])
 
@@ -56,7 +62,9 @@ def test_difference_colors_hit_extra_and_missed(mask: np.ndarray) -> None:
 
 def test_intersection_over_union(mask: np.ndarray) -> None:
     empty = np.zeros_like(mask)
-    assert viz.intersection_over_union(mask, mask) == viz.intersection_over_union(empty, empty) == 1.0
+    assert (
+        viz.intersection_over_union(mask, mask) == viz.intersection_over_union(empty, empty) == 1.0
+    )
     assert viz.intersection_over_union(mask, empty) == 0.0
     assert viz.intersection_over_union(mask, np.roll(mask, 10, axis=1)) == pytest.approx(20 / 40)
 
@@ -66,18 +74,29 @@ def test_panels_are_at_least_256_and_at_most_480_pixels(shape: tuple[int, int]) 
     image, mask = np.zeros((*shape, 3), np.uint8), np.zeros(shape, bool)
     scale = min(max(max(shape), 256), 480) / max(shape)
     width = max(1, round(shape[1] * scale))
-    assert viz.sample_panels(image, mask, mask, (mask, mask), ["IoU 1"]).width == 3 * width + 4 * viz.GAP
+    assert (
+        viz.sample_panels(image, mask, mask, (mask, mask), ["IoU 1"]).width
+        == 3 * width + 4 * viz.GAP
+    )
     assert viz.sample_panels(image, None, mask).width == 2 * width + 3 * viz.GAP
 
 
 def test_boundaries_have_a_panel_where_they_are_given(image: np.ndarray, mask: np.ndarray) -> None:
     bands = mask, np.zeros_like(mask)
-    with_bands, without = (np.asarray(viz.sample_panels(image, mask, mask, given)) for given in (bands, None))
-    assert with_bands.shape == without.shape and (with_bands == viz.MISSED).all(2).any() and not (without == viz.EXTRA).all(2).all()
+    with_bands, without = (
+        np.asarray(viz.sample_panels(image, mask, mask, given)) for given in (bands, None)
+    )
+    assert (
+        with_bands.shape == without.shape
+        and (with_bands == viz.MISSED).all(2).any()
+        and not (without == viz.EXTRA).all(2).all()
+    )
     assert not np.array_equal(with_bands, without)
 
 
-def test_a_long_sentence_makes_the_picture_higher_not_wider(image: np.ndarray, mask: np.ndarray) -> None:
+def test_a_long_sentence_makes_the_picture_higher_not_wider(
+    image: np.ndarray, mask: np.ndarray
+) -> None:
     panels = viz.sample_panels(image, mask, mask)
     short = viz.with_heading(panels, "cat", "one")
     long = viz.with_heading(panels, "the second cat from the left at the café " * 9, "one")
@@ -118,7 +137,9 @@ def test_save_png_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
     viz.save_png(tmp_path / "deep" / "a.png", picture)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "deep" / "a.png")), np.asarray(picture))
-    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         viz.save_png(tmp_path / "b.png", picture)
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]

@@ -1,4 +1,5 @@
 """What is said of a job in which nothing moves."""
+
 from __future__ import annotations
 
 import subprocess
@@ -10,15 +11,26 @@ from coupalign.watch import HUNG, where_everybody_is
 
 
 def note(phase: str, beats: int, host: str = "n1") -> dict:
-    return {"phase": phase, "alone": "reading" in phase, "seconds": 60, "beats": beats, "host": host}
+    return {
+        "phase": phase,
+        "alone": "reading" in phase,
+        "seconds": 60,
+        "beats": beats,
+        "host": host,
+    }
 
 
 def test_the_rank_that_holds_up_the_others_comes_first() -> None:
-    before = {rank: note("step 7: updating", 5) for rank in range(4)} | {1: note("step 7: reading data", 5, "n2")}
+    before = {rank: note("step 7: updating", 5) for rank in range(4)} | {
+        1: note("step 7: reading data", 5, "n2")
+    }
     after = {rank: {**said, "beats": 7} for rank, said in before.items()}
     first, second = where_everybody_is(before, after, 4)
     assert first.startswith("  rank 1 (n2): 'step 7: reading data'") and "wait here" in first
-    assert second.startswith("  ranks 0 (n1), 2 (n1), 3 (n1): 'step 7: updating'") and "wait here" not in second
+    assert (
+        second.startswith("  ranks 0 (n1), 2 (n1), 3 (n1): 'step 7: updating'")
+        and "wait here" not in second
+    )
 
 
 def test_a_rank_that_is_silent_and_one_that_was_never_there() -> None:
@@ -31,13 +43,17 @@ def test_a_rank_that_is_silent_and_one_that_was_never_there() -> None:
 
 def test_of_two_ranks_it_is_the_one_that_works_alone() -> None:
     notes = {0: note("step 7: updating", 5), 1: note("step 7: reading data", 5)}
-    first, second = where_everybody_is(notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 2)
+    first, second = where_everybody_is(
+        notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 2
+    )
     assert "rank 1" in first and "wait here" in first and "wait here" not in second
 
 
 def test_all_in_one_place_blames_nobody() -> None:
     notes = {rank: note("saving", 5) for rank in range(3)}
-    (only,) = where_everybody_is(notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 3)
+    (only,) = where_everybody_is(
+        notes, {rank: {**said, "beats": 7} for rank, said in notes.items()}, 3
+    )
     assert "ranks 0 (n1), 1 (n1), 2 (n1): 'saving'" in only and "wait here" not in only
 
 
@@ -58,8 +74,14 @@ time.sleep(60)
 def test_ranks_that_give_up_together_are_not_called_silent() -> None:
     """Both pass the limit at the same time: the one that reports sees its own beats and those of the other, which also waits."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
-    ranks = [subprocess.Popen([sys.executable, "-c", WATCHED, str(rank), str(store.port)], stderr=subprocess.PIPE, text=True)
-             for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHED, str(rank), str(store.port)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
     said = "".join(process.communicate(timeout=100)[1] for process in ranks)
     assert [process.returncode for process in ranks] == [HUNG, HUNG]
     assert "'step 9: reading data'  <- the others seem to wait here" in said, said

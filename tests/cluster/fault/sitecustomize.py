@@ -8,6 +8,7 @@ The fault happens when the rank raises the audit event (PEP 578: "open", "os.ren
 matches, for the count-th time; "kill" is SIGKILL, "usr1" SIGUSR1, "hang" sleeps for ever, "clock" sets its clock a day back, "slow" sleeps
 `after_s` at each event. What happened is added to the file `FAULTS`.log before it happens.
 """
+
 import json
 import os
 import re
@@ -23,7 +24,7 @@ def _arm(fault: dict, log: str) -> None:
 
     def act() -> None:
         if os.getpid() != process:
-            return                                        # a data worker, forked from the rank
+            return  # a data worker, forked from the rank
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(fault) + "\n")
         if fault["do"] == "kill":
@@ -37,7 +38,12 @@ def _arm(fault: dict, log: str) -> None:
             time.time = lambda: real() - 86_400
 
     def hook(event: str, arguments: tuple) -> None:
-        if event != fault["event"] or getattr(busy, "now", False) or left[0] < 1 or os.getpid() != process:
+        if (
+            event != fault["event"]
+            or getattr(busy, "now", False)
+            or left[0] < 1
+            or os.getpid() != process
+        ):
             return
         if not pattern.search(str(arguments[0]) if arguments else ""):
             return

@@ -1,4 +1,5 @@
 """`coupalign bench eval` on generated scenes: the parts make up a batch; too few samples are an error."""
+
 from __future__ import annotations
 
 import json
@@ -18,15 +19,36 @@ def config(shards: Path, tmp_path: Path) -> Path:
     return file
 
 
-def test_the_parts_make_up_a_batch(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["bench", "eval", str(config), "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "eval.json")]
+def test_the_parts_make_up_a_batch(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "bench",
+        "eval",
+        str(config),
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--out",
+        str(tmp_path / "eval.json"),
+    ]
     assert main(words) == 0
     value = json.loads((tmp_path / "eval.json").read_text())
     parts = value["milliseconds"]
-    assert list(parts) == ["batch", "data", "model", "counting"] and all(one > 0 for one in parts.values())
-    assert max(parts["data"], parts["model"], parts["counting"]) <= parts["batch"] <= 3 * sum(list(parts.values())[1:])
+    assert list(parts) == ["batch", "data", "model", "counting"] and all(
+        one > 0 for one in parts.values()
+    )
+    assert (
+        max(parts["data"], parts["model"], parts["counting"])
+        <= parts["batch"]
+        <= 3 * sum(list(parts.values())[1:])
+    )
     calls = value["calls"]
-    assert 0 < calls["operators of counting"] < calls["operators"] and calls["numbers read back"] <= 1 / 6, "one, the DataLoader's seed"
+    assert (
+        0 < calls["operators of counting"] < calls["operators"]
+        and calls["numbers read back"] <= 1 / 6
+    ), "one, the DataLoader's seed"
     median, low, high = value["samples_per_second"]
     assert low <= median <= high and median == pytest.approx(2 / (parts["batch"] / 1e3))
     assert "median of 3 batches" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 """The footprint of a micro-batch against autograd's own account of it."""
+
 from __future__ import annotations
 
 import weakref
@@ -32,13 +33,23 @@ def saved_by_autograd(config: Config, images: int) -> int:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        inputs = (torch.zeros(images, 3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(images, words, dtype=torch.int64),
-                  torch.ones(images, words, dtype=torch.bool), torch.ones(images, SIZE, SIZE, dtype=torch.bool))
-        known = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *inputs)}
+        inputs = (
+            torch.zeros(images, 3, SIZE, SIZE, dtype=torch.uint8),
+            torch.zeros(images, words, dtype=torch.int64),
+            torch.ones(images, words, dtype=torch.bool),
+            torch.ones(images, SIZE, SIZE, dtype=torch.bool),
+        )
+        known = {
+            x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers(), *inputs)
+        }
         with on_gpu_rules(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model(*inputs)["loss"]
         assert loss.requires_grad
-        return sum(size for place, (alive, size) in packed.items() if alive() is not None and place not in known)
+        return sum(
+            size
+            for place, (alive, size) in packed.items()
+            if alive() is not None and place not in known
+        )
 
 
 def test_what_is_saved_is_what_autograd_packs() -> None:
@@ -57,18 +68,34 @@ def test_the_lines_hold_for_other_sizes(precision: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         saved, peak, flops = count_step(model, config, 7)
-    assert (found.saved.at(7), found.flops.at(7)) == (pytest.approx(saved, rel=1e-3), pytest.approx(flops))
+    assert (found.saved.at(7), found.flops.at(7)) == (
+        pytest.approx(saved, rel=1e-3),
+        pytest.approx(flops),
+    )
     assert found.peak.at(7) == pytest.approx(peak, rel=0.01), "the place of the peak may change"
     assert saved <= peak
 
 
 def test_half_precision_saves_memory_and_checkpointing_too() -> None:
-    full, half, again, some = (footprint(model_of(config), config) for config in (
-        tiny(), tiny("precision=bf16"), *(tiny(f"model.image.checkpointing={how}", f"model.text.checkpointing={how}")
-                                          for how in ("true", "selective"))))
+    full, half, again, some = (
+        footprint(model_of(config), config)
+        for config in (
+            tiny(),
+            tiny("precision=bf16"),
+            *(
+                tiny(f"model.image.checkpointing={how}", f"model.text.checkpointing={how}")
+                for how in ("true", "selective")
+            ),
+        )
+    )
     assert half.saved.slope < full.saved.slope and again.saved.slope < full.saved.slope
-    assert again.flops.slope > full.flops.slope == half.flops.slope, "what is thrown away is computed again"
-    assert again.saved.slope < some.saved.slope < full.saved.slope and some.flops.slope == full.flops.slope, "products are kept"
+    assert again.flops.slope > full.flops.slope == half.flops.slope, (
+        "what is thrown away is computed again"
+    )
+    assert (
+        again.saved.slope < some.saved.slope < full.saved.slope
+        and some.flops.slope == full.flops.slope
+    ), "products are kept"
 
 
 def test_memory_that_is_freed_or_shared_counts_once() -> None:

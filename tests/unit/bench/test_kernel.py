@@ -1,4 +1,5 @@
 """Every rival computes the same thing, the bytes of the kernel are those of its operands, and the tables hold what was measured."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +19,10 @@ def test_the_variants_agree(name: str) -> None:
         pytest.importorskip("triton", reason="Triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(1)
-    v, words = torch.randn(3, 40, 32, device=device), torch.randn(3, 6, kernel.TEXT_WIDTH, device=device)
+    v, words = (
+        torch.randn(3, 40, 32, device=device),
+        torch.randn(3, 6, kernel.TEXT_WIDTH, device=device),
+    )
     mask = torch.arange(6, device=device) < torch.tensor([[6], [2], [1]], device=device)
     attend, _ = kernel.variant_of(name, 32, device)
     oracle, module = kernel.variant_of(kernel.REFERENCE, 32, device)
@@ -29,10 +33,16 @@ def test_the_variants_agree(name: str) -> None:
 
 def test_flex_attention_agrees() -> None:
     """Its forward runs on a CPU, uncompiled."""
-    v, words, mask = torch.randn(2, 40, 32), torch.randn(2, 6, kernel.TEXT_WIDTH), torch.arange(6) < torch.tensor([[6], [2]])
+    v, words, mask = (
+        torch.randn(2, 40, 32),
+        torch.randn(2, 6, kernel.TEXT_WIDTH),
+        torch.arange(6) < torch.tensor([[6], [2]]),
+    )
     _, module = kernel.variant_of(kernel.REFERENCE, 32, "cpu")
     with torch.no_grad():
-        for got, want in zip(kernel._two_flex(module, v, words, mask), module.attend(v, words, mask)):
+        for got, want in zip(
+            kernel._two_flex(module, v, words, mask), module.attend(v, words, mask)
+        ):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -50,14 +60,23 @@ def test_the_bytes_of_the_kernel_are_its_operands() -> None:
             torch.autograd.grad(outputs, [v, k, u, bias], gradients)
     for direction, traffic in (("forward", forward), ("backward", backward)):
         least = kernel.kernel_bytes(direction, batch, pixels, channels)
-        assert traffic.total.bytes == pytest.approx(least, rel=0.05), "the formula counts bias and log-sum as one channel"
-    assert kernel.kernel_bytes("both", 4, 100, 64) == sum(kernel.kernel_bytes(d, 4, 100, 64) for d in ("forward", "backward"))
+        assert traffic.total.bytes == pytest.approx(least, rel=0.05), (
+            "the formula counts bias and log-sum as one channel"
+        )
+    assert kernel.kernel_bytes("both", 4, 100, 64) == sum(
+        kernel.kernel_bytes(d, 4, 100, 64) for d in ("forward", "backward")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU times all variants")
-def test_the_verb_times_what_runs_here_and_says_why_the_rest_does_not(monkeypatch: pytest.MonkeyPatch,
-                                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(kernel, "VARIANTS", (kernel.EAGER, kernel.REFERENCE, kernel.FLEX, kernel.FUSED, kernel.KERNEL))
+def test_the_verb_times_what_runs_here_and_says_why_the_rest_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        kernel,
+        "VARIANTS",
+        (kernel.EAGER, kernel.REFERENCE, kernel.FLEX, kernel.FUSED, kernel.KERNEL),
+    )
     monkeypatch.setattr(kernel.bench_kernel, "__defaults__", (None, ((50, 32), (20, 64))))
     assert main(["bench", "kernel", "--batch", "1", "--json"]) == 0
     *shown, last = capsys.readouterr().out.splitlines()
@@ -66,13 +85,27 @@ def test_the_verb_times_what_runs_here_and_says_why_the_rest_does_not(monkeypatc
     assert timed == {kernel.EAGER, kernel.REFERENCE} and len(found["timings"]) == 5 * 2 * 3
     assert all(t["low"] <= t["ms"] <= t["high"] for t in found["timings"] if t["ms"])
     text = "\n".join(shown)
-    assert "there is no NVIDIA GPU here" in text and "no backward on a CPU" in text and "batch 1, backward" in text
-    assert found["copies"][0]["gb_per_s"] > 0 and set(found["gigabytes"]) >= {kernel.EAGER, kernel.KERNEL}
+    assert (
+        "there is no NVIDIA GPU here" in text
+        and "no backward on a CPU" in text
+        and "batch 1, backward" in text
+    )
+    assert found["copies"][0]["gb_per_s"] > 0 and set(found["gigabytes"]) >= {
+        kernel.EAGER,
+        kernel.KERNEL,
+    }
 
 
-@pytest.mark.parametrize("words, message", [(["traffic"], "traffic need a configuration"),
-                                            (["kernel", "configs/demo.yaml"], "the other benches take none"),
-                                            (["kernel", "--batch", "0"], "--batch must be at least 1")])
-def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["traffic"], "traffic need a configuration"),
+        (["kernel", "configs/demo.yaml"], "the other benches take none"),
+        (["kernel", "--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_wrong_words_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", *words]) == 2
     assert message in capsys.readouterr().err

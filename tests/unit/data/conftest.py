@@ -1,4 +1,5 @@
 """A small data set in the `refer` layout, with everything in it that real files surprise one with, and its packed form."""
+
 from __future__ import annotations
 
 import json
@@ -11,8 +12,13 @@ import pytest
 from PIL import Image, ImageDraw
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 16, "name": "bird"}, {"id": 44, "name": "bottle"}]
-COLORS = {"red": (210, 40, 40), "blue": (40, 60, 210), "green": (40, 170, 60), "yellow": (220, 210, 50)}
-SPLITS = ["train"] * 8 + ["val", "val", "testA", "testB"]   # one an image
+COLORS = {
+    "red": (210, 40, 40),
+    "blue": (40, 60, 210),
+    "green": (40, 170, 60),
+    "yellow": (220, 210, 50),
+}
+SPLITS = ["train"] * 8 + ["val", "val", "testA", "testB"]  # one an image
 IMAGE_IDS = [9, 25, 72, 138, 309, 326, 575, 625, 40961, 106499, 353072, 573854]
 GRAY_IMAGE = 25
 CROWD_ANNOTATION = 900100000138
@@ -35,8 +41,10 @@ def crowd_rle(mask: np.ndarray) -> dict:
 
 def sentences(first_id: int, *texts: str) -> list[dict]:
     cleaned = [text.lower().replace(".", "") for text in texts]
-    return [{"sent_id": first_id + n, "raw": raw, "sent": sent, "tokens": sent.split()}
-            for n, (raw, sent) in enumerate(zip(texts, cleaned))]
+    return [
+        {"sent_id": first_id + n, "raw": raw, "sent": sent, "tokens": sent.split()}
+        for n, (raw, sent) in enumerate(zip(texts, cleaned))
+    ]
 
 
 def build_refer_root(root: Path) -> Path:
@@ -53,24 +61,41 @@ def build_refer_root(root: Path) -> Path:
         width, height = [(64, 48), (48, 64), (70, 50)][place % 3]
         name = f"COCO_train2014_{image_id:012d}.jpg"
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        picture = Image.fromarray(random.integers(90, 150, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8))
+        picture = Image.fromarray(
+            random.integers(90, 150, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+        )
         picture = picture.resize((width, height))
         draw = ImageDraw.Draw(picture)
         for side, color in enumerate(random.permutation(list(COLORS))[:2]):
-            x, y = side * width // 2 + int(random.integers(2, 8)), int(random.integers(2, height - 20))
+            x, y = (
+                side * width // 2 + int(random.integers(2, 8)),
+                int(random.integers(2, height - 20)),
+            )
             w, h = int(random.integers(8, 16)), int(random.integers(8, 16))
             draw.rectangle([x, y, x + w - 1, y + h - 1], fill=COLORS[color])
             ann_id = 100 * image_id + side
             segmentation: list | dict = [box(x, y, w, h)]
             if image_id == 138 and side == 0:
                 ann_id, mask = CROWD_ANNOTATION, np.zeros((height, width), bool)
-                mask[y:y + h, x:x + w] = True
+                mask[y : y + h, x : x + w] = True
                 segmentation = crowd_rle(mask)
             if image_id == 72 and side == 1:
-                ann_id, segmentation = OVERLAPPING_ANNOTATION, [box(x, y, w, h), box(x + 4, y + 4, w, h)]
+                ann_id, segmentation = (
+                    OVERLAPPING_ANNOTATION,
+                    [box(x, y, w, h), box(x + 4, y + 4, w, h)],
+                )
             category = CATEGORIES[side]["id"]
-            annotations.append({"id": ann_id, "image_id": image_id, "category_id": category, "segmentation": segmentation,
-                                "iscrowd": int(isinstance(segmentation, dict)), "bbox": [x, y, w, h], "area": w * h})
+            annotations.append(
+                {
+                    "id": ann_id,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "segmentation": segmentation,
+                    "iscrowd": int(isinstance(segmentation, dict)),
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                }
+            )
             where = "left" if side == 0 else "right"
             ref_id = 2 * place + side
             texts = [f"{color} box on the {where}.", f"The {where} box"]
@@ -78,21 +103,42 @@ def build_refer_root(root: Path) -> Path:
                 texts = [f"the {color} one", f"{where} thing", f"{color} box"]
             if ref_id == 0:
                 texts = [ACCENTED, *texts]
-            refs.append({"ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "category_id": category,
-                         "split": SPLITS[place], "file_name": f"COCO_train2014_{image_id:012d}_{side}.jpg",
-                         "sentences": sentences(10 * ref_id, *texts), "sent_ids": [10 * ref_id + n for n in range(len(texts))]})
+            refs.append(
+                {
+                    "ref_id": ref_id,
+                    "ann_id": ann_id,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "split": SPLITS[place],
+                    "file_name": f"COCO_train2014_{image_id:012d}_{side}.jpg",
+                    "sentences": sentences(10 * ref_id, *texts),
+                    "sent_ids": [10 * ref_id + n for n in range(len(texts))],
+                }
+            )
         picture.convert("L" if image_id == GRAY_IMAGE else "RGB").save(folder / name, quality=90)
-    unnamed = {"id": 7, "image_id": 9, "category_id": 44, "segmentation": [box(0, 0, 4, 4)], "iscrowd": 0}
+    unnamed = {
+        "id": 7,
+        "image_id": 9,
+        "category_id": 44,
+        "segmentation": [box(0, 0, 4, 4)],
+        "iscrowd": 0,
+    }
     annotations.append(unnamed)
     instances = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    google = [{**ref, "split": "val" if ref["image_id"] in (9, 25) else "train"} for ref in refs[:8]]
+    google = [
+        {**ref, "split": "val" if ref["image_id"] in (9, 25) else "train"} for ref in refs[:8]
+    ]
     umd = [{**ref, "split": "val" if ref["image_id"] == 9 else "train"} for ref in refs[:4]]
     for dataset in ("refcoco", "refcocog"):
         (root / dataset).mkdir()
         (root / dataset / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
     (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(as_python_2_read(refs), protocol=2))
-    (root / "refcoco" / "refs(google).p").write_bytes(pickle.dumps(as_python_2_read(google), protocol=2))
-    (root / "refcocog" / "refs(umd).json").write_text(json.dumps(umd, ensure_ascii=False), encoding="utf-8")
+    (root / "refcoco" / "refs(google).p").write_bytes(
+        pickle.dumps(as_python_2_read(google), protocol=2)
+    )
+    (root / "refcocog" / "refs(umd).json").write_text(
+        json.dumps(umd, ensure_ascii=False), encoding="utf-8"
+    )
     return root
 
 
@@ -118,8 +164,15 @@ def _packed_once(_refer_root_once: Path, tmp_path_factory: pytest.TempPathFactor
     from coupalign.data.recipe import Recipe
 
     sets = [{"dataset": "refcoco", "split_by": "unc"}, {"dataset": "refcocog", "split_by": "umd"}]
-    recipe = Recipe.model_validate({"name": "small", "root": _refer_root_once, "sets": sets, "max_images": 4,
-                                    "vocabulary_size": 120})
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "root": _refer_root_once,
+            "sets": sets,
+            "max_images": 4,
+            "vocabulary_size": 120,
+        }
+    )
     out = tmp_path_factory.mktemp("packed") / "small"
     pack(recipe, out, workers=1, progress=False)
     return out

@@ -1,4 +1,5 @@
 """The leak guard: refuses, cleans or marks, for any mixture; what it says of a score is exact."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -19,8 +20,15 @@ UMD = {"dataset": "refcocog", "split_by": "umd"}
 
 
 def data(shards: Path, train: list[dict], evaluate: list[dict], **more: object) -> DataConfig:
-    return DataConfig.model_validate({"train": [{"index": str(shards), **one} for one in train], "image_size": 32, "workers": 0,
-                                      "evaluate": [{"index": str(shards), **one} for one in evaluate], **more})
+    return DataConfig.model_validate(
+        {
+            "train": [{"index": str(shards), **one} for one in train],
+            "image_size": 32,
+            "workers": 0,
+            "evaluate": [{"index": str(shards), **one} for one in evaluate],
+            **more,
+        }
+    )
 
 
 def loader(config: DataConfig):
@@ -29,7 +37,12 @@ def loader(config: DataConfig):
 
 def images_of(index: ShardIndex, *wanted: tuple[str, str]) -> set[int]:
     """By the index alone, one image after the other."""
-    return {image.image_id for image in index.images for ref in image.refs if (ref.set, ref.split) in wanted}
+    return {
+        image.image_id
+        for image in index.images
+        for ref in image.refs
+        if (ref.set, ref.split) in wanted
+    }
 
 
 def test_one_set_by_itself_does_not_leak(packed: Path) -> None:
@@ -38,7 +51,9 @@ def test_one_set_by_itself_does_not_leak(packed: Path) -> None:
 
 
 def test_training_on_what_is_scored_is_refused_with_the_numbers(packed: Path) -> None:
-    with pytest.raises(InputError, match=r"1 of \d photographs of refcocog/umd val.*data.mix=clean.*data.mix=leaky"):
+    with pytest.raises(
+        InputError, match=r"1 of \d photographs of refcocog/umd val.*data.mix=clean.*data.mix=leaky"
+    ):
         loader(data(packed, [{**UNC, "split": "train"}], [{**UMD, "split": "val"}]))
 
 
@@ -49,24 +64,44 @@ def test_a_mixture_is_held_against_the_other_splits_of_every_set_in_it(packed: P
 
 
 def test_the_clean_mix_drops_exactly_the_samples_on_held_out_photographs(packed: Path) -> None:
-    config = data(packed, [{**UNC, "split": "train"}, {**UMD, "split": "train"}], [{**UMD, "split": "val"}], mix="clean")
+    config = data(
+        packed,
+        [{**UNC, "split": "train"}, {**UMD, "split": "train"}],
+        [{**UMD, "split": "val"}],
+        mix="clean",
+    )
     index = read_index(packed)
     table = build_table(config.train, [index, index], "ref")
     kept, told = guard(config, table, [index, index], [index])
-    held = images_of(index, ("refcoco/unc", "val"), ("refcoco/unc", "testA"), ("refcoco/unc", "testB"), ("refcocog/umd", "val"),
-                     ("refcocog/umd", "test"))
-    assert kept.image_ids.tolist() == [number for number in table.image_ids.tolist() if number not in held]
+    held = images_of(
+        index,
+        ("refcoco/unc", "val"),
+        ("refcoco/unc", "testA"),
+        ("refcoco/unc", "testB"),
+        ("refcocog/umd", "val"),
+        ("refcocog/umd", "test"),
+    )
+    assert kept.image_ids.tolist() == [
+        number for number in table.image_ids.tolist() if number not in held
+    ]
     assert IMAGE_IDS[0] in held and 0 < len(kept) < len(table)
     assert f"{len(table) - len(kept)} of {len(table)} training samples" in told[0]
-    assert loader(config).fingerprint != loader(config.model_copy(update={"mix": "leaky"})).fingerprint
+    assert (
+        loader(config).fingerprint != loader(config.model_copy(update={"mix": "leaky"})).fingerprint
+    )
 
 
 def test_the_inner_overlap_of_one_partition_is_found_and_told(packed: Path) -> None:
     """As in G-Ref google, whose train and val share photographs: two refs of an image, in different splits."""
     index = read_index(packed)
     first = index.images[0]
-    both = replace(first, refs=tuple(replace(ref, set="refcocog/google", split=split)
-                                     for ref, split in zip(first.refs, ("train", "val"))))
+    both = replace(
+        first,
+        refs=tuple(
+            replace(ref, set="refcocog/google", split=split)
+            for ref, split in zip(first.refs, ("train", "val"))
+        ),
+    )
     google = replace(index, images=(both, *index.images[1:]))
     config = data(packed, [{"dataset": "refcocog", "split_by": "google", "split": "train"}], [])
     table = build_table(config.train, [google], "ref")
@@ -87,14 +122,21 @@ def test_a_leaky_mix_marks_every_score_with_what_it_shares(packed: Path, tmp_pat
     trained = loader(config)
     assert "LEAKY" in trained.leaks[0]
     scored = build_eval_loader(config, config.evaluate, 2, 0, 1, open_tokenizer(config)).photos
-    assert trained.trained_on.words(scored) == f"LEAKY: 1 of {len(scored)} scored photographs were trained on"
+    assert (
+        trained.trained_on.words(scored)
+        == f"LEAKY: 1 of {len(scored)} scored photographs were trained on"
+    )
     index = read_index(packed)
-    other = scored_photos(build_table([Source(index=str(packed), **UNC, split="val")], [index], "sentence"))
+    other = scored_photos(
+        build_table([Source(index=str(packed), **UNC, split="val")], [index], "sentence")
+    )
     assert trained.trained_on.words(other) == "none: no scored photograph was trained on"
     trained.trained_on.write(tmp_path)
     assert read_trained_on(tmp_path) == trained.trained_on
     assert read_trained_on(tmp_path / "nowhere") is None
-    started = TrainedOn(scored, None, ("b",)).after([tmp_path / "weights.safetensors", tmp_path / "nowhere" / "swin.pth"], ["a", "b"])
+    started = TrainedOn(scored, None, ("b",)).after(
+        [tmp_path / "weights.safetensors", tmp_path / "nowhere" / "swin.pth"], ["a", "b"]
+    )
     assert started == TrainedOn(scored | trained.trained_on.photos, "leaky", ("b", "a"))
     (tmp_path / "trained_on.json").write_text("{")
     with pytest.raises(InputError, match="trained_on.json: damaged"):
@@ -112,14 +154,30 @@ def test_the_table_of_overlaps_counts_photographs(packed: Path) -> None:
 
 def test_other_collections_are_told_apart_by_the_length_of_their_files(packed: Path) -> None:
     """Two RefShapes of different seeds number their scenes alike; they share none."""
+
     def renamed(name: str, split: str, grown: int) -> ShardIndex:
-        return replace(index, images=tuple(replace(image, jpg=(image.jpg[0], image.jpg[1] + grown), refs=tuple(
-            replace(ref, set=f"{name}/all", split=split) for ref in image.refs)) for image in index.images))
+        return replace(
+            index,
+            images=tuple(
+                replace(
+                    image,
+                    jpg=(image.jpg[0], image.jpg[1] + grown),
+                    refs=tuple(replace(ref, set=f"{name}/all", split=split) for ref in image.refs),
+                )
+                for image in index.images
+            ),
+        )
 
     index = read_index(packed)
-    train, same, other = renamed("shapes", "train", 0), renamed("shapes", "val", 0), renamed("shapes", "test", 1)
+    train, same, other = (
+        renamed("shapes", "train", 0),
+        renamed("shapes", "val", 0),
+        renamed("shapes", "test", 1),
+    )
     found = overlaps([train, same, other])
     assert found.shared["shapes/all train", "shapes/all val"] == len(IMAGE_IDS)
     assert ("shapes/all train", "shapes/all test") not in found.shared
     coco = overlaps([renamed("refcoco", "train", 0), renamed("refcocog", "val", 1)])
-    assert coco.shared["refcoco/all train", "refcocog/all val"] == len(IMAGE_IDS), "a COCO photograph may be stored in other bytes"
+    assert coco.shared["refcoco/all train", "refcocog/all val"] == len(IMAGE_IDS), (
+        "a COCO photograph may be stored in other bytes"
+    )

@@ -1,4 +1,5 @@
 """The loader over random topologies: the same samples, bytes and order whatever ranks, micro-batches and workers."""
+
 from __future__ import annotations
 
 import json
@@ -32,8 +33,8 @@ def test_every_sample_once_an_epoch(packed: Path, unit: str, samples: int):
     assert loader.samples == samples
     numbers = [row[0] for step in steps_of(loader, 0, 3 * samples // 5 + 1) for row in step]
     for epoch in range(3):
-        assert sorted(numbers[epoch * samples:(epoch + 1) * samples]) == list(range(samples))
-    assert numbers[:samples] != numbers[samples:2 * samples]
+        assert sorted(numbers[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+    assert numbers[:samples] != numbers[samples : 2 * samples]
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -43,7 +44,11 @@ def test_a_step_is_the_same_for_every_topology(packed: Path, parts: int):
     expected = steps_of(train(config_of(packed, canonical_nodes=parts), global_batch=12), 0, 6)
     for trial in range(10):
         ranks = dice.choice([1, 2, 3, 4, 6, 12])
-        micro, workers, first = dice.choice([None, 1, 2, 5]), 2 if trial in (3, 7) else 0, dice.randrange(4)
+        micro, workers, first = (
+            dice.choice([None, 1, 2, 5]),
+            2 if trial in (3, 7) else 0,
+            dice.randrange(4),
+        )
         config = config_of(packed, workers=workers, canonical_nodes=parts)
         read = []
         for rank in range(ranks if workers == 0 else min(ranks, 2)):
@@ -52,14 +57,20 @@ def test_a_step_is_the_same_for_every_topology(packed: Path, parts: int):
             loader.close()
         for step in range(2):
             found = sum((steps[step] for steps in read), [])
-            assert found == expected[first + step][:len(found)] and (workers or len(found) == 12)
+            assert found == expected[first + step][: len(found)] and (workers or len(found) == 12)
 
 
-def test_a_resumed_run_decodes_nothing_that_was_skipped(packed: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_resumed_run_decodes_nothing_that_was_skipped(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+):
     expected = steps_of(train(config_of(packed)), 0, 40)
     decoded: list[int] = []
     decode = transforms.decode_image
-    monkeypatch.setattr(transforms, "decode_image", lambda data, frame: decoded.append(len(data)) or decode(data, frame))
+    monkeypatch.setattr(
+        transforms,
+        "decode_image",
+        lambda data, frame: decoded.append(len(data)) or decode(data, frame),
+    )
     assert steps_of(train(config_of(packed)), 37, 2) == expected[37:39]
     assert len(decoded) == 12
 
@@ -106,7 +117,9 @@ sys.exit("gone")
 
 
 def test_a_program_that_leaves_its_loaders_open_ends(packed: Path):
-    done = subprocess.run([sys.executable, "-c", ABANDONED, str(packed)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED, str(packed)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and done.stderr == "gone\n"
 
 
@@ -132,7 +145,9 @@ os.kill(server, 0)
 
 def test_workers_come_from_a_server_that_no_signal_ends(packed: Path):
     """A fork of the rank itself may find a lock of the interpreter held by one of its threads, for good."""
-    done = subprocess.run([sys.executable, "-c", SIGNALED, str(packed)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALED, str(packed)], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -152,12 +167,16 @@ def test_seed_and_epoch_change_sentences_and_pictures(packed: Path):
     first, second = steps_of(train(config_of(packed), 16), 0, 2)
     second = {row[0]: row for row in second}
     assert sum(row[2] != second[row[0]][2] for row in first) > 3
-    chosen = Counter(row[1] for step in steps_of(train(config_of(packed), 16), 0, 30) for row in step)
-    assert len(chosen) == 41 and max(chosen.values()) < 28        # each sentence of each ref is drawn
+    chosen = Counter(
+        row[1] for step in steps_of(train(config_of(packed), 16), 0, 30) for row in step
+    )
+    assert len(chosen) == 41 and max(chosen.values()) < 28  # each sentence of each ref is drawn
 
 
 def test_a_flip_mirrors_picture_mask_and_sentence(packed: Path):
-    configs = [config_of(packed, unit="sentence", augment=Augmentation(flip=flip)) for flip in (0, 1)]
+    configs = [
+        config_of(packed, unit="sentence", augment=Augmentation(flip=flip)) for flip in (0, 1)
+    ]
     plain, mirrored = (steps_of(train(config, 41), 0, 1)[0] for config in configs)
     for a, b in zip(plain, mirrored):
         assert b[2] == transforms.mirror_sentence(a[2])
@@ -170,18 +189,38 @@ def test_a_flip_mirrors_picture_mask_and_sentence(packed: Path):
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
 def test_a_sample_is_what_the_annotation_says(packed: Path, refer_root: Path, resize: str):
     """Against the `refer` files themselves, which the loader never saw."""
-    refs = {ref["ref_id"]: ref for ref in json.loads((refer_root / "refcocog" / "refs(umd).json").read_text(encoding="utf-8"))}
+    refs = {
+        ref["ref_id"]: ref
+        for ref in json.loads(
+            (refer_root / "refcocog" / "refs(umd).json").read_text(encoding="utf-8")
+        )
+    }
     instances = json.loads((refer_root / "refcoco" / "instances.json").read_text())
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     files = {image["id"]: image["file_name"] for image in instances["images"]}
     source = Source(index=str(packed), dataset="refcocog", split="train")
-    _, [batch] = next(train(config_of(packed, resize=resize, train=(source,), augment=Augmentation())).steps_from(0))
+    _, [batch] = next(
+        train(config_of(packed, resize=resize, train=(source,), augment=Augmentation())).steps_from(
+            0
+        )
+    )
     for row, info in enumerate(batch.info):
         ref = refs[int(info.name.split("/")[2])]
-        image = Image.open(refer_root / "images" / "train2014" / files[ref["image_id"]]).convert("RGB")
-        mask = masks.decode(masks.rle_from_segmentation(annotations[ref["ann_id"]]["segmentation"], image.height, image.width))
-        assert info.image_id == ref["image_id"] and info.sentence in [sentence["sent"] for sentence in ref["sentences"]]
-        assert np.array_equal(batch.image[row].permute(1, 2, 0), transforms.image_to_square(np.asarray(image), info.frame))
+        image = Image.open(refer_root / "images" / "train2014" / files[ref["image_id"]]).convert(
+            "RGB"
+        )
+        mask = masks.decode(
+            masks.rle_from_segmentation(
+                annotations[ref["ann_id"]]["segmentation"], image.height, image.width
+            )
+        )
+        assert info.image_id == ref["image_id"] and info.sentence in [
+            sentence["sent"] for sentence in ref["sentences"]
+        ]
+        assert np.array_equal(
+            batch.image[row].permute(1, 2, 0),
+            transforms.image_to_square(np.asarray(image), info.frame),
+        )
         assert np.array_equal(batch.target[row], transforms.mask_to_square(mask, info.frame))
 
 
@@ -192,7 +231,10 @@ def test_a_batch_is_handed_over_as_it_was_written(packed: Path, workers: int):
     _, [batch] = next(loader.steps_from(0))
     assert not batch.words.is_shared() and not batch.word_mask.is_shared()
     batch.words[:], batch.word_mask[:] = 0, False
-    assert batch.image.is_contiguous(memory_format=torch.channels_last) and batch.target.is_contiguous()
+    assert (
+        batch.image.is_contiguous(memory_format=torch.channels_last)
+        and batch.target.is_contiguous()
+    )
     assert batch.image.is_shared() == batch.target.is_shared() == bool(workers)
     loader.close()
 
@@ -204,13 +246,17 @@ def test_a_drawn_picture_is_whole_and_changes_nothing(packed: Path):
     assert torch.equal(plain.image, drawn.image)
     for info in drawn.info:
         assert transforms.reduction(info.frame.height, info.frame.width, info.frame) > 1
-        assert info.image.shape == (*info.truth.shape, 3) == (info.frame.height, info.frame.width, 3)
+        assert (
+            info.image.shape == (*info.truth.shape, 3) == (info.frame.height, info.frame.width, 3)
+        )
 
 
 @pytest.mark.slow
 def test_the_memory_of_a_worker_is_flat(packed: Path):
     """Over 200 epochs, after 100 others: by less than 4 MB, where 800 MB of samples are handed over."""
-    loader = train(config_of(packed, workers=1, image_size=256, resize="letterbox"), global_batch=16)
+    loader = train(
+        config_of(packed, workers=1, image_size=256, resize="letterbox"), global_batch=16
+    )
     steps, held = loader.steps_from(0), []
     for step, _ in islice(steps, 300):
         if step in (99, 299):
@@ -222,12 +268,16 @@ def test_the_memory_of_a_worker_is_flat(packed: Path):
 def test_the_text_may_be_the_raw_one(packed: Path):
     config = config_of(packed, unit="sentence", sentence="raw", augment=Augmentation())
     raw = {row[2] for row in steps_of(train(config, 41), 0, 1)[0]}
-    assert any(sentence.startswith("The ") for sentence in raw) and any(sentence.endswith(".") for sentence in raw)
+    assert any(sentence.startswith("The ") for sentence in raw) and any(
+        sentence.endswith(".") for sentence in raw
+    )
 
 
 def test_a_mixture_holds_every_source(packed: Path, tmp_path: Path):
-    sources = (Source(index=str(packed), dataset="refcoco", split_by="unc", split="train"),
-               Source(index=f"{packed}/index.json", dataset="refcocog", split="val"))
+    sources = (
+        Source(index=str(packed), dataset="refcoco", split_by="unc", split="train"),
+        Source(index=f"{packed}/index.json", dataset="refcocog", split="val"),
+    )
     loader = train(config_of(packed, train=sources, mix="leaky"), global_batch=9)
     names = Counter(row[1].rsplit("/", 2)[0] for step in steps_of(loader, 0, 2) for row in step)
     assert loader.samples == 18 and names == {"refcoco/unc": 16, "refcocog/umd": 2}
@@ -238,9 +288,13 @@ def test_a_mixture_holds_every_source(packed: Path, tmp_path: Path):
 def test_other_wrong_settings(packed: Path):
     with pytest.raises(InputError, match="cannot be shared evenly by 4 processes: use 4 or 8"):
         train(config_of(packed), global_batch=6, ranks=4)
-    with pytest.raises(InputError, match="train.global_batch=6 .* data.canonical_nodes=4 parts: use 12,"):
+    with pytest.raises(
+        InputError, match="train.global_batch=6 .* data.canonical_nodes=4 parts: use 12,"
+    ):
         train(config_of(packed, canonical_nodes=4), global_batch=6, ranks=6)
-    with pytest.raises(InputError, match="data.canonical_nodes=17 is more than there are training samples, 16"):
+    with pytest.raises(
+        InputError, match="data.canonical_nodes=17 is more than there are training samples, 16"
+    ):
         train(config_of(packed, canonical_nodes=17), global_batch=17)
     tokenizer = open_tokenizer(config_of(packed))
     with pytest.raises(InputError, match="data.train is empty"):
@@ -252,17 +306,29 @@ def test_other_wrong_settings(packed: Path):
 
 
 @pytest.mark.parametrize("parts, shards", [(1, 1), (2, 2)])
-def test_a_small_cache_is_pointed_out(packed: Path, parts: int, shards: int, caplog: pytest.LogCaptureFixture,
-                                      monkeypatch: pytest.MonkeyPatch):
+def test_a_small_cache_is_pointed_out(
+    packed: Path,
+    parts: int,
+    shards: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """One rank reads all the parts, each in a window of its own."""
     from dataclasses import replace
 
     from coupalign.data import loader
+
     index = replace(read_index(packed), location="https://example.org/set")
     monkeypatch.setattr(loader, "open_index", lambda location: index)
     needed = sum(sorted(shard.bytes for shard in index.shards)[-shards:])
     for spare, warned in ((-1, True), (1, False)):
         caplog.clear()
-        config = config_of(packed, cache_gb=(needed + spare) / 1e9, cache_dir=packed / "cache", shuffle_window=1, canonical_nodes=parts)
+        config = config_of(
+            packed,
+            cache_gb=(needed + spare) / 1e9,
+            cache_dir=packed / "cache",
+            shuffle_window=1,
+            canonical_nodes=parts,
+        )
         build_train_loader(config, 0, 2, None, 0, 1, Tokenizer.open(packed / "vocab.txt"))
         assert ("is less than the" in caplog.text) == warned

@@ -1,4 +1,5 @@
 """Bad samples: the run ends with their names, or they are replaced, counted and named; an evaluation leaves none out."""
+
 from __future__ import annotations
 
 from itertools import islice
@@ -25,17 +26,25 @@ def damage(packed: Path, image_id: int, part: str, change) -> None:
         file.write(data)
 
 
-DAMAGES = [("jpg", lambda data: data[:len(data) // 2] + bytes(len(data) - len(data) // 2), ""),
-           ("jpg", lambda data: bytes(len(data)), "cannot identify image"),
-           ("json", lambda data: b"!" + data[1:], "Expecting value"),
-           ("json", lambda data: data.replace(b'"rle"', b'"rlx"'), "KeyError 'rle'"),
-           ("json", lambda data: data.replace(b'"image_id":72', b'"image_id":73'), "not the one that its index describes"),
-           ("json", lambda data: data.replace(b'"height":', b'"heighx":'), "KeyError 'height'")]
+DAMAGES = [
+    ("jpg", lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), ""),
+    ("jpg", lambda data: bytes(len(data)), "cannot identify image"),
+    ("json", lambda data: b"!" + data[1:], "Expecting value"),
+    ("json", lambda data: data.replace(b'"rle"', b'"rlx"'), "KeyError 'rle'"),
+    (
+        "json",
+        lambda data: data.replace(b'"image_id":72', b'"image_id":73'),
+        "not the one that its index describes",
+    ),
+    ("json", lambda data: data.replace(b'"height":', b'"heighx":'), "KeyError 'height'"),
+]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("part, change, words", DAMAGES[:3])
-def test_a_bad_sample_ends_the_run_with_its_name(packed: Path, part: str, change, words: str, workers: int):
+def test_a_bad_sample_ends_the_run_with_its_name(
+    packed: Path, part: str, change, words: str, workers: int
+):
     damage(packed, 72, part, change)
     loader = train(config_of(packed, workers=workers))
     named = rf"unreadable sample refcoco/unc/[45]: 000000000072.{part} \(image 72\) in .*shard-0000.*{words}"
@@ -58,7 +67,10 @@ def test_skip_replaces_counts_and_names(packed: Path):
     config = config_of(packed, bad_samples="skip", max_bad_share=0.5)
     loader = train(config, 4)
     found = steps_of(loader, 0, 8)
-    assert sorted(loader.bad) == ["refcoco/unc/4", "refcoco/unc/5"] and "(image 72)" in loader.bad["refcoco/unc/4"]
+    assert (
+        sorted(loader.bad) == ["refcoco/unc/4", "refcoco/unc/5"]
+        and "(image 72)" in loader.bad["refcoco/unc/4"]
+    )
     for before, after in zip(whole, found):
         assert len(after) == 4
         for a, b in zip(before, after):
@@ -68,14 +80,21 @@ def test_skip_replaces_counts_and_names(packed: Path):
 
 
 @pytest.mark.parametrize("part", ["jpg", "json"])
-def test_how_many_are_read_side_by_side_changes_nothing(packed: Path, part: str, monkeypatch: pytest.MonkeyPatch):
+def test_how_many_are_read_side_by_side_changes_nothing(
+    packed: Path, part: str, monkeypatch: pytest.MonkeyPatch
+):
     damage(packed, 72, part, DAMAGES[1][1])
     found = []
     for together in (1, 3, 8, 32):
         monkeypatch.setattr(loader_module, "_SIDE_BY_SIDE", together)
         loader = train(config_of(packed, bad_samples="skip", max_bad_share=1), 8)
         batches = [batches[0] for _, batches in islice(loader.steps_from(0), 6)]
-        found.append([(rows_of(batch), [reason.partition(": ")[0] for reason in batch.bad]) for batch in batches])
+        found.append(
+            [
+                (rows_of(batch), [reason.partition(": ")[0] for reason in batch.bad])
+                for batch in batches
+            ]
+        )
     assert found.count(found[0]) == len(found)
     assert {name for _, bad in found[0] for name in bad} == {"refcoco/unc/4", "refcoco/unc/5"}
 
@@ -83,7 +102,10 @@ def test_how_many_are_read_side_by_side_changes_nothing(packed: Path, part: str,
 def test_too_many_bad_samples_end_the_run(packed: Path):
     damage(packed, 72, "jpg", DAMAGES[0][1])
     loader = train(config_of(packed, bad_samples="skip", max_bad_share=0.1), 4)
-    with pytest.raises(InputError, match=r"samples drawn cannot be read, more than data.max_bad_share=0.1: refcoco/unc/"):
+    with pytest.raises(
+        InputError,
+        match=r"samples drawn cannot be read, more than data.max_bad_share=0.1: refcoco/unc/",
+    ):
         steps_of(loader, 0, 10)
     for image_id in {image.image_id for image in read_index(packed).images}:
         damage(packed, image_id, "jpg", DAMAGES[1][1])
@@ -99,7 +121,9 @@ def test_a_shard_that_ends_too_early_and_one_that_is_gone(packed: Path):
     with pytest.raises(InputError, match=r"shard-000000.tar: the shard is cut short"):
         steps_of(train(config_of(packed)), 0, 3)
     shard.unlink()
-    with pytest.raises(InputError, match=r"shard-000000.tar cannot be opened"):       # never merely skipped
+    with pytest.raises(
+        InputError, match=r"shard-000000.tar cannot be opened"
+    ):  # never merely skipped
         steps_of(train(config_of(packed, bad_samples="skip")), 0, 3)
 
 
@@ -110,4 +134,4 @@ def test_an_evaluation_never_leaves_a_sample_out(packed: Path):
         list(evaluate(config))
     damage(packed, 40961, "json", DAMAGES[2][1])
     with pytest.raises(InputError, match=r"40961.json"):
-        evaluate(config).words      # noqa: B018
+        evaluate(config).words  # noqa: B018

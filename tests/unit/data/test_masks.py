@@ -1,4 +1,5 @@
 """Masks against slow arithmetic in numpy."""
+
 from __future__ import annotations
 
 import json
@@ -42,23 +43,33 @@ def test_encode_and_decode_are_inverse(mask: np.ndarray) -> None:
 @given(MASKS)
 def test_crowd_run_lengths_plain_and_compressed(mask: np.ndarray) -> None:
     height, width = mask.shape
-    plain = rle_from_segmentation({"size": [height, width], "counts": slow_runs(mask)}, height, width)
+    plain = rle_from_segmentation(
+        {"size": [height, width], "counts": slow_runs(mask)}, height, width
+    )
     assert np.array_equal(decode(plain), mask)
     assert rle_from_segmentation(encode(mask), height, width) == encode(mask) == plain
 
 
-@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 30), st.integers(0, 20), st.integers(1, 12), st.integers(1, 9)),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_polygons_are_united(boxes: list[tuple[int, int, int, int]]) -> None:
     truth = np.zeros((30, 44), bool)
     for x, y, w, h in boxes:
-        truth[y:y + h, x:x + w] = True
+        truth[y : y + h, x : x + w] = True
     rle = rle_from_segmentation([rectangle(*box) for box in boxes], 30, 44)
     assert np.array_equal(decode(rle), truth)
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=3, max_size=3))
-def test_triangles_agree_with_geometry_away_from_the_edges(corners: list[tuple[float, float]]) -> None:
+def test_triangles_agree_with_geometry_away_from_the_edges(
+    corners: list[tuple[float, float]],
+) -> None:
     points = np.array(corners)
     mask = decode(rle_from_segmentation([points.flatten().tolist()], 32, 42))
     x, y = np.meshgrid(np.arange(42) + 0.5, np.arange(32) + 0.5)
@@ -79,20 +90,23 @@ def test_degenerate_parts_are_left_out() -> None:
     assert area(rle) == 20
 
 
-@pytest.mark.parametrize("segmentation, word", [
-    ([], "no polygon"),
-    ([[1.0, 2.0, 3.0, 4.0]], "no polygon"),
-    ([[1.0, 2.0, 3.0]], "pairs"),
-    ([[1.0, 2.0, 3.0, float("nan"), 5.0, 6.0]], "pairs"),
-    ([1.0, 2.0], "neither"),
-    ("poly", "neither"),
-    ({"size": [4, 5], "counts": [19]}, "19 of 20"),
-    ({"size": [5, 4], "counts": [20]}, "size"),
-    ({"size": [4, 5], "counts": [21, -1]}, "whole"),
-    ({"size": [4, 5], "counts": "\u00e9"}, "20 pixels|foreign"),
-    ({"size": [4, 5], "counts": "P"}, "cut short"),
-    ({"size": [4, 5]}, "whole"),
-])
+@pytest.mark.parametrize(
+    "segmentation, word",
+    [
+        ([], "no polygon"),
+        ([[1.0, 2.0, 3.0, 4.0]], "no polygon"),
+        ([[1.0, 2.0, 3.0]], "pairs"),
+        ([[1.0, 2.0, 3.0, float("nan"), 5.0, 6.0]], "pairs"),
+        ([1.0, 2.0], "neither"),
+        ("poly", "neither"),
+        ({"size": [4, 5], "counts": [19]}, "19 of 20"),
+        ({"size": [5, 4], "counts": [20]}, "size"),
+        ({"size": [4, 5], "counts": [21, -1]}, "whole"),
+        ({"size": [4, 5], "counts": "\u00e9"}, "20 pixels|foreign"),
+        ({"size": [4, 5], "counts": "P"}, "cut short"),
+        ({"size": [4, 5]}, "whole"),
+    ],
+)
 def test_malformed_segmentations_are_refused(segmentation: object, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         check_segmentation(segmentation, 4, 5)
@@ -115,26 +129,50 @@ def test_real_pool_areas(real_data: Path) -> None:
     for found in crowds:
         pixels = area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]]))
         assert pixels == sum(found["segmentation"]["counts"][1::2])
-    ratios = [area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]])) / max(found["area"], 1)
-              for found in instances["annotations"] if not found["iscrowd"]]
-    assert 0.99 < np.median(ratios) < 1.01   # `area` is the polygon's, not the pixels': small objects differ by up to a half
+    ratios = [
+        area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]]))
+        / max(found["area"], 1)
+        for found in instances["annotations"]
+        if not found["iscrowd"]
+    ]
+    assert (
+        0.99 < np.median(ratios) < 1.01
+    )  # `area` is the polygon's, not the pixels': small objects differ by up to a half
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 0.02, 0.5, 1]))
 def test_run_lengths_are_read_without_a_loop_as_with_one(height: int, width: int, share: float):
-    text = masks.encode(np.random.default_rng(height * 61 + width).random((height, width)) < share)["counts"]
+    text = masks.encode(np.random.default_rng(height * 61 + width).random((height, width)) < share)[
+        "counts"
+    ]
     assert masks._read_runs(text).tolist() == masks._unpack_runs(text.encode())
 
 
-@pytest.mark.parametrize("counts, words", [("", "cut short"), ("o", "cut short"), ("0 ", "foreign"), ("0~~", "foreign"), ("0é", "cover"),
-                                           ("50", "cover 5 of"), ("0O", "cover .* of 100000 pixels")])
+@pytest.mark.parametrize(
+    "counts, words",
+    [
+        ("", "cut short"),
+        ("o", "cut short"),
+        ("0 ", "foreign"),
+        ("0~~", "foreign"),
+        ("0é", "cover"),
+        ("50", "cover 5 of"),
+        ("0O", "cover .* of 100000 pixels"),
+    ],
+)
 def test_damaged_run_lengths_are_not_sampled(counts: str, words: str):
     with pytest.raises(ValueError, match=words):
         masks.sample({"size": [400, 250], "counts": counts}, np.arange(400), np.arange(250))
 
 
-@pytest.mark.parametrize("rows, columns", [(np.arange(400), np.arange(250)), (np.arange(0, 400, 7), np.repeat(np.arange(250), 2)),
-                                           (np.array([399]), np.array([0, 0, 249]))])
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        (np.arange(400), np.arange(250)),
+        (np.arange(0, 400, 7), np.repeat(np.arange(250), 2)),
+        (np.array([399]), np.array([0, 0, 249])),
+    ],
+)
 def test_pixels_of_a_large_mask(rows: np.ndarray, columns: np.ndarray):
     mask = np.zeros((400, 250), bool)
     mask[100:300, 50:] = mask[:, :3] = mask[399, 249] = True

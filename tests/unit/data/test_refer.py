@@ -1,4 +1,5 @@
 """Annotation files, whole and broken."""
+
 from __future__ import annotations
 
 import json
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.data.refer import PUBLISHED, count, counts_table, differences, find_images, read_refs, read_set
+from coupalign.data.refer import (
+    PUBLISHED,
+    count,
+    counts_table,
+    differences,
+    find_images,
+    read_refs,
+    read_set,
+)
 from coupalign.errors import InputError
 
 
@@ -32,11 +41,21 @@ def edit(file: Path, change) -> None:
 def test_every_record_is_read_and_sorted(refer_root: Path) -> None:
     referrals, missing = read_set(refer_root, "refcoco", "unc")
     assert not missing and [r.ref_id for r in referrals] == list(range(24))
-    assert {r.file_name for r in referrals} == {path.name for path in (refer_root / "images/train2014").iterdir()}
-    assert sum(r.crowd for r in referrals) == 1 and max(len(r.segmentation) for r in referrals if not r.crowd) == 2
-    assert count(referrals) == {"refcoco/unc": {
-        "train": {"images": 8, "refs": 16, "sentences": 41}, "val": {"images": 2, "refs": 4, "sentences": 10},
-        "testA": {"images": 1, "refs": 2, "sentences": 6}, "testB": {"images": 1, "refs": 2, "sentences": 4}}}
+    assert {r.file_name for r in referrals} == {
+        path.name for path in (refer_root / "images/train2014").iterdir()
+    }
+    assert (
+        sum(r.crowd for r in referrals) == 1
+        and max(len(r.segmentation) for r in referrals if not r.crowd) == 2
+    )
+    assert count(referrals) == {
+        "refcoco/unc": {
+            "train": {"images": 8, "refs": 16, "sentences": 41},
+            "val": {"images": 2, "refs": 4, "sentences": 10},
+            "testA": {"images": 1, "refs": 2, "sentences": 6},
+            "testB": {"images": 1, "refs": 2, "sentences": 4},
+        }
+    }
     assert list(count(referrals)["refcoco/unc"]) == ["train", "val", "testA", "testB"]
 
 
@@ -45,13 +64,24 @@ def test_objects_of_the_same_class_are_counted_over_all_annotations(refer_root: 
     assert {r.same_class for r in read_set(refer_root, "refcoco", "unc")[0]} == {0}
 
     def add(tree: dict) -> None:
-        first, crowd = tree["annotations"][0], next(found for found in tree["annotations"] if found["iscrowd"])
-        more = [{**first, "id": 1}, {**first, "id": 2}, {**first, "id": 3, "iscrowd": 1}, {**first, "id": 4, "image_id": 25},
-                {**crowd, "id": 5, "iscrowd": 0}, {**crowd, "id": 6}]
+        first, crowd = (
+            tree["annotations"][0],
+            next(found for found in tree["annotations"] if found["iscrowd"]),
+        )
+        more = [
+            {**first, "id": 1},
+            {**first, "id": 2},
+            {**first, "id": 3, "iscrowd": 1},
+            {**first, "id": 4, "image_id": 25},
+            {**crowd, "id": 5, "iscrowd": 0},
+            {**crowd, "id": 6},
+        ]
         tree["annotations"] += more
 
     edit(refer_root / "refcoco" / "instances.json", add)
-    found = {(r.image_id, r.category): r.same_class for r in read_set(refer_root, "refcoco", "unc")[0]}
+    found = {
+        (r.image_id, r.category): r.same_class for r in read_set(refer_root, "refcoco", "unc")[0]
+    }
     expected = {(9, "person"): 2, (25, "person"): 1, (138, "person"): 1}
     assert {place: many for place, many in found.items() if many} == expected
 
@@ -60,7 +90,9 @@ def test_python_2_text_is_repaired_and_other_text_left_alone(refer_root: Path) -
     first = read_set(refer_root, "refcoco", "unc")[0][0].sentences
     assert [s.raw for s in first][0] == "red box at the café – left"
     file = refer_root / "refcoco" / "refs(unc).p"
-    file.write_bytes(b"\x80\x02]q\x00U\x05caf\xc3\xa9a.")   # a Python 2 `str`, as the real files hold
+    file.write_bytes(
+        b"\x80\x02]q\x00U\x05caf\xc3\xa9a."
+    )  # a Python 2 `str`, as the real files hold
     assert read_refs(file) == ["cafÃ©"]
 
     def already_fine(refs: list) -> None:
@@ -88,10 +120,20 @@ def test_a_set_may_lie_in_another_folder(refer_root: Path) -> None:
     assert {r.dataset for r in referrals} == {"refshapes"} and len(referrals) == 24
 
 
-@pytest.mark.parametrize("place", ["images/mscoco/images/train2014", "images/train2014", "images/train2017", "train2017",
-                                   "elsewhere"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "images/mscoco/images/train2014",
+        "images/train2014",
+        "images/train2017",
+        "train2017",
+        "elsewhere",
+    ],
+)
 @pytest.mark.parametrize("pattern", ["COCO_train2014_{:012d}.jpg", "{:012d}.jpg"])
-def test_images_are_found_in_every_customary_place(refer_root: Path, place: str, pattern: str) -> None:
+def test_images_are_found_in_every_customary_place(
+    refer_root: Path, place: str, pattern: str
+) -> None:
     referrals = read_set(refer_root, "refcoco", "unc")[0]
     folder = refer_root / place
     old = (refer_root / "images/train2014").rename(refer_root / "old")
@@ -99,16 +141,28 @@ def test_images_are_found_in_every_customary_place(refer_root: Path, place: str,
     for image_id in {r.image_id for r in referrals} - {9, 72}:
         (old / f"COCO_train2014_{image_id:012d}.jpg").rename(folder / pattern.format(image_id))
     found, missing = find_images(refer_root, referrals, folder if place == "elsewhere" else None)
-    assert set(missing) == {9, 72} and missing[9] == "COCO_train2014_000000000009.jpg" and len(found) == 10
-    assert all(image.path.parent == folder and image.bytes == image.path.stat().st_size for image in found.values())
+    assert (
+        set(missing) == {9, 72}
+        and missing[9] == "COCO_train2014_000000000009.jpg"
+        and len(found) == 10
+    )
+    assert all(
+        image.path.parent == folder and image.bytes == image.path.stat().st_size
+        for image in found.values()
+    )
 
 
 @pytest.mark.parametrize("value", [Evil(), [Evil()], [{"ref_id": Path("x")}]])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_with_a_global_is_refused_and_named(refer_root: Path, value: object, protocol: int, capsys) -> None:
+def test_a_pickle_with_a_global_is_refused_and_named(
+    refer_root: Path, value: object, protocol: int, capsys
+) -> None:
     file = refer_root / "refcoco" / "refs(unc).p"
     file.write_bytes(pickle.dumps(value, protocol=protocol))
-    with pytest.raises(InputError, match=r"refs\(unc\)\.p: .*global (__builtin__|builtins|pathlib\S*|copy_reg|copyreg)\.\w+"):
+    with pytest.raises(
+        InputError,
+        match=r"refs\(unc\)\.p: .*global (__builtin__|builtins|pathlib\S*|copy_reg|copyreg)\.\w+",
+    ):
         read_set(refer_root, "refcoco", "unc")
     assert "never run" not in capsys.readouterr().out
 
@@ -126,7 +180,10 @@ def break_annotation(tree: dict) -> None:
 
 def test_a_ref_without_its_annotation(refer_root: Path) -> None:
     edit(refer_root / "refcoco" / "instances.json", break_annotation)
-    with pytest.raises(InputError, match=r"refs\(unc\)\.p: ref ref_id 5 \(ann_id 41510, .*not in instances.json.*skip"):
+    with pytest.raises(
+        InputError,
+        match=r"refs\(unc\)\.p: ref ref_id 5 \(ann_id 41510, .*not in instances.json.*skip",
+    ):
         read_set(refer_root, "refcoco", "unc")
     referrals, missing = read_set(refer_root, "refcoco", "unc", skip_missing=True)
     assert len(referrals) == 23 and len(missing) == 1 and "ann_id 41510" in missing[0]
@@ -139,16 +196,22 @@ def test_a_ref_without_its_image_record(refer_root: Path) -> None:
     assert len(read_set(refer_root, "refcoco", "unc", skip_missing=True)[1]) == 2
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda refs: refs[3].pop("sentences"), "ref_id 3 .*has no 'sentences'"),
-    (lambda refs: refs[3].update(sentences=[]) or refs, "ref_id 3 .*no sentences"),
-    (lambda refs: refs[3]["sentences"][0].pop("sent") and refs, "ref_id 3 .*has no 'sent'"),
-    (lambda refs: refs[3]["sentences"][0].update(sent=None) or refs, "ref_id 3"),
-    (lambda refs: refs[3].update(image_id=9) or refs, "ref_id 3 .*its annotation is on image 25, the ref on 9"),
-    (lambda refs: refs[3].pop("ann_id") and refs, "ref_id 3 .*has no 'ann_id'"),
-    (lambda refs: refs.append(dict(refs[3])), "ref_id 3 is given twice"),
-    (lambda refs: refs.append(17), "ref 17"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda refs: refs[3].pop("sentences"), "ref_id 3 .*has no 'sentences'"),
+        (lambda refs: refs[3].update(sentences=[]) or refs, "ref_id 3 .*no sentences"),
+        (lambda refs: refs[3]["sentences"][0].pop("sent") and refs, "ref_id 3 .*has no 'sent'"),
+        (lambda refs: refs[3]["sentences"][0].update(sent=None) or refs, "ref_id 3"),
+        (
+            lambda refs: refs[3].update(image_id=9) or refs,
+            "ref_id 3 .*its annotation is on image 25, the ref on 9",
+        ),
+        (lambda refs: refs[3].pop("ann_id") and refs, "ref_id 3 .*has no 'ann_id'"),
+        (lambda refs: refs.append(dict(refs[3])), "ref_id 3 is given twice"),
+        (lambda refs: refs.append(17), "ref 17"),
+    ],
+)
 def test_malformed_refs_are_named(refer_root: Path, change, words: str) -> None:
     def apply(refs: list) -> list:
         change(refs)
@@ -176,33 +239,55 @@ def test_malformed_instances_are_named(refer_root: Path) -> None:
 
 
 def test_missing_files_say_what_is_there(refer_root: Path) -> None:
-    with pytest.raises(InputError, match=r"neither refs\(umd\)\.p nor refs\(umd\)\.json.*refs\(google\)\.p, refs\(unc\)\.p"):
+    with pytest.raises(
+        InputError,
+        match=r"neither refs\(umd\)\.p nor refs\(umd\)\.json.*refs\(google\)\.p, refs\(unc\)\.p",
+    ):
         read_set(refer_root, "refcoco", "umd")
     with pytest.raises(InputError, match=r"refcoco\+: no such folder"):
         read_set(refer_root, "refcoco+", "unc")
 
 
 def test_counts_are_compared_with_the_published_ones() -> None:
-    full = {name: {split: {"images": images, "refs": refs, "sentences": sentences or 7}
-                   for split, (images, refs, sentences) in splits.items()} for name, splits in PUBLISHED.items()}
+    full = {
+        name: {
+            split: {"images": images, "refs": refs, "sentences": sentences or 7}
+            for split, (images, refs, sentences) in splits.items()
+        }
+        for name, splits in PUBLISHED.items()
+    }
     assert differences(full) == []
     full["refcoco/unc"]["val"]["refs"] = 3800
     full["refcoco/google"].pop("test")
     full["mine/unc"] = {"train": {"images": 1, "refs": 1, "sentences": 1}}
     lines = differences(full)
     assert len(lines) == 2
-    assert "refcoco/unc val" in lines[0] and "3,800 refs" in lines[0] and "1,500 / 3,811 / 10,834" in lines[0]
+    assert (
+        "refcoco/unc val" in lines[0]
+        and "3,800 refs" in lines[0]
+        and "1,500 / 3,811 / 10,834" in lines[0]
+    )
     assert "refcoco/google test: 0 images" in lines[1] and "4,527 / 5,000 / ?" in lines[1]
     assert "142,210" not in counts_table(full) and "16,994 / 42,404 / 120,624" in counts_table(full)
 
 
 def test_real_records(real_data: Path) -> None:
     root = real_data / "real_records"
-    sets = [("refcoco", "unc"), ("refcoco", "google"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
+    sets = [
+        ("refcoco", "unc"),
+        ("refcoco", "google"),
+        ("refcoco+", "unc"),
+        ("refcocog", "umd"),
+        ("refcocog", "google"),
+    ]
     referrals = [r for dataset, split_by in sets for r in read_set(root, dataset, split_by)[0]]
     assert len(referrals) == 28 and sum(len(r.sentences) for r in referrals) == 72
     found, missing = find_images(root, referrals)
     assert not found and set(missing) == {460986, 495169, 510027, 572949}
     splits = {(r.dataset, r.split_by, r.split) for r in referrals if r.image_id == 460986}
-    assert {("refcoco", "unc", "train"), ("refcoco+", "unc", "train"), ("refcocog", "umd", "train")} < splits
-    assert ("refcocog", "google", "val") in splits   # a leak for a loader to catch
+    assert {
+        ("refcoco", "unc", "train"),
+        ("refcoco+", "unc", "train"),
+        ("refcocog", "umd", "train"),
+    } < splits
+    assert ("refcocog", "google", "val") in splits  # a leak for a loader to catch

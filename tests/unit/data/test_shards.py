@@ -1,4 +1,5 @@
 """Shards on disk, over HTTP and on S3: whole, fetched once, within the bounds of the cache."""
+
 from __future__ import annotations
 
 import http.server
@@ -32,7 +33,9 @@ class Site:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.requests: Counter[str] = Counter()
-        self.answer: Callable[[str, int, bytes], tuple[int, bytes, int]] | None = None     # -> status, body, announced length
+        self.answer: Callable[[str, int, bytes], tuple[int, bytes, int]] | None = (
+            None  # -> status, body, announced length
+        )
         site, lock = self, threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -57,7 +60,9 @@ class Site:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
 
 @pytest.fixture
@@ -107,7 +112,9 @@ def test_few_files_stay_open(packed: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_missing_and_a_truncated_local_shard(packed: Path):
     index = open_index(str(packed))
     (packed / "shard-000000.tar").unlink()
-    with pytest.raises(InputError, match=r"shard .*shard-000000.tar cannot be opened: No such file"):
+    with pytest.raises(
+        InputError, match=r"shard .*shard-000000.tar cannot be opened: No such file"
+    ):
         ShardStore(index).read(0, 0, 10)
     os.truncate(packed / "shard-000001.tar", 2000)
     with pytest.raises(ValueError, match="cut short"):
@@ -122,9 +129,13 @@ def test_index_vocabulary_and_shards_over_http(site: Site, packed: Path, tmp_pat
     store = ShardStore(index, tmp_path / "cache")
     assert sorted(store.read(*part) for part in parts_of(index)) == sorted(parts_in_tars(packed))
     assert all(site.requests[shard.url] == 1 for shard in index.shards)
-    assert [path.stem for path in tars(tmp_path / "cache")] == sorted(shard.sha256 for shard in index.shards)
+    assert [path.stem for path in tars(tmp_path / "cache")] == sorted(
+        shard.sha256 for shard in index.shards
+    )
     again = ShardStore(index, tmp_path / "cache")
-    assert again.read(*parts_of(index)[0]) and site.requests[index.shards[0].url] == 1       # from the cache
+    assert (
+        again.read(*parts_of(index)[0]) and site.requests[index.shards[0].url] == 1
+    )  # from the cache
 
 
 def test_what_is_not_there_is_said_at_once(site: Site, tmp_path: Path):
@@ -155,7 +166,9 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
         open_index(f"http://127.0.0.1:{server.server_address[1]}/x")
 
 
-def test_a_server_that_stalls_is_asked_again(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_stalls_is_asked_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     index, over = open_index(site.url), threading.Event()
     monkeypatch.setattr(shards, "SILENCE_S", 0.3)
 
@@ -172,24 +185,47 @@ def test_a_server_that_stalls_is_asked_again(site: Site, tmp_path: Path, monkeyp
 
 def test_an_answer_cut_short_is_fetched_again(site: Site, tmp_path: Path):
     index = open_index(site.url)
-    site.answer = lambda name, times, body: (200, body[:len(body) // 2] if times == 1 else body, len(body))
+    site.answer = lambda name, times, body: (
+        200,
+        body[: len(body) // 2] if times == 1 else body,
+        len(body),
+    )
     store = ShardStore(index, tmp_path / "cache")
-    assert sorted(store.read(*part) for part in parts_of(index)) == sorted(parts_in_tars(site.directory))
+    assert sorted(store.read(*part) for part in parts_of(index)) == sorted(
+        parts_in_tars(site.directory)
+    )
     assert site.requests["shard-000000.tar"] == 2
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda body: bytes([body[0] ^ 1]) + body[1:], "sha256 [0-9a-f]{64} instead of [0-9a-f]{64}"),
-    (lambda body: body[:-512], "bytes instead of [0-9]+")])
-def test_a_wrong_shard_is_fetched_twice_then_named(site: Site, tmp_path: Path, damage: Callable[[bytes], bytes], words: str):
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda body: bytes([body[0] ^ 1]) + body[1:],
+            "sha256 [0-9a-f]{64} instead of [0-9a-f]{64}",
+        ),
+        (lambda body: body[:-512], "bytes instead of [0-9]+"),
+    ],
+)
+def test_a_wrong_shard_is_fetched_twice_then_named(
+    site: Site, tmp_path: Path, damage: Callable[[bytes], bytes], words: str
+):
     index = open_index(site.url)
     site.answer = lambda name, times, body: (200, damage(body), len(damage(body)))
-    with pytest.raises(InputError, match=f"shard shard-000001.tar at {site.url}/shard-000001.tar .*{words}, twice"):
+    with pytest.raises(
+        InputError, match=f"shard shard-000001.tar at {site.url}/shard-000001.tar .*{words}, twice"
+    ):
         ShardStore(index, tmp_path / "cache").read(1, 0, 1)
     assert site.requests["shard-000001.tar"] == 2
     assert not tars(tmp_path / "cache") and not list((tmp_path / "cache").glob("*.partial"))
-    site.answer = lambda name, times, body: (200, body if times > 3 else damage(body), len(body if times > 3 else damage(body)))
-    assert len(ShardStore(index, tmp_path / "cache").read(1, 0, 1)) == 1       # wrong once more, then right
+    site.answer = lambda name, times, body: (
+        200,
+        body if times > 3 else damage(body),
+        len(body if times > 3 else damage(body)),
+    )
+    assert (
+        len(ShardStore(index, tmp_path / "cache").read(1, 0, 1)) == 1
+    )  # wrong once more, then right
 
 
 def test_a_wrong_vocabulary_is_refused(site: Site, tmp_path: Path):
@@ -217,10 +253,12 @@ def test_a_shard_in_use_is_kept_and_a_cache_too_small_is_said(site: Site, tmp_pa
     size = max(shard.bytes for shard in index.shards)
     in_use = ShardStore(index, cache, 2 * size)
     in_use.read(0, 0, 1)
-    os.utime(cache / f"{index.shards[0].sha256}.tar", (1, 1))     # the oldest, and yet
+    os.utime(cache / f"{index.shards[0].sha256}.tar", (1, 1))  # the oldest, and yet
     other = ShardStore(index, cache, 2 * size)
     other.read(1, 0, 1)
-    with pytest.raises(InputError, match="cache .* is full: .* shard shard-000002.tar, data.cache_gb allows"):
+    with pytest.raises(
+        InputError, match="cache .* is full: .* shard shard-000002.tar, data.cache_gb allows"
+    ):
         other.read(2, 0, 1)
     assert {path.stem for path in tars(cache)} == {index.shards[0].sha256, index.shards[1].sha256}
     in_use.close()
@@ -233,28 +271,41 @@ def test_a_shard_in_use_is_kept_and_a_cache_too_small_is_said(site: Site, tmp_pa
 def test_what_a_killed_process_left_is_removed(site: Site, tmp_path: Path):
     cache, index = tmp_path / "cache", open_index(site.url)
     cache.mkdir()
-    left = [cache / f"{'0' * 64}.99999999.partial", cache / f"{index.shards[0].sha256}.{index.shards[0].bytes}.partial"]
+    left = [
+        cache / f"{'0' * 64}.99999999.partial",
+        cache / f"{index.shards[0].sha256}.{index.shards[0].bytes}.partial",
+    ]
     for path in left:
         path.write_bytes(b"half")
     ShardStore(index, cache, 2 * max(shard.bytes for shard in index.shards)).read(0, 0, 1)
     assert not list(cache.glob("*.partial"))
 
 
-def read_all(url: str, cache: Path, limit: float, first: int, results: multiprocessing.SimpleQueue) -> None:
+def read_all(
+    url: str, cache: Path, limit: float, first: int, results: multiprocessing.SimpleQueue
+) -> None:
     index = open_index(url)
     store, parts = ShardStore(index, cache, limit), parts_of(index)
     results.put(sorted(store.read(*part) for part in parts[first:] + parts[:first]))
 
 
 @pytest.mark.parametrize("shards_that_fit, processes", [(3, 4), (2, 2)])
-def test_many_processes_share_a_cache(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards_that_fit: int,
-                                      processes: int):
+def test_many_processes_share_a_cache(
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards_that_fit: int,
+    processes: int,
+):
     monkeypatch.setattr(shards, "_OPEN_CACHED", 1)
     index = open_index(site.url)
     limit = shards_that_fit * max(shard.bytes for shard in index.shards)
     results = FORK.SimpleQueue()
     cache = tmp_path / "cache"
-    workers = [FORK.Process(target=read_all, args=(site.url, cache, limit, 8 * n, results)) for n in range(processes)]
+    workers = [
+        FORK.Process(target=read_all, args=(site.url, cache, limit, 8 * n, results))
+        for n in range(processes)
+    ]
     for worker in workers:
         worker.start()
     expected = sorted(parts_in_tars(site.directory))
@@ -268,20 +319,29 @@ def test_many_processes_share_a_cache(site: Site, tmp_path: Path, monkeypatch: p
 
 def test_worker_processes_read_remote_shards(site: Site, packed: Path, tmp_path: Path):
     """They are forked from a process that has used the network library itself."""
+
     def read(location: str, workers: int) -> list[bytes]:
         source = Source(index=location, dataset="refcoco", split="train")
-        config = DataConfig(train=(source,), image_size=32, workers=workers, cache_dir=tmp_path / "cache")
+        config = DataConfig(
+            train=(source,), image_size=32, workers=workers, cache_dir=tmp_path / "cache"
+        )
         loader = build_train_loader(config, 0, 4, 2, 0, 1, open_tokenizer(config))
         steps = [step for _, step in islice(loader.steps_from(0), 5)]
         loader.close()
-        return [batch.image.numpy().tobytes() + batch.words.numpy().tobytes() for step in steps for batch in step]
+        return [
+            batch.image.numpy().tobytes() + batch.words.numpy().tobytes()
+            for step in steps
+            for batch in step
+        ]
 
     assert read(site.url, 2) == read(str(packed), 0)
     assert all(site.requests[shard.url] <= 1 for shard in read_index(packed).shards)
 
 
 def test_s3(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    server_of = pytest.importorskip("moto.server", reason="S3 is tested against moto's server, which is not installed")
+    server_of = pytest.importorskip(
+        "moto.server", reason="S3 is tested against moto's server, which is not installed"
+    )
     boto3 = pytest.importorskip("boto3", reason="S3 is tested with boto3, which is not installed")
     pytest.importorskip("s3fs", reason="s3:// addresses need s3fs, which is not installed")
     monkeypatch.setattr(shards, "FIRST_DELAY", 0.01)
@@ -289,17 +349,26 @@ def test_s3(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     server.start()
     try:
         host, port = server.get_host_and_port()
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
-                            "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
             monkeypatch.setenv(name, value)
         client = boto3.client("s3")
         client.create_bucket(Bucket="sets")
         for path in packed.iterdir():
             client.upload_fileobj(io.BytesIO(path.read_bytes()), "sets", f"small/{path.name}")
         index = open_index("s3://sets/small/")
-        assert open_vocabulary(index, tmp_path / "cache").read_bytes() == (packed / "vocab.txt").read_bytes()
+        assert (
+            open_vocabulary(index, tmp_path / "cache").read_bytes()
+            == (packed / "vocab.txt").read_bytes()
+        )
         store = ShardStore(index, tmp_path / "cache")
-        assert sorted(store.read(*part) for part in parts_of(index)) == sorted(parts_in_tars(packed))
+        assert sorted(store.read(*part) for part in parts_of(index)) == sorted(
+            parts_in_tars(packed)
+        )
         with pytest.raises(InputError, match="s3://sets/other/index.json cannot be fetched"):
             open_index("s3://sets/other")
     finally:

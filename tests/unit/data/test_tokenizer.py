@@ -1,4 +1,5 @@
 """Learning a vocabulary, numbering words, and the ways to open a tokenizer."""
+
 from __future__ import annotations
 
 import json
@@ -15,10 +16,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coupalign.data.tokenizer import SPECIAL, Tokenizer, _count_words, _merge, _spell, train_vocabulary
+from coupalign.data.tokenizer import (
+    SPECIAL,
+    Tokenizer,
+    _count_words,
+    _merge,
+    _spell,
+    train_vocabulary,
+)
 from coupalign.errors import InputError
 
-SENTENCES = 3 * ["the red box on the left", "leftmost red boxes", "A man's Café – upper-left", "man on the right", "right box"]
+SENTENCES = 3 * [
+    "the red box on the left",
+    "leftmost red boxes",
+    "A man's Café – upper-left",
+    "man on the right",
+    "right box",
+]
 
 
 @pytest.fixture
@@ -28,14 +42,19 @@ def vocabulary(tmp_path: Path) -> Path:
 
 
 def test_the_bytes_do_not_depend_on_order_process_or_hash_seed(vocabulary: Path, tmp_path: Path):
-    code = ("import sys, json; from pathlib import Path; from coupalign.data.tokenizer import train_vocabulary;"
-            "train_vocabulary(json.loads(sys.argv[1]), Path(sys.argv[2]), 200)")
+    code = (
+        "import sys, json; from pathlib import Path; from coupalign.data.tokenizer import train_vocabulary;"
+        "train_vocabulary(json.loads(sys.argv[1]), Path(sys.argv[2]), 200)"
+    )
     for seed in range(2):
         mixed = SENTENCES.copy()
         random.Random(seed).shuffle(mixed)
         out = tmp_path / f"{seed}.txt"
-        subprocess.run([sys.executable, "-c", code, json.dumps(mixed), str(out)], check=True,
-                       env={**os.environ, "PYTHONHASHSEED": str(seed + 1)})
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(mixed), str(out)],
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": str(seed + 1)},
+        )
         assert out.read_bytes() == vocabulary.read_bytes()
 
 
@@ -59,7 +78,7 @@ def merge_by_the_book(words: Counter[str], room: int) -> list[str]:
         for word, pieces in spelled.items():
             place, joined = 0, []
             while place < len(pieces):
-                both = tuple(pieces[place:place + 2]) == best
+                both = tuple(pieces[place : place + 2]) == best
                 joined.append(whole if both else pieces[place])
                 place += 2 if both else 1
             spelled[word] = joined
@@ -67,7 +86,12 @@ def merge_by_the_book(words: Counter[str], room: int) -> list[str]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=9), st.integers(1, 5), min_size=1, max_size=25), st.integers(0, 40))
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=9), st.integers(1, 5), min_size=1, max_size=25
+    ),
+    st.integers(0, 40),
+)
 def test_merging_equals_the_slow_way(words: dict[str, int], room: int):
     counted = Counter(words)
     known = {piece for word in words for piece in _spell(word)}
@@ -82,10 +106,19 @@ def test_ids_of_the_special_tokens_and_frame(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
     assert vocabulary.read_text(encoding="utf-8").split("\n")[:5] == list(SPECIAL)
     assert len(tokenizer) == len(vocabulary.read_text(encoding="utf-8").split("\n")) - 1
-    words, mask, cut = tokenizer.encode(["The RED box", "", "the man's box on the left of the upper right café"], 8)
-    assert words.dtype == torch.int64 and mask.dtype == torch.bool and words.shape == mask.shape == (3, 8)
+    words, mask, cut = tokenizer.encode(
+        ["The RED box", "", "the man's box on the left of the upper right café"], 8
+    )
+    assert (
+        words.dtype == torch.int64
+        and mask.dtype == torch.bool
+        and words.shape == mask.shape == (3, 8)
+    )
     assert cut == [False, False, True]
-    assert words[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0] and mask[1].tolist() == [True] * 2 + [False] * 6
+    assert (
+        words[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]
+        and mask[1].tolist() == [True] * 2 + [False] * 6
+    )
     assert mask[2].all() and words[2, 0] == 2 and words[2, -1] == 3
     assert [tokenizer.vocabulary[n] for n in words[0, 1:4]] == ["the", "red", "box"]
     assert words[0].tolist() == tokenizer.encode(["the red box"], 8)[0][0].tolist()
@@ -93,7 +126,9 @@ def test_ids_of_the_special_tokens_and_frame(vocabulary: Path):
 
 def test_the_limit_itself_is_not_a_cut(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
-    assert tokenizer.encode(["the red box"], 5)[2] == [False] and tokenizer.encode(["the red box"], 4)[2] == [True]
+    assert tokenizer.encode(["the red box"], 5)[2] == [False] and tokenizer.encode(
+        ["the red box"], 4
+    )[2] == [True]
 
 
 def test_a_word_never_seen_is_spelled_and_a_foreign_letter_unknown(vocabulary: Path):
@@ -104,6 +139,7 @@ def test_a_word_never_seen_is_spelled_and_a_foreign_letter_unknown(vocabulary: P
 
 def test_saved_and_opened_gives_the_same_ids(vocabulary: Path, tmp_path: Path):
     from coupalign.compat import prepare_torchvision
+
     prepare_torchvision()
     from transformers import AutoTokenizer
 
@@ -111,7 +147,11 @@ def test_saved_and_opened_gives_the_same_ids(vocabulary: Path, tmp_path: Path):
     first.save(tmp_path / "saved")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "vocab.txt").write_bytes((tmp_path / "saved" / "vocab.txt").read_bytes())
-    others = [Tokenizer.open(tmp_path / "saved"), Tokenizer.open(tmp_path / "bare"), pickle.loads(pickle.dumps(first))]
+    others = [
+        Tokenizer.open(tmp_path / "saved"),
+        Tokenizer.open(tmp_path / "bare"),
+        pickle.loads(pickle.dumps(first)),
+    ]
     for other in others:
         assert other.fingerprint == first.fingerprint and len(other) == len(first)
         assert torch.equal(other.encode(SENTENCES, 12)[0], first.encode(SENTENCES, 12)[0])
@@ -121,7 +161,9 @@ def test_saved_and_opened_gives_the_same_ids(vocabulary: Path, tmp_path: Path):
     assert ids == first.encode(SENTENCES, 12)[0].tolist()
 
 
-@pytest.mark.parametrize("name, words", [("./nowhere", "no such file"), ("a/b/vocab.txt", "no such file")])
+@pytest.mark.parametrize(
+    "name, words", [("./nowhere", "no such file"), ("a/b/vocab.txt", "no such file")]
+)
 def test_a_missing_tokenizer_is_named(name: str, words: str):
     with pytest.raises(InputError, match=words):
         Tokenizer.open(name)
@@ -129,14 +171,21 @@ def test_a_missing_tokenizer_is_named(name: str, words: str):
 
 def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no-such-bert.*local folder"):
         Tokenizer.open("no-such-bert")
 
 
-@pytest.mark.parametrize("text, words", [
-    ("[PAD]\n[UNK]\nred\nred\n", "'red' is listed twice"), ("red\nblue\n", r"\[UNK\] is missing"),
-    ("[PAD]\n[UNK]\nred\n", r"\[CLS\], \[SEP\] not in"), ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", "vocabulary of 5")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[PAD]\n[UNK]\nred\nred\n", "'red' is listed twice"),
+        ("red\nblue\n", r"\[UNK\] is missing"),
+        ("[PAD]\n[UNK]\nred\n", r"\[CLS\], \[SEP\] not in"),
+        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", "vocabulary of 5"),
+    ],
+)
 def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: str, words: str):
     (tmp_path / "vocab.txt").write_text(text)
     with pytest.raises(InputError, match=words):
@@ -160,11 +209,13 @@ def test_nothing_to_learn_from_and_too_small_a_size(tmp_path: Path):
 
 
 def test_real_sentences_are_covered(real_data: Path, tmp_path: Path):
-    sentences = [record["sent"] for record in json.loads((real_data / "gref_google_val_gt.json").read_text())]
+    sentences = [
+        record["sent"] for record in json.loads((real_data / "gref_google_val_gt.json").read_text())
+    ]
     train_vocabulary(sentences[:4000], tmp_path / "vocab.txt", 2000)
     tokenizer = Tokenizer.open(tmp_path)
     assert len(tokenizer) == 2000
     words, mask, cut = tokenizer.encode(sentences[4000:], 20)
     unknown = ((words == 1) & mask).sum() / mask.sum()
-    assert unknown < 1e-3                      # the last thousand were never seen
-    assert 0.01 < sum(cut) / len(cut) < 0.25   # and some are longer than 18 pieces
+    assert unknown < 1e-3  # the last thousand were never seen
+    assert 0.01 < sum(cut) / len(cut) < 0.25  # and some are longer than 18 pieces

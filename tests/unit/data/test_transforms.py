@@ -1,4 +1,5 @@
 """Pictures into the square, mirrored sentences, and when colors may change."""
+
 from __future__ import annotations
 
 import io
@@ -32,7 +33,9 @@ sides = st.integers(1, 70)
 
 
 def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(height * 1000 + width).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(values).convert(mode)
 
 
@@ -42,13 +45,24 @@ def stored(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("LA", "PNG")])
+@pytest.mark.parametrize(
+    "mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("LA", "PNG")]
+)
 def test_every_kind_of_picture_becomes_rgb(mode: str, kind: str):
     decoded = decode_image(stored(picture(20, 30, mode), kind))
     assert decoded.dtype == np.uint8 and decoded.shape == (20, 30, 3)
 
 
-@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 30}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"quality": 30},
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_pixels_are_those_of_pillow(mode: str, options: dict):
     for height, width in ((64, 48), (37, 53), (1, 1)):
@@ -58,7 +72,9 @@ def test_pixels_are_those_of_pillow(mode: str, options: dict):
 
 def test_photographs_are_those_of_pillow(real_data: Path):
     for file in sorted((real_data / "coco_pool" / "images" / "train2014").glob("*.jpg"))[:50]:
-        assert np.array_equal(decode_image(file.read_bytes()), Image.open(file).convert("RGB")), file
+        assert np.array_equal(decode_image(file.read_bytes()), Image.open(file).convert("RGB")), (
+            file
+        )
 
 
 def test_what_libjpeg_only_warns_of_is_for_pillow_to_judge():
@@ -75,31 +91,58 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch):
         decode_image(stored(picture(20, 30)))
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([64, 480]), st.sampled_from(["squash", "letterbox"]))
-def test_a_large_picture_is_decoded_smaller_as_far_as_it_stays_twice_as_large(height: int, width: int, size: int, resize: str):
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.sampled_from([64, 480]),
+    st.sampled_from(["squash", "letterbox"]),
+)
+def test_a_large_picture_is_decoded_smaller_as_far_as_it_stays_twice_as_large(
+    height: int, width: int, size: int, resize: str
+):
     frame = frame_of(height, width, size, resize)
     by = reduction(height, width, frame)
     assert by == 1 or height / by >= 2 * frame.inner_height and width / by >= 2 * frame.inner_width
-    assert by == 8 or height / (2 * by) < 2 * frame.inner_height or width / (2 * by) < 2 * frame.inner_width
+    assert (
+        by == 8
+        or height / (2 * by) < 2 * frame.inner_height
+        or width / (2 * by) < 2 * frame.inner_width
+    )
     assert by == 1 or max(height, width) > 640 or size < 480
 
 
-@pytest.mark.parametrize("height, width, by", [(256, 256, 2), (255, 300, 1), (513, 700, 4), (1100, 1030, 8)])
+@pytest.mark.parametrize(
+    "height, width, by", [(256, 256, 2), (255, 300, 1), (513, 700, 4), (1100, 1030, 8)]
+)
 def test_a_picture_decoded_smaller_looks_the_same(height: int, width: int, by: int):
     """It differs by less than half of what another usual filter (area in place of triangle) would change."""
-    image = Image.fromarray(np.asarray(picture(height // 6, width // 6).resize((width, height), Image.Resampling.BICUBIC)) // 2
-                            + np.asarray(picture(height, width)) // 2)
+    image = Image.fromarray(
+        np.asarray(
+            picture(height // 6, width // 6).resize((width, height), Image.Resampling.BICUBIC)
+        )
+        // 2
+        + np.asarray(picture(height, width)) // 2
+    )
     data, frame = stored(image, quality=90), frame_of(height, width, 64, "squash")
     reduced, whole = decode_image(data, frame), decode_image(data)
-    assert whole.shape == (height, width, 3) and reduced.shape == (-(-height // by), -(-width // by), 3)
+    assert whole.shape == (height, width, 3) and reduced.shape == (
+        -(-height // by),
+        -(-width // by),
+        3,
+    )
     expected = image_to_square(whole, frame).astype(int)
     area = np.asarray(Image.fromarray(whole).resize((64, 64), Image.Resampling.BOX))
-    assert np.abs(image_to_square(reduced, frame) - expected).mean() <= np.abs(area - expected).mean() / 2
+    assert (
+        np.abs(image_to_square(reduced, frame) - expected).mean()
+        <= np.abs(area - expected).mean() / 2
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_picture_of_another_size_is_refused(kind: str):
-    with pytest.raises(ValueError, match=r"the picture is \(300, 200\), its annotation says \(200, 300\)"):
+    with pytest.raises(
+        ValueError, match=r"the picture is \(300, 200\), its annotation says \(200, 300\)"
+    ):
         decode_image(stored(picture(200, 300), kind), frame_of(300, 200, 32, "squash"))
 
 
@@ -114,7 +157,14 @@ def test_a_rotation_tag_is_ignored():
 def test_a_picture_cut_short_is_an_error():
     data, gradual = stored(picture(64, 64)), stored(picture(64, 64), progressive=True)
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    for wrong in (data[:len(data) // 2], data[:-20], gradual[:len(gradual) // 2], data[:10], b"", b"no picture at all"):
+    for wrong in (
+        data[: len(data) // 2],
+        data[:-20],
+        gradual[: len(gradual) // 2],
+        data[:10],
+        b"",
+        b"no picture at all",
+    ):
         with pytest.raises(ValueError):
             decode_image(wrong)
 
@@ -136,18 +186,24 @@ def test_a_mask_goes_where_pil_puts_it(height: int, width: int, size: int, resiz
     mask = np.random.default_rng(height + 99 * width).random((height, width)) < 0.5
     frame = frame_of(height, width, size, resize)
     expected = Image.new("L", (size, size))
-    inner = Image.fromarray(mask.astype(np.uint8) * 255).resize((frame.inner_width, frame.inner_height), Image.Resampling.NEAREST)
+    inner = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+        (frame.inner_width, frame.inner_height), Image.Resampling.NEAREST
+    )
     expected.paste(inner, (frame.left, frame.top))
     differs = mask_to_square(mask, frame) != (np.asarray(expected) > 0)
     # where a new center falls between two old pixels, PIL's rounding errors choose; ours is always the one after it
     both = (height, frame.inner_height), (width, frame.inner_width)
     ties = [(2 * np.arange(new) + 1) * old % (2 * new) == 0 for old, new in both]
-    inside = differs[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+    inside = differs[
+        frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
+    ]
     assert differs.sum() == inside.sum() and not inside[~ties[0]][:, ~ties[1]].any()
 
 
 @given(sides, sides, st.integers(4, 64), st.booleans())
-def test_an_image_is_resized_as_torch_does_and_almost_as_pillow_does(height: int, width: int, size: int, given_room: bool):
+def test_an_image_is_resized_as_torch_does_and_almost_as_pillow_does(
+    height: int, width: int, size: int, given_room: bool
+):
     """Two levels from Pillow: one for the rounding after each direction. Bit for bit torch's, from either order in memory."""
     pixels, frame = np.array(picture(height, width)), frame_of(height, width, size, "squash")
     room = np.full((size, size, 3), 77, np.uint8) if given_room else None
@@ -155,7 +211,10 @@ def test_an_image_is_resized_as_torch_does_and_almost_as_pillow_does(height: int
     assert found is room or not given_room
     pillow = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
     assert np.abs(found.astype(int) - pillow).max() <= 2
-    for source in (torch.from_numpy(pixels).permute(2, 0, 1)[None], torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()):
+    for source in (
+        torch.from_numpy(pixels).permute(2, 0, 1)[None],
+        torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous(),
+    ):
         expected = interpolate(source, (size, size), mode="bilinear", antialias=True)
         assert np.array_equal(found, expected[0].permute(1, 2, 0))
 
@@ -169,7 +228,9 @@ def test_most_pixels_are_those_of_pillow_whatever_the_threads():
         found.append(image_to_square(np.asarray(image), frame_of(480, 640, 320, "squash")))
     torch.set_num_threads(before)
     assert np.array_equal(*found)
-    away = np.abs(found[0].astype(int) - np.asarray(image.resize((320, 320), Image.Resampling.BILINEAR)))
+    away = np.abs(
+        found[0].astype(int) - np.asarray(image.resize((320, 320), Image.Resampling.BILINEAR))
+    )
     assert away.max() <= 1 and (away > 0).mean() < 0.1
 
 
@@ -179,16 +240,35 @@ def test_a_letterbox_is_padded_with_gray_and_leaves_no_room_as_it_was():
     letterbox = image_to_square(pixels, frame, out=room[1])
     inner = image_to_square(pixels, Frame(30, 60, 32, 0, 0, 32, 32))
     assert np.array_equal(letterbox, image_to_square(pixels, frame)) and (room[::2] == 77).all()
-    assert (letterbox[:8] == PADDING).all() and (letterbox[24:] == PADDING).all() and inner.shape == letterbox.shape
-    narrow = interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], (16, 32), mode="bilinear", antialias=True)
+    assert (
+        (letterbox[:8] == PADDING).all()
+        and (letterbox[24:] == PADDING).all()
+        and inner.shape == letterbox.shape
+    )
+    narrow = interpolate(
+        torch.from_numpy(pixels).permute(2, 0, 1)[None], (16, 32), mode="bilinear", antialias=True
+    )
     assert np.array_equal(letterbox[8:24], narrow[0].permute(1, 2, 0))
     upright = image_to_square(pixels.swapaxes(0, 1), frame_of(60, 30, 32, "letterbox"))
-    assert (upright[:, :8] == PADDING).all() and (upright[:, 24:] == PADDING).all() and np.ptp(upright[:, 8:24]) > 100
+    assert (
+        (upright[:, :8] == PADDING).all()
+        and (upright[:, 24:] == PADDING).all()
+        and np.ptp(upright[:, 8:24]) > 100
+    )
 
 
 @pytest.mark.parametrize("small", [0, 1 << 16])
-@given(sides, sides, st.integers(4, 64), st.sampled_from(["squash", "letterbox"]), st.booleans(), st.sampled_from([0, 0.5, 0.98, 1]))
-def test_a_mask_is_sampled_as_if_it_were_decoded(small: int, height: int, width: int, size: int, resize: str, mirrored: bool, share: float):
+@given(
+    sides,
+    sides,
+    st.integers(4, 64),
+    st.sampled_from(["squash", "letterbox"]),
+    st.booleans(),
+    st.sampled_from([0, 0.5, 0.98, 1]),
+)
+def test_a_mask_is_sampled_as_if_it_were_decoded(
+    small: int, height: int, width: int, size: int, resize: str, mirrored: bool, share: float
+):
     mask = np.random.default_rng(height + 99 * width).random((height, width)) < share
     frame, room = frame_of(height, width, size, resize), np.ones((size, size), bool)
     with pytest.MonkeyPatch.context() as patch:
@@ -199,7 +279,12 @@ def test_a_mask_is_sampled_as_if_it_were_decoded(small: int, height: int, width:
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"the mask is \(4, 5\), its picture is \(5, 4\)"):
-        rle_to_square(masks.encode(np.ones((4, 5), bool)), frame_of(5, 4, 8, "squash"), False, np.empty((8, 8), bool))
+        rle_to_square(
+            masks.encode(np.ones((4, 5), bool)),
+            frame_of(5, 4, 8, "squash"),
+            False,
+            np.empty((8, 8), bool),
+        )
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -209,37 +294,78 @@ def test_image_and_mask_are_mirrored_alike_inside_the_frame(resize: str):
     frame = frame_of(40, 21, 32, resize)
     image = image_to_square(values, frame, mirrored=True)
     mask = mask_to_square(values[..., 0] > 0, frame, mirrored=True)
-    inside = np.s_[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+    inside = np.s_[
+        frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
+    ]
     assert np.array_equal(image[inside], image_to_square(values, frame)[inside][:, ::-1])
-    assert mask.sum() > 0 and (mask != (image[..., 0] > 127))[inside].mean() < 0.06      # the two resize rules differ at edges
+    assert (
+        mask.sum() > 0 and (mask != (image[..., 0] > 127))[inside].mean() < 0.06
+    )  # the two resize rules differ at edges
 
 
-@pytest.mark.parametrize("sentence, mirrored", [
-    ("the left man", "the right man"), ("leftmost zebra", "rightmost zebra"), ("right-most", "left-most"),
-    ("left-hand side, right hand side", "right-hand side, left hand side"), ("lefthand man", "righthand man"),
-    ("Left guy ON THE RIGHT", "Right guy ON THE LEFT"), ("upper-left, topright", "upper-right, topleft"),
-    ("second from the left.", "second from the right."), ("left's", "right's"),
-    ("man on the right behind her", "man on the left behind her"),
-    ("leftover pizza in bright light", "leftover pizza in bright light"), ("copyright uprights", "copyright uprights"), ("", ""),
-])
+@pytest.mark.parametrize(
+    "sentence, mirrored",
+    [
+        ("the left man", "the right man"),
+        ("leftmost zebra", "rightmost zebra"),
+        ("right-most", "left-most"),
+        ("left-hand side, right hand side", "right-hand side, left hand side"),
+        ("lefthand man", "righthand man"),
+        ("Left guy ON THE RIGHT", "Right guy ON THE LEFT"),
+        ("upper-left, topright", "upper-right, topleft"),
+        ("second from the left.", "second from the right."),
+        ("left's", "right's"),
+        ("man on the right behind her", "man on the left behind her"),
+        ("leftover pizza in bright light", "leftover pizza in bright light"),
+        ("copyright uprights", "copyright uprights"),
+        ("", ""),
+    ],
+)
 def test_left_and_right_change_places_as_whole_words(sentence: str, mirrored: str):
     assert mirror_sentence(sentence) == mirrored and mirror_sentence(mirrored) == sentence
 
 
-@pytest.mark.parametrize("sentence", ["man right next to her", "cup right behind", "at 3 o'clock", "guy on l", "lft guy",
-                                      "all right", "clockwise second", "r side"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "man right next to her",
+        "cup right behind",
+        "at 3 o'clock",
+        "guy on l",
+        "lft guy",
+        "all right",
+        "clockwise second",
+        "r side",
+    ],
+)
 def test_what_a_mirror_would_make_doubtful_is_not_mirrored(sentence: str):
     assert mirror_sentence(sentence) is None
 
 
-@pytest.mark.parametrize("sentence", ["red car", "the whitish one", "dark-haired man", "grey shirt", "Blue", "multi-colored",
-                                      "lighter one", "blonde", "orange", "man in blk"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "red car",
+        "the whitish one",
+        "dark-haired man",
+        "grey shirt",
+        "Blue",
+        "multi-colored",
+        "lighter one",
+        "blonde",
+        "orange",
+        "man in blk",
+    ],
+)
 def test_colors_are_recognized(sentence: str):
     assert names_color(sentence)
     assert draw_jitter(sentence, 0.5, np.random.default_rng(0)) is None
 
 
-@pytest.mark.parametrize("sentence", ["bored man", "the credit card", "tandem bike", "shredded lettuce", "left person", ""])
+@pytest.mark.parametrize(
+    "sentence",
+    ["bored man", "the credit card", "tandem bike", "shredded lettuce", "left person", ""],
+)
 def test_words_that_only_contain_a_color(sentence: str):
     assert not names_color(sentence)
     factors = draw_jitter(sentence, 0.5, np.random.default_rng(0))
@@ -249,8 +375,13 @@ def test_words_that_only_contain_a_color(sentence: str):
 def test_jitter_changes_the_image_but_not_the_padding():
     image, frame = np.array(picture(20, 40)), frame_of(20, 40, 32, "letterbox")
     changed = image_to_square(image, frame, jitter=(0.6, 1.3, 0.7))
-    assert not np.array_equal(changed[8:24], image_to_square(image, frame)[8:24]) and (changed[:8] == PADDING).all()
-    assert np.array_equal(image_to_square(image, frame, jitter=(1.0, 1.0, 1.0)), image_to_square(image, frame))
+    assert (
+        not np.array_equal(changed[8:24], image_to_square(image, frame)[8:24])
+        and (changed[:8] == PADDING).all()
+    )
+    assert np.array_equal(
+        image_to_square(image, frame, jitter=(1.0, 1.0, 1.0)), image_to_square(image, frame)
+    )
     assert draw_jitter("man", 0, np.random.default_rng(0)) is None
 
 

@@ -1,4 +1,5 @@
 """A request to stop is noted, and a second one of its kind is not held back."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The dictionary that DeepSpeed gets is derived: batch size and learning rate exist once, in our configuration."""
+
 from __future__ import annotations
 
 import random
@@ -20,8 +21,13 @@ def test_the_batch_is_always_the_global_one() -> None:
     dice = random.Random(0)
     for _ in range(200):
         ranks, share, most = dice.randint(1, 16), dice.randint(1, 40), dice.randint(1, 20)
-        found = derived(f"train.global_batch={ranks * share}", f"train.max_micro_batch={most}", ranks=ranks)
-        micro, accumulation = found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]
+        found = derived(
+            f"train.global_batch={ranks * share}", f"train.max_micro_batch={most}", ranks=ranks
+        )
+        micro, accumulation = (
+            found["train_micro_batch_size_per_gpu"],
+            found["gradient_accumulation_steps"],
+        )
         assert micro * accumulation * ranks == found["train_batch_size"] == ranks * share
         assert micro <= most
     with pytest.raises(InputError, match="train.global_batch=10"):

@@ -1,4 +1,5 @@
 """Scoring over ranks: the same integers for any number of them, nothing missing, nothing twice; the file of rows; pictures."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ class Loader:
 
     @property
     def words(self) -> list[tuple[str, str]]:
-        return [(f"refshapes/none/{number // 2}/{number}", f"sentence {number}, \"the\" last") for number in range(self.samples)]
+        return [
+            (f"refshapes/none/{number // 2}/{number}", f'sentence {number}, "the" last')
+            for number in range(self.samples)
+        ]
 
     @property
     def members(self) -> dict[str, np.ndarray]:
@@ -50,11 +54,15 @@ class Loader:
         per_rank = -(-self.samples // self.ranks)
         mine = [(self.rank + place * self.ranks) % self.samples for place in range(per_rank)]
         for start in range(0, per_rank, self.batch):
-            yield self.collate([number for number in mine[start:start + self.batch] if number not in self.skip])
+            yield self.collate(
+                [number for number in mine[start : start + self.batch] if number not in self.skip]
+            )
 
     def collate(self, numbers: list[int]) -> Batch:
         infos = tuple(self.info(number) for number in numbers)
-        images = torch.stack([torch.full((3, SIZE, SIZE), info.number, dtype=torch.uint8) for info in infos])
+        images = torch.stack(
+            [torch.full((3, SIZE, SIZE), info.number, dtype=torch.uint8) for info in infos]
+        )
         words = torch.zeros(len(infos), 5, dtype=torch.int64)
         return Batch(images, words, words == 0, None, infos)
 
@@ -62,21 +70,35 @@ class Loader:
         random = np.random.default_rng(number)
         height, width = random.integers(10, 30, 2).tolist()
         truth = np.zeros((height, width), bool)
-        truth[height // 4:height // 2, width // 4:width * 3 // 4] = True
+        truth[height // 4 : height // 2, width // 4 : width * 3 // 4] = True
         image = np.full((height, width, 3), number, np.uint8) if self.images else None
-        return SampleInfo(number, *self.words[number], frame_of(height, width, SIZE, "letterbox"),
-                          image_id=number // 4, category="star", same_class=number % 3 - 1, truth=truth, image=image, cut=number % 5 == 0)
+        return SampleInfo(
+            number,
+            *self.words[number],
+            frame_of(height, width, SIZE, "letterbox"),
+            image_id=number // 4,
+            category="star",
+            same_class=number % 3 - 1,
+            truth=truth,
+            image=image,
+            cut=number % 5 == 0,
+        )
 
 
 def infer(batch: Batch) -> torch.Tensor:
     """A model whose answer to a sample depends on nothing but the sample."""
-    answers = [torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(int(image[0, 0, 0]))) for image in batch.image]
+    answers = [
+        torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(int(image[0, 0, 0])))
+        for image in batch.image
+    ]
     return torch.stack(answers) + 0.3
 
 
 def evaluate_one(loader: Loader, protocol: str = "ris-v1", answer=infer, **options) -> Evaluation:
     """The evaluation under one protocol, every sentence a sample."""
-    return evaluate(answer, loader, [find_protocol(protocol)], **{"bootstrap": 0, **options})[protocol, "each"]
+    return evaluate(answer, loader, [find_protocol(protocol)], **{"bootstrap": 0, **options})[
+        protocol, "each"
+    ]
 
 
 def score_over(ranks: int, protocol: str = "ris-v1", **changes) -> list[Evaluation]:
@@ -94,8 +116,10 @@ def score_over(ranks: int, protocol: str = "ris-v1", **changes) -> list[Evaluati
         except AssertionError:
             assert ranks > 1  # a share of the rows is not complete, as it must be found
     everybody = np.concatenate(shares)
-    return [evaluate_one(loader, protocol, gather=lambda _: everybody, rank=loader.rank, bootstrap=20)
-            for loader in rank_loaders]
+    return [
+        evaluate_one(loader, protocol, gather=lambda _: everybody, rank=loader.rank, bootstrap=20)
+        for loader in rank_loaders
+    ]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -113,7 +137,11 @@ def test_the_score_is_the_summary_of_the_rows_by_image():
     expected = summarize(result.rows[:, :5], 20, clusters=np.arange(23) // 4)
     assert result.score.metrics == {name: expected[name] for name in result.score.metrics}
     assert dict(result.score.intervals) == expected["intervals"]
-    assert (result.score.samples, result.score.images, result.score.fingerprint) == (23, 6, "f" * 64)
+    assert (result.score.samples, result.score.images, result.score.fingerprint) == (
+        23,
+        6,
+        "f" * 64,
+    )
     assert result.score.conditions["cut"].startswith("5 sentences")
 
 
@@ -123,7 +151,12 @@ def test_rows_are_those_of_the_protocol_sample_by_sample():
         info = loader.info(number)
         prediction = RIS.predict(infer(loader.collate([number])), info.frame)
         assert counted == count(prediction, torch.from_numpy(info.truth)[None])[0].tolist()
-        assert (image, area, pixels, same_class) == (number // 4, info.truth.sum(), info.truth.size, number % 3 - 1)
+        assert (image, area, pixels, same_class) == (
+            number // 4,
+            info.truth.sum(),
+            info.truth.size,
+            number % 3 - 1,
+        )
 
 
 def test_one_pass_gives_what_a_pass_for_each_protocol_gives_and_asks_the_model_once():
@@ -138,11 +171,20 @@ def test_one_pass_gives_what_a_pass_for_each_protocol_gives_and_asks_the_model_o
     assert list(together) == [(name, rule) for name in PROTOCOLS for rule in ("each", "first")]
     for name in PROTOCOLS:
         alone = evaluate_one(Loader(), name, bootstrap=20)
-        assert together[name, "each"].rows.tolist() == alone.rows.tolist() and together[name, "each"].score == alone.score
+        assert (
+            together[name, "each"].rows.tolist() == alone.rows.tolist()
+            and together[name, "each"].score == alone.score
+        )
         first = together[name, "first"]
         assert first.rows.tolist() == alone.rows[::2].tolist()
-        assert (first.score.sentences, first.score.protocol, first.score.samples) == ("first", name, 12)
-        assert first.score.metrics["bIoU"] == pytest.approx(summarize(alone.rows[::2, :5], 0)["bIoU"], abs=1e-12)
+        assert (first.score.sentences, first.score.protocol, first.score.samples) == (
+            "first",
+            name,
+            12,
+        )
+        assert first.score.metrics["bIoU"] == pytest.approx(
+            summarize(alone.rows[::2, :5], 0)["bIoU"], abs=1e-12
+        )
 
 
 def test_a_batch_is_read_once_the_next_one_is_under_way(monkeypatch: pytest.MonkeyPatch):
@@ -181,12 +223,21 @@ def test_a_stop_is_asked_for_before_each_batch():
 
 
 def test_conditions_are_printed_with_the_score():
-    score = evaluate_one(Loader(), conditions=lambda protocol, rule: {"threshold": protocol.threshold, "rule": rule}).score
-    assert "p > 0.5" in score.table() and "ris-v1" in score.table() and "rule       each" in score.table()
+    score = evaluate_one(
+        Loader(), conditions=lambda protocol, rule: {"threshold": protocol.threshold, "rule": rule}
+    ).score
+    assert (
+        "p > 0.5" in score.table()
+        and "ris-v1" in score.table()
+        and "rule       each" in score.table()
+    )
 
 
 def test_a_missing_sample_is_named():
-    with pytest.raises(AssertionError, match="2 of 23 samples were not scored: refshapes/none/1/3, refshapes/none/8/17"):
+    with pytest.raises(
+        AssertionError,
+        match="2 of 23 samples were not scored: refshapes/none/1/3, refshapes/none/8/17",
+    ):
         evaluate_one(Loader(skip=(3, 17)))
 
 
@@ -198,7 +249,12 @@ def test_ranks_that_disagree_about_a_sample_are_found():
 
     for column in range(1, 15):
         with pytest.raises(AssertionError, match="sample 5 was scored twice"):
-            evaluate(infer, Loader(), [RIS, find_protocol("lavt")], gather=partial(disturbed, column=column))
+            evaluate(
+                infer,
+                Loader(),
+                [RIS, find_protocol("lavt")],
+                gather=partial(disturbed, column=column),
+            )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -208,7 +264,9 @@ def test_broken_logits_are_named_and_never_scored(poison: float):
         logits[[info.number in (2, 9) for info in batch.info], 0, 0] = poison
         return logits
 
-    with pytest.raises(FloatingPointError, match="2 of 23 samples: refshapes/none/1/2, refshapes/none/4/9"):
+    with pytest.raises(
+        FloatingPointError, match="2 of 23 samples: refshapes/none/1/2, refshapes/none/4/9"
+    ):
         evaluate_one(Loader(), answer=broken)
 
 
@@ -233,24 +291,44 @@ def test_rows_survive_the_file(tmp_path: Path):
     path = tmp_path / "rows.csv"
     write_rows(path, rows)
     again = read_rows(path)
-    assert (again.names, again.sentences) == (rows.names, rows.sentences) == tuple(zip(*Loader().words))
+    assert (
+        (again.names, again.sentences)
+        == (rows.names, rows.sentences)
+        == tuple(zip(*Loader().words))
+    )
     for field in ("counts", "image_ids", "area", "pixels", "same_class"):
         assert getattr(again, field).tolist() == getattr(rows, field).tolist(), field
     lines = path.read_text().splitlines()
-    assert lines[0] == ("sample_id,intersection,union,iou,boundary_intersection,boundary_union,image_id,area,pixels,same_class,"
-                        "sentence") and len(lines) == 24
-    assert [float(line.split(",")[3]) for line in lines[1:]] == pytest.approx(ious(rows.counts), abs=1e-6)
+    assert (
+        lines[0]
+        == (
+            "sample_id,intersection,union,iou,boundary_intersection,boundary_union,image_id,area,pixels,same_class,"
+            "sentence"
+        )
+        and len(lines) == 24
+    )
+    assert [float(line.split(",")[3]) for line in lines[1:]] == pytest.approx(
+        ious(rows.counts), abs=1e-6
+    )
     assert list(tmp_path.iterdir()) == [path]
     some = again.take(np.asarray([4, 2]))
-    assert some.names == (rows.names[4], rows.names[2]) and some.area.tolist() == rows.area[[4, 2]].tolist() and len(some) == 2
+    assert (
+        some.names == (rows.names[4], rows.names[2])
+        and some.area.tolist() == rows.area[[4, 2]].tolist()
+        and len(some) == 2
+    )
 
 
 def test_rows_of_one_rule_keep_their_own_names(tmp_path: Path):
     loader = Loader(both_rules=True)
-    rows = Rows.of(evaluate(infer, loader, [RIS], bootstrap=0)["ris-v1", "first"].rows, loader.words)
+    rows = Rows.of(
+        evaluate(infer, loader, [RIS], bootstrap=0)["ris-v1", "first"].rows, loader.words
+    )
     assert rows.names == tuple(name for name, _ in loader.words[::2])
     write_rows(tmp_path / "first.csv", rows)
-    assert read_rows(tmp_path / "first.csv").counts[:, 0].tolist() == list(range(12)), "numbered anew"
+    assert read_rows(tmp_path / "first.csv").counts[:, 0].tolist() == list(range(12)), (
+        "numbered anew"
+    )
 
 
 def test_a_failed_writing_leaves_the_old_file(tmp_path: Path):
@@ -265,10 +343,19 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path: Path):
 HEAD = ",".join(COLUMNS) + "\n"
 
 
-@pytest.mark.parametrize("text, place", [
-    ("", "line 1"), ("a,b\n", "line 1"), (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,the one\ny,1\n", "line 3"),
-    (f"{HEAD}x,one,2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
-    ("sample_id,intersection,union,iou\nx,1,2,0.5\n", "line 1: .*earlier version.*coupalign eval")])
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ("", "line 1"),
+        ("a,b\n", "line 1"),
+        (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,the one\ny,1\n", "line 3"),
+        (f"{HEAD}x,one,2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
+        (
+            "sample_id,intersection,union,iou\nx,1,2,0.5\n",
+            "line 1: .*earlier version.*coupalign eval",
+        ),
+    ],
+)
 def test_a_foreign_or_old_file_of_rows_is_refused(tmp_path: Path, text: str, place: str):
     path = tmp_path / "rows.csv"
     path.write_text(text)
@@ -295,7 +382,10 @@ def test_pictures_hold_the_extremes_exactly_and_stay_few():
     assert len(result.pictures) <= 3 + 3 + 12
     for picture in result.pictures:
         assert picture.image[0, 0, 0] == picture.number
-        inside, union = (picture.prediction & picture.truth).sum(), (picture.prediction | picture.truth).sum()
+        inside, union = (
+            (picture.prediction & picture.truth).sum(),
+            (picture.prediction | picture.truth).sum(),
+        )
         assert picture.iou == inside / union == values[picture.number]
 
 
@@ -306,11 +396,18 @@ def test_random_pictures_are_a_fair_draw():
     share = np.mean([np.mean(ious(result.rows) < picture.iou) for picture in drawn])
     assert 0.3 < share < 0.7
     other = evaluate_one(Loader(samples=250, images=True, batch=17), pictures=12)
-    assert [picture.number for picture in drawn] == [p.number for p in choose_pictures(other.pictures, other.rows, 12)["random"]]
+    assert [picture.number for picture in drawn] == [
+        p.number for p in choose_pictures(other.pictures, other.rows, 12)["random"]
+    ]
 
 
 def test_fewer_samples_than_pictures_are_all_shown():
     result = evaluate_one(Loader(samples=2, images=True), pictures=4)
     groups = choose_pictures(result.pictures, result.rows, 4)
-    assert {name: len(group) for name, group in groups.items()} == {"random": 2, "best": 2, "median": 2, "worst": 2}
+    assert {name: len(group) for name, group in groups.items()} == {
+        "random": 2,
+        "best": 2,
+        "median": 2,
+        "worst": 2,
+    }
     assert evaluate_one(Loader()).pictures == ()

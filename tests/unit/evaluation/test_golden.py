@@ -2,6 +2,7 @@
 
 The numbers in `golden/` were counted and computed by hand, not copied from a run.
 """
+
 from __future__ import annotations
 
 import json
@@ -35,17 +36,45 @@ def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
     images, annotations, refs = [], [], []
     for number, ref in enumerate(golden["refs"], 1):
         name = f"COCO_train2014_{number:012d}.jpg"
-        Image.new("RGB", (ref["width"], ref["height"]), (90, 120, 150)).save(root / "train2014" / name)
-        images.append({"id": number, "file_name": name, "height": ref["height"], "width": ref["width"]})
-        annotations.append({"id": number, "image_id": number, "category_id": 1, "segmentation": ref["segmentation"],
-                            "iscrowd": int(isinstance(ref["segmentation"], dict))})
-        sentences = [{"sent_id": 10 * number + place, "raw": one["text"], "sent": one["text"]}
-                     for place, one in enumerate(ref["sentences"])]
-        refs.append({"ref_id": number, "ann_id": number, "image_id": number, "split": "val", "sentences": sentences})
+        Image.new("RGB", (ref["width"], ref["height"]), (90, 120, 150)).save(
+            root / "train2014" / name
+        )
+        images.append(
+            {"id": number, "file_name": name, "height": ref["height"], "width": ref["width"]}
+        )
+        annotations.append(
+            {
+                "id": number,
+                "image_id": number,
+                "category_id": 1,
+                "segmentation": ref["segmentation"],
+                "iscrowd": int(isinstance(ref["segmentation"], dict)),
+            }
+        )
+        sentences = [
+            {"sent_id": 10 * number + place, "raw": one["text"], "sent": one["text"]}
+            for place, one in enumerate(ref["sentences"])
+        ]
+        refs.append(
+            {
+                "ref_id": number,
+                "ann_id": number,
+                "image_id": number,
+                "split": "val",
+                "sentences": sentences,
+            }
+        )
     categories = [{"id": 1, "name": "thing"}]
-    (root / "golden" / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    (root / "golden" / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     (root / "golden" / "refs(unc).json").write_text(json.dumps(refs))
-    recipe = {"name": "golden", "root": root, "sets": [{"dataset": "golden", "split_by": "unc"}], "vocabulary_size": 120}
+    recipe = {
+        "name": "golden",
+        "root": root,
+        "sets": [{"dataset": "golden", "split_by": "unc"}],
+        "vocabulary_size": 120,
+    }
     pack(Recipe.model_validate(recipe), out, progress=False)
     return out
 
@@ -61,17 +90,25 @@ def texts_of(golden: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=GOLDEN, ids=lambda file: file.stem)
-def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-           ) -> tuple[dict[str, Any], EvalLoader, dict[tuple[str, str], Evaluation]]:
+def scored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], EvalLoader, dict[tuple[str, str], Evaluation]]:
     golden = json.loads(request.param.read_text())
     source = Source(index=str(pack_golden(golden, tmp_path_factory.mktemp("golden"))), split="val")
     config = DataConfig(train=(source,), resize=golden["resize"], workers=0)
-    config = config.model_copy(update={"image_size": golden["image_size"]})     # a model could not work on so few pixels
+    config = config.model_copy(
+        update={"image_size": golden["image_size"]}
+    )  # a model could not work on so few pixels
     loader = build_eval_loader(config, (source,), 2, 0, 1, open_tokenizer(config), rules=RULES)
     texts = texts_of(golden)
 
     def infer(batch: Batch) -> torch.Tensor:
-        return torch.tensor([[[LOGITS[one] for one in row] for row in texts[info.name]["logits"]] for info in batch.info])
+        return torch.tensor(
+            [
+                [[LOGITS[one] for one in row] for row in texts[info.name]["logits"]]
+                for info in batch.info
+            ]
+        )
 
     return golden, loader, evaluate(infer, loader, list(PROTOCOLS.values()), bootstrap=0)
 
@@ -80,7 +117,9 @@ def test_the_truth_is_the_union_of_the_polygons(scored) -> None:
     golden, loader, _ = scored
     truths = {info.image_id: info.truth for batch in loader for info in batch.info}
     for number, ref in enumerate(golden["refs"], 1):
-        assert np.array_equal(truths[number], np.array([list(row) for row in ref["truth"]]) == "#"), ref["about"]
+        assert np.array_equal(
+            truths[number], np.array([list(row) for row in ref["truth"]]) == "#"
+        ), ref["about"]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -88,9 +127,15 @@ def test_the_truth_is_the_union_of_the_polygons(scored) -> None:
 def test_every_integer_is_the_one_counted_by_hand(scored, protocol: str, rule: str) -> None:
     golden, loader, results = scored
     texts, rows = texts_of(golden), results[protocol, rule].rows
-    counted = {loader.words[number][0]: [inside, union] for number, inside, union, *_ in rows.tolist()}
+    counted = {
+        loader.words[number][0]: [inside, union] for number, inside, union, *_ in rows.tolist()
+    }
     places = {name: name.rpartition("/")[2] for name in texts}
-    wanted = {"each": lambda place: place != "all", "first": lambda place: place[-1] == "0", "concatenated": lambda place: place == "all"}
+    wanted = {
+        "each": lambda place: place != "all",
+        "first": lambda place: place[-1] == "0",
+        "concatenated": lambda place: place == "all",
+    }
     names = [name for name, place in places.items() if wanted[rule](place)]
     assert counted == {name: texts[name]["expected"][protocol] for name in names}
 
@@ -101,11 +146,15 @@ def test_every_score_is_the_fraction_computed_by_hand(scored, protocol: str, rul
     golden, _, results = scored
     score = results[protocol, rule].score
     assert score is not None
-    expected = {name: float(Fraction(value)) for name, value in golden["scores"][protocol][rule].items()}
+    expected = {
+        name: float(Fraction(value)) for name, value in golden["scores"][protocol][rule].items()
+    }
     assert {name: score.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_joined_text_is_read(scored) -> None:
     golden, loader, _ = scored
     joined = {name: sentence for name, sentence in loader.words if name.endswith("/all")}
-    assert list(joined.values()) == [" ".join(one["text"] for one in ref["sentences"]) for ref in golden["refs"]]
+    assert list(joined.values()) == [
+        " ".join(one["text"] for one in ref["sentences"]) for ref in golden["refs"]
+    ]

@@ -1,4 +1,5 @@
 """Scores from integers: golden values, exact thresholds, intervals against a plain resampling loop."""
+
 from __future__ import annotations
 
 import json
@@ -8,21 +9,36 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from coupalign.evaluation.metrics import METRICS, Score, deduplicate, hits, ious, paired_intervals, side_by_side, summarize
+from coupalign.evaluation.metrics import (
+    METRICS,
+    Score,
+    deduplicate,
+    hits,
+    ious,
+    paired_intervals,
+    side_by_side,
+    summarize,
+)
 
 
 def table(*pairs: tuple[int, ...]) -> np.ndarray:
     """Rows of (I, U) or (I, U, bI, bU), numbered; without a boundary of its own a sample has that of its mask."""
-    return np.asarray([(number, *pair, *pair)[:5] for number, pair in enumerate(pairs)], dtype=np.int64).reshape(-1, 5)
+    return np.asarray(
+        [(number, *pair, *pair)[:5] for number, pair in enumerate(pairs)], dtype=np.int64
+    ).reshape(-1, 5)
 
 
 def random_rows(random: np.random.Generator, many: int, largest: int = 1000) -> np.ndarray:
     union, band = random.integers(1, largest, (2, many))
-    return np.column_stack([np.arange(many), random.integers(0, union + 1), union, random.integers(0, band + 1), band]).astype(np.int64)
+    return np.column_stack(
+        [np.arange(many), random.integers(0, union + 1), union, random.integers(0, band + 1), band]
+    ).astype(np.int64)
 
 
 def test_golden_values():
-    values = summarize(table((90, 100, 1, 4), (5, 10, 0, 3), (0, 40, 0, 8), (7, 10, 2, 4)), bootstrap=0)
+    values = summarize(
+        table((90, 100, 1, 4), (5, 10, 0, 3), (0, 40, 0, 8), (7, 10, 2, 4)), bootstrap=0
+    )
     assert values["oIoU"] == 102 / 160
     assert values["mIoU"] == pytest.approx((0.9 + 0.5 + 0 + 0.7) / 4, abs=1e-15)
     assert [values[f"P@0.{x}"] for x in (5, 6, 7, 8, 9)] == [0.75, 0.5, 0.5, 0.25, 0.25]
@@ -33,8 +49,13 @@ def test_golden_values():
 @pytest.mark.parametrize("size", [1, 3, 7, 10**9])
 def test_thresholds_are_decided_exactly(size: int):
     """The oracle is rational arithmetic; floating point would lose 7/10 >= 0.7 and its neighbors for some sizes."""
-    rows = table(*[(tenth * size + change, 10 * size) for tenth in (5, 6, 7, 8, 9) for change in (-1, 0, 1)])
-    expected = [[Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)] for _, i, u, *_ in rows]
+    rows = table(
+        *[(tenth * size + change, 10 * size) for tenth in (5, 6, 7, 8, 9) for change in (-1, 0, 1)]
+    )
+    expected = [
+        [Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)]
+        for _, i, u, *_ in rows
+    ]
     assert hits(rows).tolist() == expected
 
 
@@ -44,7 +65,10 @@ def test_empty_union_counts_as_told():
     assert ious(rows).tolist() == [1, 0.25] and ious(rows, "zero").tolist() == [0, 0.25]
     assert (one["mIoU"], one["P@0.9"], one["oIoU"], one["bIoU"]) == (0.625, 0.5, 0.25, 0.625)
     assert (zero["mIoU"], zero["P@0.9"], zero["oIoU"], zero["bIoU"]) == (0.125, 0.0, 0.25, 0.125)
-    assert summarize(table((0, 0)), 0)["oIoU"] == 1.0 and summarize(table((0, 0)), 0, empty="zero")["oIoU"] == 0.0
+    assert (
+        summarize(table((0, 0)), 0)["oIoU"] == 1.0
+        and summarize(table((0, 0)), 0, empty="zero")["oIoU"] == 0.0
+    )
 
 
 def test_sums_stay_exact_where_float32_would_not():
@@ -74,7 +98,9 @@ def test_intervals_know_that_sentences_of_one_image_are_not_independent():
     assert all(honest["intervals"][name] == pytest.approx(alone[name]) for name in METRICS)
     width = {name: high - low for name, (low, high) in honest["intervals"].items()}
     naive = summarize(fourfold, 300)["intervals"]["mIoU"]
-    assert 0.35 < (naive[1] - naive[0]) / width["mIoU"] < 0.65  # a false half, as the square root of 4 says
+    assert (
+        0.35 < (naive[1] - naive[0]) / width["mIoU"] < 0.65
+    )  # a false half, as the square root of 4 says
     assert (honest["samples"], honest["images"]) == (400, 100)
 
 
@@ -90,7 +116,9 @@ def test_the_interval_covers_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         inside = random.integers(0, 101, 80)
-        low, high = summarize(table(*[(int(i), 100) for i in inside]), 200, seed=trial)["intervals"]["mIoU"]
+        low, high = summarize(table(*[(int(i), 100) for i in inside]), 200, seed=trial)[
+            "intervals"
+        ]["mIoU"]
         covered += low <= 0.5 <= high
     assert 176 <= covered <= 200  # 95 % of 200 is 190; the binomial's standard deviation is 3
 
@@ -106,12 +134,18 @@ def test_deduplicate_sorts_and_keeps_one_of_each():
 
 def test_deduplicate_names_the_sample_that_two_ranks_disagree_about():
     rows = np.concatenate([table((1, 2), (3, 4)), np.asarray([[1, 2, 4, 3, 4]], dtype=np.int64)])
-    with pytest.raises(AssertionError, match=r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"):
+    with pytest.raises(
+        AssertionError, match=r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"
+    ):
         deduplicate(rows)
 
 
 def test_deduplicate_forgives_rounding_up_to_the_slack_only():
-    first, near, far = ([[0, 500, 1000, 40, 80, 9]], [[0, 509, 1010, 50, 90, 9]], [[0, 511, 1000, 40, 80, 9]])
+    first, near, far = (
+        [[0, 500, 1000, 40, 80, 9]],
+        [[0, 509, 1010, 50, 90, 9]],
+        [[0, 511, 1000, 40, 80, 9]],
+    )
     join = lambda *parts: np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])  # noqa: E731
     assert deduplicate(join(first, near), slack=0.01).tolist() == first
     with pytest.raises(AssertionError, match="sample 0"):
@@ -130,12 +164,21 @@ def test_impossible_rows_are_refused(bad: tuple[int, ...]):
 
 def test_paired_intervals_equal_a_plain_loop_over_the_same_draws():
     random = np.random.default_rng(4)
-    rows, others, images = random_rows(random, 50), random_rows(random, 50), random.integers(0, 15, 50)
+    rows, others, images = (
+        random_rows(random, 50),
+        random_rows(random, 50),
+        random.integers(0, 15, 50),
+    )
     found = paired_intervals(rows, others, 40, 9, images)
     names = np.unique(images)
     draws = np.random.default_rng(9).integers(len(names), size=(40, len(names)))
-    places = [np.concatenate([np.flatnonzero(images == names[place]) for place in draw]) for draw in draws]
-    slow = [(summarize(rows[taken], bootstrap=0), summarize(others[taken], bootstrap=0)) for taken in places]
+    places = [
+        np.concatenate([np.flatnonzero(images == names[place]) for place in draw]) for draw in draws
+    ]
+    slow = [
+        (summarize(rows[taken], bootstrap=0), summarize(others[taken], bootstrap=0))
+        for taken in places
+    ]
     for name in METRICS:
         expected = np.percentile([b[name] - a[name] for a, b in slow], [2.5, 97.5])
         assert found[name] == pytest.approx(tuple(expected), abs=1e-12)
@@ -153,10 +196,22 @@ def test_a_score_of_nothing_is_refused():
 
 def example_score(blind: bool = True) -> Score:
     values = summarize(table((90, 100), (5, 10)), bootstrap=20)
-    samples, images, intervals = values.pop("samples"), values.pop("images"), values.pop("intervals")
+    samples, images, intervals = (
+        values.pop("samples"),
+        values.pop("images"),
+        values.pop("intervals"),
+    )
     other = example_score(False) if blind else None
-    return Score("ris-v1", values, samples, images, intervals, {"truth": "original resolution", "threshold": "p > 0.5"},
-                 "ab" * 32, language_blind=other)
+    return Score(
+        "ris-v1",
+        values,
+        samples,
+        images,
+        intervals,
+        {"truth": "original resolution", "threshold": "p > 0.5"},
+        "ab" * 32,
+        language_blind=other,
+    )
 
 
 def test_json_has_the_promised_keys_and_comes_back():
@@ -172,17 +227,37 @@ def test_json_has_the_promised_keys_and_comes_back():
 
 def test_scores_side_by_side_say_what_they_share_and_what_they_do_not():
     score = example_score()
-    other = replace(example_score(False), protocol="lavt", conditions={**score.conditions, "truth": "nearest-resized"})
+    other = replace(
+        example_score(False),
+        protocol="lavt",
+        conditions={**score.conditions, "truth": "nearest-resized"},
+    )
     text = side_by_side({("ris-v1", "each"): score, ("lavt", "each"): other})
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
-    assert lines["sentences"] == ["each", "each"] and lines["oIoU"] == ["86.36", "86.36"] and lines["samples"][:2] == ["2", "(image,"]
-    assert "truth       original resolution  [ris-v1]" in text and "truth       nearest-resized  [lavt]" in text
+    assert (
+        lines["sentences"] == ["each", "each"]
+        and lines["oIoU"] == ["86.36", "86.36"]
+        and lines["samples"][:2] == ["2", "(image,"]
+    )
+    assert (
+        "truth       original resolution  [ris-v1]" in text
+        and "truth       nearest-resized  [lavt]" in text
+    )
     assert "threshold   p > 0.5\n" in text and "oIoU, shuffled" in text
 
 
 def test_the_table_always_prints_the_protocol():
     text = example_score().table()
-    for words in ("oIoU", "86.36", "ris-v1", "original resolution", "p > 0.5", "2 (image, sentence) samples", "abab",
-                  "not checked", "language-blind"):
+    for words in (
+        "oIoU",
+        "86.36",
+        "ris-v1",
+        "original resolution",
+        "p > 0.5",
+        "2 (image, sentence) samples",
+        "abab",
+        "not checked",
+        "language-blind",
+    ):
         assert words in text
     assert "language-blind" not in example_score(False).table()

@@ -1,4 +1,5 @@
 """The three protocols: golden values by hand, and slow resampling loops beside torch's."""
+
 from __future__ import annotations
 
 import math
@@ -12,7 +13,13 @@ from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Frame
 from coupalign.data.transforms import frame_of
 from coupalign.errors import InputError
-from coupalign.evaluation.protocols import PROTOCOLS, boundary, describe_conditions, find_protocol, logits_at_original_size
+from coupalign.evaluation.protocols import (
+    PROTOCOLS,
+    boundary,
+    describe_conditions,
+    find_protocol,
+    logits_at_original_size,
+)
 from coupalign.evaluation.protocols import count as count_pixels
 
 SHAPES = [(7, 11), (11, 7), (24, 24), (33, 50), (5, 64), (1, 9)]
@@ -26,12 +33,18 @@ def count(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> t
 def count_alone(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> list[int]:
     """All four counts of one sample."""
     protocol = PROTOCOLS[name]
-    return count_pixels(protocol.predict(logits[None], frame), torch.from_numpy(protocol.place(truth, frame))[None])[0].tolist()
+    return count_pixels(
+        protocol.predict(logits[None], frame), torch.from_numpy(protocol.place(truth, frame))[None]
+    )[0].tolist()
 
 
 def noise(size: int, seed: int = 0, smooth: int = 1) -> torch.Tensor:
     random = torch.Generator().manual_seed(seed)
-    return torch.randn(size // smooth, size // smooth, generator=random).repeat_interleave(smooth, 0).repeat_interleave(smooth, 1)
+    return (
+        torch.randn(size // smooth, size // smooth, generator=random)
+        .repeat_interleave(smooth, 0)
+        .repeat_interleave(smooth, 1)
+    )
 
 
 def slow_bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -45,8 +58,9 @@ def slow_bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:
             y0, x0 = int(top), int(left)
             y1, x1 = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
             dy, dx = top - y0, left - x0
-            result[y, x] = ((1 - dy) * ((1 - dx) * values[y0, x0] + dx * values[y0, x1])
-                            + dy * ((1 - dx) * values[y1, x0] + dx * values[y1, x1]))
+            result[y, x] = (1 - dy) * ((1 - dx) * values[y0, x0] + dx * values[y0, x1]) + dy * (
+                (1 - dx) * values[y1, x0] + dx * values[y1, x1]
+            )
     return result
 
 
@@ -82,7 +96,9 @@ def counted(prediction: np.ndarray, truth: np.ndarray) -> tuple[int, int]:
 def test_ris_v1_by_hand():
     """2x2 logits to 4x4: the columns lie at -0.25 (the border), 0.25, 0.75 and 1.25 (the border)."""
     frame = frame_of(4, 4, 2, "squash")
-    logits = torch.tensor([[3.0, -1.0], [3.0, -1.0]])  # across: 3, 2, 0, -1; exactly 0 is background
+    logits = torch.tensor(
+        [[3.0, -1.0], [3.0, -1.0]]
+    )  # across: 3, 2, 0, -1; exactly 0 is background
     assert logits_at_original_size(logits, frame)[0].tolist() == [3, 2, 0, -1]
     truth = np.zeros((4, 4), bool)
     truth[:2, 1:] = True
@@ -125,7 +141,9 @@ def test_letterbox_by_hand():
 def test_bilinear_equals_the_loop(shape: tuple[int, int], resize: str):
     frame = frame_of(*shape, 24, resize)
     logits = noise(24, seed=sum(shape))
-    inner = logits.numpy()[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width]
+    inner = logits.numpy()[
+        frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
+    ]
     slow = slow_bilinear(inner.astype(np.float64), *shape)
     assert np.abs(logits_at_original_size(logits, frame).numpy() - slow).max() < 1e-5
     truth = slow > 0.3
@@ -150,10 +168,20 @@ def test_lavt_truth_equals_the_loop(shape: tuple[int, int], resize: str):
     frame = frame_of(*shape, 25, resize)
     truth = np.random.default_rng(1).random(shape) > 0.5
     rows, columns = frame.inner_height, frame.inner_width
-    small = np.array([[truth[math.floor((y + 0.5) * shape[0] / rows), math.floor((x + 0.5) * shape[1] / columns)]
-                       for x in range(columns)] for y in range(rows)])
+    small = np.array(
+        [
+            [
+                truth[
+                    math.floor((y + 0.5) * shape[0] / rows),
+                    math.floor((x + 0.5) * shape[1] / columns),
+                ]
+                for x in range(columns)
+            ]
+            for y in range(rows)
+        ]
+    )
     whole = noise(25, seed=3)
-    logits = whole[frame.top:frame.top + rows, frame.left:frame.left + columns]
+    logits = whole[frame.top : frame.top + rows, frame.left : frame.left + columns]
     assert count("lavt", whole, frame, truth) == counted(logits.numpy() > 0, small)
 
 
@@ -162,13 +190,21 @@ def test_lavt_truth_equals_the_loop(shape: tuple[int, int], resize: str):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
-def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(name: str, resize: str):
+def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
+    name: str, resize: str
+):
     frame = frame_of(48, 64, 32, resize)
     truth = np.zeros((48, 64), bool)
     truth[10:30, 12:40] = True
     square = np.zeros((32, 32), np.uint8)
-    inner = Image.fromarray(truth).convert("L").resize((frame.inner_width, frame.inner_height), Image.Resampling.BILINEAR)
-    square[frame.top:frame.top + frame.inner_height, frame.left:frame.left + frame.inner_width] = np.asarray(inner)
+    inner = (
+        Image.fromarray(truth)
+        .convert("L")
+        .resize((frame.inner_width, frame.inner_height), Image.Resampling.BILINEAR)
+    )
+    square[
+        frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
+    ] = np.asarray(inner)
     logits = torch.from_numpy(square).float() / 255 * 20 - 10
     inside, union = count(name, logits, frame, truth)
     assert inside / union > 0.85
@@ -180,7 +216,9 @@ def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
 def test_counts_are_plain_integers_within_bounds(name: str):
     for seed, shape in enumerate(SHAPES):
         truth = np.random.default_rng(seed).random(shape) > 0.5
-        inside, union = count(name, noise(24, seed).bfloat16(), frame_of(*shape, 24, "letterbox"), truth)
+        inside, union = count(
+            name, noise(24, seed).bfloat16(), frame_of(*shape, 24, "letterbox"), truth
+        )
         assert type(inside) is type(union) is int
         assert 0 <= inside <= union <= (24 * 24 if name == "lavt" else truth.size)
 
@@ -206,16 +244,24 @@ def slow_boundary(mask: np.ndarray) -> np.ndarray:
     d = max(1, round(0.02 * math.sqrt(height**2 + width**2)))
     band = np.zeros_like(mask)
     for y, x in np.argwhere(mask):
-        near = mask[max(0, y - d):y + d + 1, max(0, x - d):x + d + 1]
-        band[y, x] = near.size < (2 * d + 1)**2 or not near.all()
+        near = mask[max(0, y - d) : y + d + 1, max(0, x - d) : x + d + 1]
+        band[y, x] = near.size < (2 * d + 1) ** 2 or not near.all()
     return band
 
 
-@pytest.mark.parametrize("shape, d", [((7, 11), 1), ((50, 56), 2), ((60, 80), 2), ((130, 120), 4), ((1, 9), 1), ((150, 2), 3)])
+@pytest.mark.parametrize(
+    "shape, d",
+    [((7, 11), 1), ((50, 56), 2), ((60, 80), 2), ((130, 120), 4), ((1, 9), 1), ((150, 2), 3)],
+)
 def test_a_boundary_equals_the_loop(shape: tuple[int, int], d: int):
     assert max(1, round(0.02 * math.hypot(*shape))) == d
     random = np.random.default_rng(d)
-    for mask in (random.random(shape) > 0.01, np.ones(shape, bool), np.zeros(shape, bool), random.random(shape) > 0.5):
+    for mask in (
+        random.random(shape) > 0.01,
+        np.ones(shape, bool),
+        np.zeros(shape, bool),
+        random.random(shape) > 0.5,
+    ):
         assert np.array_equal(boundary(torch.from_numpy(mask)).numpy(), slow_boundary(mask))
 
 
@@ -223,7 +269,13 @@ def test_a_boundary_by_hand():
     """A 5x4 object at the lower edge: its inside is what has no background within one pixel; below the image is background."""
     mask = torch.zeros(7, 8, dtype=torch.bool)
     mask[2:7, 2:6] = True
-    assert boundary(mask)[2:7, 2:6].int().tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
+    assert boundary(mask)[2:7, 2:6].int().tolist() == [
+        [1, 1, 1, 1],
+        [1, 0, 0, 1],
+        [1, 0, 0, 1],
+        [1, 0, 0, 1],
+        [1, 1, 1, 1],
+    ]
     other = torch.zeros(7, 8, dtype=torch.bool)
     other[2:7, 1:6] = True
     assert count_pixels(mask[None], other[None]).tolist() == [[20, 25, 14 - 3, 14 + 16 - 11]]
@@ -239,21 +291,43 @@ def test_an_unknown_protocol_lists_the_known_ones():
 
 def test_conditions_say_what_a_reader_must_know():
     data = DataConfig(image_size=96, max_tokens=15, sentence="raw")
-    sources = (Source(index="x", dataset="refcoco", split_by="unc", split="testA"), Source(index="x", split="testA"))
+    sources = (
+        Source(index="x", dataset="refcoco", split_by="unc", split="testA"),
+        Source(index="x", split="testA"),
+    )
     words = describe_conditions(find_protocol("ris-v1"), data, sources, limit=50)
     assert words["sets"] == "all data sets/all testA, refcoco/unc testA"
     assert words["input"] == "squashed to 96x96"
     assert "original" in words["truth"] and "0.5" in words["threshold"]
-    assert "every sentence" in words["sentences"] and "raw" in words["sentences"] and "15" in words["sentences"]
+    assert (
+        "every sentence" in words["sentences"]
+        and "raw" in words["sentences"]
+        and "15" in words["sentences"]
+    )
     assert words["limit"].startswith("50 samples")
     assert "limit" not in describe_conditions(find_protocol("ris-v1"), data, sources)
-    assert "the first sentence" in describe_conditions(find_protocol("ris-v1"), data, sources, rule="first")["sentences"]
-    assert "joined" in describe_conditions(find_protocol("ris-v1"), data, sources, rule="concatenated")["sentences"]
+    assert (
+        "the first sentence"
+        in describe_conditions(find_protocol("ris-v1"), data, sources, rule="first")["sentences"]
+    )
+    assert (
+        "joined"
+        in describe_conditions(find_protocol("ris-v1"), data, sources, rule="concatenated")[
+            "sentences"
+        ]
+    )
 
 
-@pytest.mark.parametrize("name, resize, comparable", [
-    ("cris", "squash", False), ("cris", "letterbox", True), ("lavt", "squash", True), ("lavt", "letterbox", False),
-    ("ris-v1", "letterbox", True)])
+@pytest.mark.parametrize(
+    "name, resize, comparable",
+    [
+        ("cris", "squash", False),
+        ("cris", "letterbox", True),
+        ("lavt", "squash", True),
+        ("lavt", "letterbox", False),
+        ("ris-v1", "letterbox", True),
+    ],
+)
 def test_a_foreign_input_is_said_to_be_one(name: str, resize: str, comparable: bool):
     words = describe_conditions(find_protocol(name), DataConfig(resize=resize), ())
     assert ("not comparable" in words["input"]) is not comparable

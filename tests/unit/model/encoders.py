@@ -1,4 +1,5 @@
 """Small encoders whose every number differs, and what tells that one was loaded or left alone."""
+
 from __future__ import annotations
 
 import pytest
@@ -16,8 +17,15 @@ from coupalign.errors import InputError  # noqa: E402
 
 def swin(window=4, pixels=128, width=8, depths=(1, 1, 2, 1), classes=5, seed=0, heads=(1, 2, 4, 8)):
     torch.manual_seed(seed)
-    net = SwinTransformer(img_size=pixels, window_size=window, embed_dim=width, depths=depths, num_heads=heads,
-                          num_classes=classes, drop_path_rate=0.0)
+    net = SwinTransformer(
+        img_size=pixels,
+        window_size=window,
+        embed_dim=width,
+        depths=depths,
+        num_heads=heads,
+        num_classes=classes,
+        drop_path_rate=0.0,
+    )
     return randomize(net).eval()
 
 
@@ -72,6 +80,12 @@ def refused(load, net, *arguments, match):
 
 def bert(words=50, layers=4, seed=0, pooler=False):
     torch.manual_seed(seed)
-    shape = transformers.BertConfig(vocab_size=words, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
-                                    intermediate_size=32, max_position_embeddings=24)
+    shape = transformers.BertConfig(
+        vocab_size=words,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=24,
+    )
     return randomize(transformers.BertModel(shape, add_pooling_layer=pooler)).eval()

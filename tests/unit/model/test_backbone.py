@@ -1,4 +1,5 @@
 """StagedBackbone against timm's own feature extraction, norms that stay frozen, sizes."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,8 +18,14 @@ def run(backbone: StagedBackbone, image):
     return maps
 
 
-@pytest.mark.parametrize("name, channels", [("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
-                                            ("resnet101", (256, 512, 1024, 2048)), ("darknet53", (128, 256, 512, 1024))])
+@pytest.mark.parametrize(
+    "name, channels",
+    [
+        ("swin_tiny_patch4_window7_224", (96, 192, 384, 768)),
+        ("resnet101", (256, 512, 1024, 2048)),
+        ("darknet53", (128, 256, 512, 1024)),
+    ],
+)
 def test_stages_equal_the_features_of_timm(name, channels):
     import timm
 
@@ -34,7 +41,9 @@ def test_stages_equal_the_features_of_timm(name, channels):
     assert backbone.channels == channels and backbone.strides == (4, 8, 16, 32)
     for stride, c, a, b in zip(backbone.strides, channels, ours, theirs):
         assert a.shape == (1, 64 // stride, 64 // stride, c)
-        torch.testing.assert_close(a, b if name.startswith("swin") else b.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            a, b if name.startswith("swin") else b.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_fused_attention_of_windows_has_the_gradients_of_the_plain_one():
@@ -48,17 +57,27 @@ def test_the_fused_attention_of_windows_has_the_gradients_of_the_plain_one():
     def gradients() -> dict[str, torch.Tensor]:
         backbone.zero_grad()
         sum((stage**2).mean() for stage in run(backbone, image)).backward()
-        return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+        return {
+            name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None
+        }
 
     fused = gradients()
     for module in windows:
         module.fused_attn = False
     for name, plain in gradients().items():
-        torch.testing.assert_close(fused[name], plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item() + 1e-9, msg=name)
+        torch.testing.assert_close(
+            fused[name], plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item() + 1e-9, msg=name
+        )
 
 
-@pytest.mark.parametrize("name, size", [("swin_tiny_patch4_window7_224", 96), ("swin_tiny_patch4_window7_224", 160),
-                                        ("swin_base_patch4_window12_384", 416)])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("swin_tiny_patch4_window7_224", 96),
+        ("swin_tiny_patch4_window7_224", 160),
+        ("swin_base_patch4_window12_384", 416),
+    ],
+)
 def test_swin_takes_any_multiple_of_32(name, size):
     with torch.device("meta"):
         maps = run(StagedBackbone(TimmBackbone(name=name), size), torch.empty(1, size, size, 3))
@@ -70,7 +89,10 @@ def test_batch_norms_are_frozen_as_loaded(weights, frozen):
     with torch.device("meta"):
         backbone = StagedBackbone(TimmBackbone(name="resnet101", weights=weights), 64)
     backbone.train()
-    assert backbone.net.bn1.training is not frozen and backbone.net.bn1.weight.requires_grad is not frozen
+    assert (
+        backbone.net.bn1.training is not frozen
+        and backbone.net.bn1.weight.requires_grad is not frozen
+    )
     assert backbone.net.layer1.training and backbone.net.conv1.weight.requires_grad
 
 

@@ -1,4 +1,5 @@
 """Explanations agree with the model that they explain, and leave it as it was."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,13 +25,20 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-ENCODERS = {"image": {"kind": "small", "widths": [16, 16, 32, 32]}, "text": {"kind": "small", "width": 32, "layers": 4, "heads": 2},
-            "decoder": {"width": 32}}
+ENCODERS = {
+    "image": {"kind": "small", "widths": [16, 16, 32, 32]},
+    "text": {"kind": "small", "width": 32, "layers": 4, "heads": 2},
+    "decoder": {"width": 32},
+}
 
 
-def model_of(count: int = COUNT, stages: tuple[bool, ...] = (True, False, True, True), heads: int = 1) -> CoupAlign:
+def model_of(
+    count: int = COUNT, stages: tuple[bool, ...] = (True, False, True, True), heads: int = 1
+) -> CoupAlign:
     proposals = {"count": count, "layers": 1, "heads": 2, "ffn": 32}
-    config = CoupAlignConfig.model_validate({**ENCODERS, "wpa": {"stages": stages, "heads": heads}, "proposals": proposals})
+    config = CoupAlignConfig.model_validate(
+        {**ENCODERS, "wpa": {"stages": stages, "heads": heads}, "proposals": proposals}
+    )
     return shaken(CoupAlign(config, VOCABULARY, SIZE))
 
 
@@ -40,7 +48,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mask = torch.ones(2, WORDS, dtype=torch.bool)
     mask[1, 4:] = False
     words = torch.randint(5, VOCABULARY, (2, WORDS), generator=generator)
-    return torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8), words, mask
+    return (
+        torch.randint(0, 256, (2, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8),
+        words,
+        mask,
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", "plain"])
@@ -52,18 +64,31 @@ def test_the_messages_of_an_alignment_can_be_rebuilt_from_its_attention(heads: i
     mask = torch.ones(2, WORDS, dtype=torch.bool)
     mask[1, 3:] = False
     l = torch.randn(2, WORDS, 24, generator=generator, dtype=torch.float64) * mask[..., None]  # noqa: E741
-    over_words, over_pixels = word_pixel_attention(wpa, v, l, mask)                          # [B, h, T, P]
-    value = nn.functional.linear(l, wpa.word_value_weight, wpa.word_value_bias).unflatten(2, (heads, -1))
-    pixel_value = nn.functional.linear(v, wpa.pixel_value_weight, wpa.pixel_value_bias).unflatten(2, (heads, -1))
+    over_words, over_pixels = word_pixel_attention(wpa, v, l, mask)  # [B, h, T, P]
+    value = nn.functional.linear(l, wpa.word_value_weight, wpa.word_value_bias).unflatten(
+        2, (heads, -1)
+    )
+    pixel_value = nn.functional.linear(v, wpa.pixel_value_weight, wpa.pixel_value_bias).unflatten(
+        2, (heads, -1)
+    )
     expected = wpa.attend(v, l, mask)
-    torch.testing.assert_close(torch.einsum("bhtp,bthe->bphe", over_words, value).flatten(2), expected[0])
-    torch.testing.assert_close(torch.einsum("bhtp,bphe->bthe", over_pixels, pixel_value).flatten(2) * mask[..., None], expected[1])
+    torch.testing.assert_close(
+        torch.einsum("bhtp,bthe->bphe", over_words, value).flatten(2), expected[0]
+    )
+    torch.testing.assert_close(
+        torch.einsum("bhtp,bphe->bthe", over_pixels, pixel_value).flatten(2) * mask[..., None],
+        expected[1],
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_the_pixels_of_the_sentence_mask_alignment_can_be_rebuilt_from_weights_and_signals(scaled: bool):
+def test_the_pixels_of_the_sentence_mask_alignment_can_be_rebuilt_from_weights_and_signals(
+    scaled: bool,
+):
     sma = shaken(SentenceMaskAlignment(8, 6, scaled)).double()
-    masks, sentence, pixels = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 8), (2, 6), (2, 8, 3, 4)))
+    masks, sentence, pixels = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((2, 5, 8), (2, 6), (2, 8, 3, 4))
+    )
     weights, signals = mask_signals(sma, masks, sentence, pixels)
     rebuilt = pixels + torch.einsum("bn,bnhw,bnd->bdhw", weights, signals, sma.project_masks(masks))
     torch.testing.assert_close(rebuilt, sma(masks, sentence, pixels))
@@ -82,13 +107,21 @@ def test_an_explanation_has_maps_that_sum_to_one_and_leaves_the_model_as_it_was(
         torch.testing.assert_close(attention.over_pixels.sum((2, 3)), mask.float())
         assert not attention.over_words[~mask].any()
     assert found.weights.shape == (2, 3) and found.signals.shape == (2, 3, SIZE // 4, SIZE // 4)
-    assert (found.weights.diff(dim=1) <= 0).all() and 0 <= found.signals.min() and found.signals.max() <= 1
+    assert (
+        (found.weights.diff(dim=1) <= 0).all()
+        and 0 <= found.signals.min()
+        and found.signals.max() <= 1
+    )
     everything = explain(model, *batch, proposals=99)
     assert everything.weights.shape == (2, COUNT)
     torch.testing.assert_close(everything.weights.sum(1), torch.ones(2))
     assert torch.equal(everything.signals[:, :3], found.signals)
-    torch.testing.assert_close(found.spread, everything.signals.std(1, correction=0).flatten(1).mean(1))
-    assert torch.equal(model(*batch), before) and not any(module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(
+        found.spread, everything.signals.std(1, correction=0).flatten(1).mean(1)
+    )
+    assert torch.equal(model(*batch), before) and not any(
+        module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_the_whole_answer_follows_from_all_weights_and_signals(batch):
@@ -99,7 +132,9 @@ def test_the_whole_answer_follows_from_all_weights_and_signals(batch):
     masks, sentence, pixels = heard["given"]
     weights, _ = mask_signals(model.sma, masks, sentence, pixels)
     order = weights.argsort(1, descending=True)
-    values = model.sma.project_masks(masks).gather(1, order[..., None].expand(-1, -1, masks.shape[2]))
+    values = model.sma.project_masks(masks).gather(
+        1, order[..., None].expand(-1, -1, masks.shape[2])
+    )
     rebuilt = pixels + torch.einsum("bn,bnhw,bnd->bdhw", found.weights, found.signals, values)
     torch.testing.assert_close(rebuilt, heard["out"], rtol=1e-4, atol=1e-4)
 
@@ -117,7 +152,10 @@ def test_a_model_without_these_parts_gives_what_it_has(batch):
     found = explain(model_of(count=0), *batch)
     assert found.weights is None and found.signals is None and list(found.attention) == [0, 2, 3]
 
-    found = explain(Lavt(LavtConfig.model_validate({"kind": "lavt", **ENCODERS}), VOCABULARY, SIZE).eval(), *batch)
+    found = explain(
+        Lavt(LavtConfig.model_validate({"kind": "lavt", **ENCODERS}), VOCABULARY, SIZE).eval(),
+        *batch,
+    )
     assert found.weights is None and not found.attention
 
 

@@ -1,4 +1,5 @@
 """Mask generator, sentence-mask alignment and pixel decoder: shapes, definitions, symmetries."""
+
 from __future__ import annotations
 
 import pytest
@@ -48,12 +49,18 @@ def test_widths_that_do_not_fit_are_refused():
 def test_sma_equals_its_formula(scaled: bool):
     torch.manual_seed(0)
     sma = SentenceMaskAlignment(6, 10, scaled).double()
-    q, sentence, y = (torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 6), (2, 10), (2, 6, 3, 4)))
+    q, sentence, y = (
+        torch.randn(*s, dtype=torch.float64) for s in ((2, 5, 6), (2, 10), (2, 6, 3, 4))
+    )
     want = y.clone()
     for b in range(2):
-        a = torch.stack([q[b, n] @ sma.project_sentence(sentence[b]) / 6 ** 0.5 for n in range(5)]).softmax(0)
+        a = torch.stack(
+            [q[b, n] @ sma.project_sentence(sentence[b]) / 6**0.5 for n in range(5)]
+        ).softmax(0)
         for n in range(5):
-            signal = torch.sigmoid(torch.einsum("d,dhw->hw", q[b, n], y[b]) / (6 ** 0.5 if scaled else 1))
+            signal = torch.sigmoid(
+                torch.einsum("d,dhw->hw", q[b, n], y[b]) / (6**0.5 if scaled else 1)
+            )
             want[b] += a[n] * signal * sma.project_masks(q[b, n])[:, None, None]
     torch.testing.assert_close(sma(q, sentence, y), want, check_stride=False)
 
@@ -75,5 +82,7 @@ def test_decoder_and_head_do_not_depend_on_the_batch():
     y = decoder(maps)
     logits = head(y)
     assert y.shape == (3, 16, 16, 16) and logits.shape == (3, 1, 16, 16)
-    torch.testing.assert_close(head(decoder([m[1:2] for m in maps])), logits[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        head(decoder([m[1:2] for m in maps])), logits[1:2], rtol=1e-4, atol=1e-5
+    )
     assert (y < 0).any(), "the mask signals need both signs"

@@ -1,4 +1,5 @@
 """LAVT, VLT and LTS: every parameter learns, padding and batch splits change nothing, each learns to read; LAVT against its words."""
+
 from __future__ import annotations
 
 import itertools
@@ -18,10 +19,17 @@ from coupalign.model.methods import build_model
 from coupalign.model.rivals import SentenceFusion
 
 VOCABULARY, SIDE = 40, 64
-ENCODERS = {"image": {"kind": "small", "widths": (16, 16, 24, 32)}, "text": {"kind": "small", "width": 16, "heads": 2}}
-RIVALS = {"lavt": LavtConfig.model_validate({**ENCODERS, "decoder": {"width": 16}}),
-          "vlt": VltConfig.model_validate({**ENCODERS, "transformer": {"count": 3, "width": 16, "heads": 2, "ffn": 32}}),
-          "lts": LtsConfig.model_validate({**ENCODERS, "segment": {"width": 16}})}
+ENCODERS = {
+    "image": {"kind": "small", "widths": (16, 16, 24, 32)},
+    "text": {"kind": "small", "width": 16, "heads": 2},
+}
+RIVALS = {
+    "lavt": LavtConfig.model_validate({**ENCODERS, "decoder": {"width": 16}}),
+    "vlt": VltConfig.model_validate(
+        {**ENCODERS, "transformer": {"count": 3, "width": 16, "heads": 2, "ffn": 32}}
+    ),
+    "lts": LtsConfig.model_validate({**ENCODERS, "segment": {"width": 16}}),
+}
 rivals = pytest.mark.parametrize("kind", RIVALS)
 
 
@@ -42,7 +50,11 @@ def inputs(batch: int = 2, side: int = SIDE, words: int = 5):
 
 
 def without_gradient(model: nn.Module) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -69,7 +81,9 @@ def test_published_encoders_train(kind):
 
 @rivals
 def test_padding_and_the_rest_of_the_batch_have_no_influence(kind):
-    model = build(RIVALS[kind]).eval().double()      # double also the means, so that only the order of sums is left
+    model = (
+        build(RIVALS[kind]).eval().double()
+    )  # double also the means, so that only the order of sums is left
     image, words, mask, _ = inputs(3)
     together = model(image, words, mask)
     other = torch.where(mask, words, torch.randint_like(words, 1, VOCABULARY))
@@ -77,7 +91,12 @@ def test_padding_and_the_rest_of_the_batch_have_no_influence(kind):
     longer = model(image, F.pad(words, (0, 4), value=7), F.pad(mask, (0, 4)))
     torch.testing.assert_close(longer, together, rtol=1e-6, atol=1e-6)
     for i in range(3):
-        torch.testing.assert_close(model(image[i:i + 1], words[i:i + 1], mask[i:i + 1]), together[i:i + 1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            model(image[i : i + 1], words[i : i + 1], mask[i : i + 1]),
+            together[i : i + 1],
+            rtol=1e-6,
+            atol=1e-6,
+        )
 
 
 @rivals
@@ -89,7 +108,16 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind):
     for size in (4, 2):
         model.zero_grad()
         for i in range(0, 4, size):
-            (model(image[i:i + size], words[i:i + size], mask[i:i + size], target[i:i + size])["loss"] * size / 4).backward()
+            (
+                model(
+                    image[i : i + size],
+                    words[i : i + size],
+                    mask[i : i + size],
+                    target[i : i + size],
+                )["loss"]
+                * size
+                / 4
+            ).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for (name, _), whole, split in zip(model.named_parameters(), *gradients):
         # losses and logits are float32: their rounding is all that may differ, beside gradients that are zero but for it
@@ -97,7 +125,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind):
 
 
 def test_only_lavt_has_batch_norm():
-    has = {kind: any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in build(config).modules()) for kind, config in RIVALS.items()}
+    has = {
+        kind: any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in build(config).modules())
+        for kind, config in RIVALS.items()
+    }
     assert has == {"lavt": True, "vlt": False, "lts": False}
 
 
@@ -134,7 +165,9 @@ def test_it_learns_to_tell_two_sentences_apart(kind):
     predicted = model(image, words, mask) > 0
     assert (predicted & target).sum() / (predicted | target).sum() > 0.6
     swapped = model(image, words.flip(0), mask) > 0
-    assert (swapped & target).sum() < (predicted & target).sum() / 2, "the mask does not follow the sentence"
+    assert (swapped & target).sum() < (predicted & target).sum() / 2, (
+        "the mask does not follow the sentence"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- LAVT
@@ -142,10 +175,11 @@ def test_it_learns_to_tell_two_sentences_apart(kind):
 
 def attended_slowly(attention: PixelWordAttention, pixels, words, word_mask):
     """METHOD section 4 word for word, a sample, a pixel and a word at a time."""
+
     def linear(layer, x):
         return layer.weight @ x + layer.bias
 
-    def normalized(columns):                                       # InstanceNorm: [C, P], over the pixels
+    def normalized(columns):  # InstanceNorm: [C, P], over the pixels
         mean = columns.mean(1, keepdim=True)
         return (columns - mean) / ((columns - mean).square().mean(1, keepdim=True) + 1e-5).sqrt()
 
@@ -157,10 +191,14 @@ def attended_slowly(attention: PixelWordAttention, pixels, words, word_mask):
         real = [t for t in range(words.shape[1]) if word_mask[sample, t]]
         keys = [linear(attention.key, words[sample, t]) for t in real]
         values = [linear(attention.value, words[sample, t]) for t in real]
-        query = normalized(torch.stack([linear(attention.query, pixel) for pixel in pixels[sample]], 1))
+        query = normalized(
+            torch.stack([linear(attention.query, pixel) for pixel in pixels[sample]], 1)
+        )
         read = []
         for p in range(pixels.shape[1]):
-            scores = torch.stack([(query[:, p] * key).sum() / math.sqrt(pixels.shape[2]) for key in keys]).exp()
+            scores = torch.stack(
+                [(query[:, p] * key).sum() / math.sqrt(pixels.shape[2]) for key in keys]
+            ).exp()
             read.append(sum(score * value for score, value in zip(scores / scores.sum(), values)))
         message = normalized(torch.stack([linear(attention.out, each) for each in read], 1))
         for p in range(pixels.shape[1]):
@@ -188,7 +226,9 @@ def test_lavts_gate_is_what_its_words_say():
     first, last = gate.gate[0].weight, gate.gate[2].weight
     for y, x in itertools.product(range(2), range(2)):
         v, f = pixels[0, y, x], message[0, y, x]
-        torch.testing.assert_close(gate(pixels, message)[0, y, x], v + torch.tanh(last @ (first @ f).clamp(min=0)) * f)
+        torch.testing.assert_close(
+            gate(pixels, message)[0, y, x], v + torch.tanh(last @ (first @ f).clamp(min=0)) * f
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ VLT, LTS
@@ -199,15 +239,24 @@ def test_lavts_gate_is_what_its_words_say():
 def test_the_sentence_is_multiplied_into_three_stages(act):
     torch.manual_seed(0)
     fusion = SentenceFusion((3, 4, 5), 6, 8, act)
-    stages, sentence = [torch.randn(1, side, side, c) for side, c in ((8, 3), (4, 4), (2, 5))], torch.randn(1, 6)
+    stages, sentence = (
+        [torch.randn(1, side, side, c) for side, c in ((8, 3), (4, 4), (2, 5))],
+        torch.randn(1, 6),
+    )
     met = []
     for see, say, stage in zip(fusion.pixels, fusion.sentences, stages):
         pixels = act(F.layer_norm(stage @ see[0].weight.T + see[0].bias, (8,)))
-        met.append((pixels * act(F.layer_norm(say[0].weight @ sentence[0] + say[0].bias, (8,)))).permute(0, 3, 1, 2))
+        met.append(
+            (pixels * act(F.layer_norm(say[0].weight @ sentence[0] + say[0].bias, (8,)))).permute(
+                0, 3, 1, 2
+            )
+        )
     halved = met[0].unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
     doubled = F.interpolate(met[2], scale_factor=2, mode="bilinear")
     together = torch.cat([halved, met[1], doubled], 1)
-    assert torch.allclose(fusion(stages, sentence), F.relu(fusion.smooth(fusion.mix(together))), atol=1e-5)
+    assert torch.allclose(
+        fusion(stages, sentence), F.relu(fusion.smooth(fusion.mix(together))), atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -219,15 +268,23 @@ def test_vlts_queries_are_the_words_as_a_view_weights_them():
     queries, views = generation(fused, words, mask)[0], generation.views(fused)[0]
     for n in range(3):
         asked = torch.tanh(generation.ask(views[n].flatten()))
-        scores = [float(asked @ torch.tanh(generation.answer(word))) / 4 for word in words[0, :3]]        # 4: the root of d
+        scores = [
+            float(asked @ torch.tanh(generation.answer(word))) / 4 for word in words[0, :3]
+        ]  # 4: the root of d
         weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
-        expected = sum(weight * torch.tanh(generation.carry(word)) for weight, word in zip(weights, words[0, :3]))
+        expected = sum(
+            weight * torch.tanh(generation.carry(word))
+            for weight, word in zip(weights, words[0, :3])
+        )
         torch.testing.assert_close(queries[n], expected)
 
 
 def test_vlts_width_must_fit_its_heads():
     wrong = VltConfig.model_validate({**ENCODERS, "transformer": {"width": 20, "heads": 8}})
-    with pytest.raises(InputError, match="model.transformer.width = 20 must be a multiple of 4 and of model.transformer.heads = 8"):
+    with pytest.raises(
+        InputError,
+        match="model.transformer.width = 20 must be a multiple of 4 and of model.transformer.heads = 8",
+    ):
         build(wrong)
 
 
@@ -242,11 +299,13 @@ def test_vlts_queries_depend_on_the_image():
 
 def test_ltss_heat_map_is_held_to_the_share_of_the_object_in_a_cell():
     target = torch.zeros(1, 32, 32, dtype=torch.bool)
-    target[0, :16, :8] = True                                     # half of the first of four cells
+    target[0, :16, :8] = True  # half of the first of four cells
     share = torch.tensor([0.5, 0, 0, 0]).view(1, 1, 2, 2)
     heat = torch.randn(1, 1, 2, 2)
     p = heat.sigmoid()
-    assert torch.allclose(location_loss(heat, target), -(share * p.log() + (1 - share) * (1 - p).log()).mean())
+    assert torch.allclose(
+        location_loss(heat, target), -(share * p.log() + (1 - share) * (1 - p).log()).mean()
+    )
     model = build(RIVALS["lts"])
     losses = model(*inputs())
     assert torch.allclose(losses["loss"], losses["mask"] + losses["locate"])
@@ -262,7 +321,14 @@ model:
   losses: {contrast: 0.3, foreground: 3.0}
 """)
     model = read_config(tmp_path / "run.yaml", [f"model.kind={kind}"]).model
-    encoders = {"image": {"kind": "timm", "name": "darknet53"}, "text": {"kind": "small", "width": 48}}
+    encoders = {
+        "image": {"kind": "timm", "name": "darknet53"},
+        "text": {"kind": "small", "width": 48},
+    }
     assert model == type(RIVALS[kind]).model_validate(encoders)
-    changed = read_config(tmp_path / "run.yaml", [f"model.kind={kind}", "model.losses.dice=1"]).model
-    assert changed.losses.dice == 1 and changed.losses.foreground == (1.1 if kind == "lavt" else 1.0)
+    changed = read_config(
+        tmp_path / "run.yaml", [f"model.kind={kind}", "model.losses.dice=1"]
+    ).model
+    assert changed.losses.dice == 1 and changed.losses.foreground == (
+        1.1 if kind == "lavt" else 1.0
+    )

@@ -1,4 +1,5 @@
 """Bert against the BertModel of transformers, StagedText against both, padding, frozen groups, bad sizes."""
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -37,13 +38,27 @@ def test_four_groups_equal_the_whole_model():
 
 def test_the_start_the_numbers_and_the_gradients_are_those_of_transformers_bit_for_bit():
     """Dropout included: whatever a seed gave with `transformers.BertModel` it gives with `Bert`."""
-    shape = BertShape(vocab_size=70, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, intermediate_size=32)
+    shape = BertShape(
+        vocab_size=70,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=32,
+    )
     nets = []
-    for build in (lambda: Bert(shape), lambda: BertModel(BertConfig(**asdict(shape), attn_implementation="sdpa"), add_pooling_layer=False)):
+    for build in (
+        lambda: Bert(shape),
+        lambda: BertModel(
+            BertConfig(**asdict(shape), attn_implementation="sdpa"), add_pooling_layer=False
+        ),
+    ):
         torch.manual_seed(3)
         nets.append(build().train())
     ours, theirs = nets
-    assert all(a == b and torch.equal(p, q) for (a, p), (b, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True))
+    assert all(
+        a == b and torch.equal(p, q)
+        for (a, p), (b, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
+    )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     words, bias = torch.randint(0, 70, (3, 9)), torch.zeros(3, 1, 1, 9)
     bias[1, :, :, 4:] = -1e4
@@ -82,7 +97,9 @@ def test_checkpointing_changes_nothing(checkpointing):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("layers, bounds", [(12, [0, 3, 6, 9, 12]), (4, [0, 1, 2, 3, 4]), (6, [0, 2, 4, 5, 6])])
+@pytest.mark.parametrize(
+    "layers, bounds", [(12, [0, 3, 6, 9, 12]), (4, [0, 1, 2, 3, 4]), (6, [0, 2, 4, 5, 6])]
+)
 def test_groups_are_as_equal_as_possible(layers, bounds):
     assert _bounds(layers) == bounds
 
@@ -99,13 +116,23 @@ def test_bert_base_needs_no_network():
 
 
 def test_a_folder_gives_the_sizes(tmp_path):
-    sizes = BertConfig(vocab_size=70, hidden_size=12, num_hidden_layers=4, num_attention_heads=2, intermediate_size=8)
+    sizes = BertConfig(
+        vocab_size=70,
+        hidden_size=12,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     sizes.save_pretrained(tmp_path)
     text = StagedText(BertText(weights=str(tmp_path)), 70)
     assert text.width == 12 and text.bert.config.intermediate_size == 8
     write_shape(text_config := BertText(weights=str(tmp_path)), 70, tmp_path / "again")
-    assert BertConfig.from_pretrained(tmp_path / "again").hidden_size == 12, "transformers reads what we write"
-    assert bert_config(BertText(weights=f"random:{tmp_path / 'again'}"), 70) == bert_config(text_config, 70)
+    assert BertConfig.from_pretrained(tmp_path / "again").hidden_size == 12, (
+        "transformers reads what we write"
+    )
+    assert bert_config(BertText(weights=f"random:{tmp_path / 'again'}"), 70) == bert_config(
+        text_config, 70
+    )
 
 
 def test_the_defaults_are_those_of_transformers():
@@ -123,12 +150,18 @@ def test_bad_sizes_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "roberta", "hidden_size": 12}')
     with pytest.raises(InputError, match="model_type roberta"):
         bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 12, "hidden_act": "relu"}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bert", "hidden_size": 12, "hidden_act": "relu"}'
+    )
     with pytest.raises(InputError, match="no BERT configuration there.*'relu' is not gelu"):
         bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 12, "position_embedding_type": "relative_key"}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bert", "hidden_size": 12, "position_embedding_type": "relative_key"}'
+    )
     with pytest.raises(InputError, match="'relative_key' is not absolute"):
         bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 12, "num_attention_heads": 5}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "bert", "hidden_size": 12, "num_attention_heads": 5}'
+    )
     with pytest.raises(InputError, match="12 is not a multiple of num_attention_heads 5"):
         bert_config(BertText(weights=str(tmp_path)), 99)

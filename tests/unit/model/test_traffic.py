@@ -1,4 +1,5 @@
 """Bytes and FLOPs of single operators against their definition, and the whole step of a small model."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,12 +12,16 @@ from tests.distributed.jobs import tiny
 
 A, B = (torch.randn(8, 16), torch.randn(16, 4))
 ROW = torch.randn(1, 16)
-OPERATORS = {      # what runs, bytes, FLOPs
+OPERATORS = {  # what runs, bytes, FLOPs
     "a product reads both operands": (lambda: A @ B, 4 * (8 * 16 + 16 * 4 + 8 * 4), 2 * 8 * 16 * 4),
     "a sum of the same tensor reads it once": (lambda: A + A, 4 * 2 * 8 * 16, 0),
     "in place is read and written": (lambda: A.add_(0.0), 4 * 2 * 8 * 16, 0),
     "a view is free": (lambda: A.t()[1:].unsqueeze(0).detach(), 0, 0),
-    "an expanded tensor is as large as its memory": (lambda: A + ROW.expand(8, 16), 4 * (2 * 8 * 16 + 16), 0),
+    "an expanded tensor is as large as its memory": (
+        lambda: A + ROW.expand(8, 16),
+        4 * (2 * 8 * 16 + 16),
+        0,
+    ),
     "an allocation is free": (lambda: torch.empty(100), 0, 0),
     "a fill is written": (lambda: torch.zeros(100), 400, 0),
 }
@@ -38,13 +43,19 @@ def test_attention_stays_one_operator_in_both_directions() -> None:
     names = {"q": 2 * 3 * 50 * 8, "k": 2 * 3 * 7 * 8}
     products = 2 * 2 * 3 * 50 * 7 * 8
     assert traffic.total.flops == 7 * products
-    assert traffic.total.bytes >= 4 * (2 * names["q"] + 2 * names["k"] + 4 * names["q"] + 4 * names["k"])
+    assert traffic.total.bytes >= 4 * (
+        2 * names["q"] + 2 * names["k"] + 4 * names["q"] + 4 * names["k"]
+    )
     assert F.scaled_dot_product_attention is original
 
 
 def test_a_step_has_all_its_parts() -> None:
     costs = step_traffic(tiny(), 4)
-    assert all(cost.bytes > 0 for cost in costs.values()) and list(costs)[:3] == ["image", "text", "wpa"]
+    assert all(cost.bytes > 0 for cost in costs.values()) and list(costs)[:3] == [
+        "image",
+        "text",
+        "wpa",
+    ]
     assert all(costs[name].flops > 0 for name in costs if name != "rest")
     twice = step_traffic(tiny(), 8)
     assert 1.5 < twice["wpa"].bytes / costs["wpa"].bytes <= 2

@@ -1,4 +1,5 @@
 """Word-pixel alignment: the absorbed form against the plain one, the gates at the start, padding."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,7 +9,13 @@ from coupalign.errors import InputError
 from coupalign.model.wpa import WordPixelAlignment
 
 
-def module(heads: int = 1, impl: str = "reference", update_words: bool = True, pixel_width: int = 16, word_width: int = 24):
+def module(
+    heads: int = 1,
+    impl: str = "reference",
+    update_words: bool = True,
+    pixel_width: int = 16,
+    word_width: int = 24,
+):
     """With gates that are open: at the start of training the messages are multiplied by zero."""
     torch.manual_seed(0)
     wpa = WordPixelAlignment(pixel_width, word_width, heads, impl, update_words)
@@ -18,12 +25,17 @@ def module(heads: int = 1, impl: str = "reference", update_words: bool = True, p
     return wpa.double()
 
 
-def inputs(batch: int = 3, pixels: int = 37, words: int = 6, pixel_width: int = 16, word_width: int = 24):
+def inputs(
+    batch: int = 3, pixels: int = 37, words: int = 6, pixel_width: int = 16, word_width: int = 24
+):
     generator = torch.Generator().manual_seed(1)
     mask = torch.ones(batch, words, dtype=torch.bool)
-    mask[1, words // 2:] = False
+    mask[1, words // 2 :] = False
     v = torch.randn(batch, pixels, pixel_width, generator=generator, dtype=torch.float64)
-    words = torch.randn(batch, words, word_width, generator=generator, dtype=torch.float64) * mask[..., None]
+    words = (
+        torch.randn(batch, words, word_width, generator=generator, dtype=torch.float64)
+        * mask[..., None]
+    )
     return v.requires_grad_(), words.requires_grad_(), mask
 
 
@@ -35,8 +47,18 @@ def test_absorbed_equals_plain_with_all_gradients(heads, update_words):
     for impl in ("reference", "plain"):
         wpa = module(heads, impl, update_words)
         out = [x for x in wpa(v, words, mask) if x is not words]
-        upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype) for x in out]
-        results.append([*out, *torch.autograd.grad(out, [v, words, *wpa.parameters()], upstream, allow_unused=not update_words)])
+        upstream = [
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+            for x in out
+        ]
+        results.append(
+            [
+                *out,
+                *torch.autograd.grad(
+                    out, [v, words, *wpa.parameters()], upstream, allow_unused=not update_words
+                ),
+            ]
+        )
     names = ["pixels", "words", "d pixels", "d words", *dict(module(heads).named_parameters())]
     for name, a, b in zip(names if update_words else names[:1] + names[2:], *results):
         # The bias of the keys does not change a softmax over words: without the other softmax its gradient is exactly 0.
@@ -71,7 +93,10 @@ def test_an_image_without_words_is_not_changed(impl):
     wpa = module(impl=impl)
     pixels, after = wpa(v, words, mask)
     message_of_zero = torch.zeros(16, dtype=torch.float64)
-    assert torch.equal(pixels[0], v[0] + torch.tanh(wpa.gate_pixels(message_of_zero)) * 0) and not (after - words)[0].any()
+    assert (
+        torch.equal(pixels[0], v[0] + torch.tanh(wpa.gate_pixels(message_of_zero)) * 0)
+        and not (after - words)[0].any()
+    )
     (pixels.sum() + after.sum()).backward()
     assert v.grad.isfinite().all() and all(p.grad.isfinite().all() for p in wpa.parameters())
 

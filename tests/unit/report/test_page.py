@@ -1,4 +1,5 @@
 """The page of a run: it holds what it should, trusts nothing that it quotes, and needs no other file."""
+
 from __future__ import annotations
 
 import json
@@ -28,7 +29,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "data", "action")]
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "data", "action")
+        ]
         if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
 
@@ -59,10 +62,32 @@ def test_the_page_is_whole_and_needs_nothing_else(run: Path):
 
 def test_the_page_says_what_it_should(run: Path):
     text = Page(report_run(run)).text
-    for words in ("demo & <i>more", "73.50", "13.50", "language-blind", "ris-v1", "lavt", "p > 0.5 <b>", "cdcd",
-                  "not checked", "8 (image, sentence) samples", "Training loss by step", "Score on val", EVIL, "Best", "Worst",
-                  "Median", "Random", "refshapes/none/0/1", "name: demo", "Scores by group: val",
-                  "Size of the object", "Other objects of its class", "few", "What the model looked at"):
+    for words in (
+        "demo & <i>more",
+        "73.50",
+        "13.50",
+        "language-blind",
+        "ris-v1",
+        "lavt",
+        "p > 0.5 <b>",
+        "cdcd",
+        "not checked",
+        "8 (image, sentence) samples",
+        "Training loss by step",
+        "Score on val",
+        EVIL,
+        "Best",
+        "Worst",
+        "Median",
+        "Random",
+        "refshapes/none/0/1",
+        "name: demo",
+        "Scores by group: val",
+        "Size of the object",
+        "Other objects of its class",
+        "few",
+        "What the model looked at",
+    ):
         assert words in text, words
     assert sum(text.count(sentence) for sentence in SENTENCES) >= 5 and "</script><b>you" in text
 
@@ -71,7 +96,9 @@ def test_a_picture_in_two_groups_is_shown_once_without_its_heading(run: Path, tm
     page = Page(report_run(run))
     listed = json.loads((run / "pictures" / "val" / "pictures.json").read_text())
     assert page.tags.count("figure") == len({entry["name"] for entry in listed}) < len(listed)
-    assert page.tags.count("img") == page.tags.count("figure") + page.tags.count("details") - 1      # one is the configuration's
+    assert (
+        page.tags.count("img") == page.tags.count("figure") + page.tags.count("details") - 1
+    )  # one is the configuration's
 
 
 def test_the_same_run_gives_the_same_bytes(run: Path):
@@ -98,9 +125,15 @@ def test_what_training_took_before_an_upgrade_is_no_obstacle_once_it_is_scored_a
 
 
 def test_a_run_with_nothing_but_a_score(tmp_path: Path):
-    (tmp_path / "score.json").write_text(json.dumps({"split": "testA", **score_of(blind=False).to_json()}))
+    (tmp_path / "score.json").write_text(
+        json.dumps({"split": "testA", **score_of(blind=False).to_json()})
+    )
     page = Page(report_run(tmp_path))
-    assert "Score: testA" in page.text and "Scores by group" not in page.text and not {"svg", "img", "form"} & set(page.tags)
+    assert (
+        "Score: testA" in page.text
+        and "Scores by group" not in page.text
+        and not {"svg", "img", "form"} & set(page.tags)
+    )
 
 
 def test_large_pictures_are_reduced(tmp_path: Path):
@@ -137,4 +170,6 @@ def test_pictures_of_an_older_version_are_shown(run: Path):
     old = ("group", "file", "name", "sentence", "iou")
     write_json(path, [{key: entry[key] for key in old} for entry in json.loads(path.read_text())])
     page = Page(report_run(run))
-    assert "IoU" in page.text and "boundary IoU 0" not in page.text and page.tags.count("figure") > 4
+    assert (
+        "IoU" in page.text and "boundary IoU 0" not in page.text and page.tags.count("figure") > 4
+    )

@@ -1,4 +1,5 @@
 """The journal: every number once, through kills, resumes and full disks."""
+
 from __future__ import annotations
 
 import json
@@ -17,14 +18,22 @@ from coupalign.tracking.outbox import tracking_address
 
 
 def points(run_dir: Path) -> list[tuple[int, str, float]]:
-    return [(row.step, name, value) for row, _ in read_rows(run_dir / JOURNAL) for name, value in row.metrics.items()]
+    return [
+        (row.step, name, value)
+        for row, _ in read_rows(run_dir / JOURNAL)
+        for name, value in row.metrics.items()
+    ]
 
 
 def test_a_row_is_on_disk_when_log_returns(tmp_path):
     journal = Journal(tmp_path)
     journal.log(3, {"loss": 0.5})
     value = json.loads((tmp_path / JOURNAL).read_text())
-    assert value["step"] == 3 and value["metrics"] == {"loss": 0.5} and isinstance(value["time"], float)
+    assert (
+        value["step"] == 3
+        and value["metrics"] == {"loss": 0.5}
+        and isinstance(value["time"], float)
+    )
     journal.close()
 
 
@@ -35,6 +44,7 @@ def test_numbers_that_json_does_not_have_survive_as_strict_json(tmp_path):
 
     def refuse(word):
         raise AssertionError(word)
+
     json.loads((tmp_path / JOURNAL).read_text(), parse_constant=refuse)
     (_, _, a), (_, _, b), (_, _, c) = points(tmp_path)
     assert math.isnan(a) and b == math.inf and c == -math.inf
@@ -53,8 +63,12 @@ def test_a_resume_after_a_kill_counts_no_step_twice_and_misses_none(tmp_path, cu
         again.log(step, {"loss": -1.0, "score": float(step)})
     again.close()
     found = points(tmp_path)
-    assert sorted(p for p in found if p[1] == "loss") == [(step, "loss", float(step)) for step in range(1, 12)]
-    assert [p for p in found if p[1] == "score"] == [(step, "score", float(step)) for step in range(5, 12)]
+    assert sorted(p for p in found if p[1] == "loss") == [
+        (step, "loss", float(step)) for step in range(1, 12)
+    ]
+    assert [p for p in found if p[1] == "score"] == [
+        (step, "score", float(step)) for step in range(5, 12)
+    ]
     assert (tmp_path / JOURNAL).read_bytes().endswith(b"\n")
 
 
@@ -82,7 +96,7 @@ class FullDisk:
     def write(self, data):
         if self.room == 0:
             raise OSError(28, "No space left on device")
-        taken = self.file.write(data[:self.room])
+        taken = self.file.write(data[: self.room])
         self.room -= taken
         return taken
 
@@ -135,6 +149,7 @@ def test_git_revision_tells_clean_dirty_and_untracked_folders(tmp_path):
     def git(*words):
         me = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *me, *words], check=True, capture_output=True)
+
     assert git_revision(tmp_path) == "unknown"
     git("init")
     (tmp_path / "package").mkdir()
@@ -153,18 +168,34 @@ def test_git_revision_tells_clean_dirty_and_untracked_folders(tmp_path):
 
 def test_the_address_is_configured_or_from_the_environment_or_beside_the_run(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_address(MlflowTracking(), tmp_path / "runs" / "a") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert (
+        tracking_address(MlflowTracking(), tmp_path / "runs" / "a")
+        == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    )
     monkeypatch.chdir(tmp_path)
-    assert tracking_address(MlflowTracking(), Path("runs/a")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking_address(MlflowTracking(uri="sqlite:///x.db"), Path("runs/a")) == f"sqlite:///{tmp_path}/x.db"
+    assert (
+        tracking_address(MlflowTracking(), Path("runs/a")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    )
+    assert (
+        tracking_address(MlflowTracking(uri="sqlite:///x.db"), Path("runs/a"))
+        == f"sqlite:///{tmp_path}/x.db"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     assert tracking_address(MlflowTracking(), tmp_path / "a") == "http://tracker:5000"
-    assert tracking_address(MlflowTracking(uri="http://other:1"), tmp_path / "a") == "http://other:1"
+    assert (
+        tracking_address(MlflowTracking(uri="http://other:1"), tmp_path / "a") == "http://other:1"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("uri, remedy", [("mlruns", "sqlite:///"), ("file:///tmp/mlruns", "sqlite:///"),
-                                         ("http://me:secret@host:5000", "MLFLOW_TRACKING_PASSWORD")])
+@pytest.mark.parametrize(
+    "uri, remedy",
+    [
+        ("mlruns", "sqlite:///"),
+        ("file:///tmp/mlruns", "sqlite:///"),
+        ("http://me:secret@host:5000", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
 def test_an_address_that_cannot_work_is_refused_on_every_rank(tmp_path, uri, remedy, rank):
     with pytest.raises(InputError, match=remedy) as refusal:
         with open_tracker(MlflowTracking(uri=uri), tmp_path / "a", "a", rank=rank):

@@ -1,4 +1,5 @@
 """MLflow behind the journal, against a real server that dies, hangs, loses its answers, and comes back."""
+
 from __future__ import annotations
 
 import math
@@ -37,15 +38,35 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-                   "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
-                   "--artifacts-destination", str(self.folder / "artifacts")]
+        environment = os.environ | {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.folder}/server.db",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+        ]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         until = time.monotonic() + 180
         while not self.answers():
-            assert self.process.poll() is None and time.monotonic() < until, (self.folder / "server.log").read_text()[-2000:]
+            assert self.process.poll() is None and time.monotonic() < until, (
+                self.folder / "server.log"
+            ).read_text()[-2000:]
             time.sleep(0.2)
 
     def answers(self) -> bool:
@@ -134,7 +155,9 @@ def client_of(uri: str):
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
-    return [(metric.step, metric.value) for metric in client_of(uri).get_metric_history(run_id, name)]
+    return [
+        (metric.step, metric.value) for metric in client_of(uri).get_metric_history(run_id, name)
+    ]
 
 
 def run_id_of(run_dir: Path) -> str | None:
@@ -152,7 +175,9 @@ def expected(last: int) -> list[tuple[int, float]]:
     return [(step, step / 7) for step in range(1, last + 1)]
 
 
-def test_a_server_that_is_killed_mid_run_loses_nothing_and_holds_nothing_up(server, tmp_path, caplog):
+def test_a_server_that_is_killed_mid_run_loses_nothing_and_holds_nothing_up(
+    server, tmp_path, caplog
+):
     config, run_dir = MlflowTracking(uri=server.uri, experiment="killed"), tmp_path / "run"
     with open_tracker(config, run_dir, "killed", rank=0, params={"a.b": 1}) as tracker:
         for step in range(1, 101):
@@ -172,13 +197,20 @@ def test_a_server_that_is_killed_mid_run_loses_nothing_and_holds_nothing_up(serv
     assert sorted(history(server.uri, run_id, "train/loss")) == expected(1400)
     run = client_of(server.uri).get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params == {"a.b": "1"}
-    assert [file.path for file in client_of(server.uri).list_artifacts(run_id, "scores")] == ["scores/score.json"]
-    assert caplog.text.count("cannot be reached") == 1 and caplog.text.count("is back and has everything") == 1
+    assert [file.path for file in client_of(server.uri).list_artifacts(run_id, "scores")] == [
+        "scores/score.json"
+    ]
+    assert (
+        caplog.text.count("cannot be reached") == 1
+        and caplog.text.count("is back and has everything") == 1
+    )
 
 
 def test_lost_answers_make_no_second_run_and_no_second_point(server, proxy, tmp_path):
     config, run_dir = MlflowTracking(uri=proxy.uri, experiment="lossy"), tmp_path / "run"
-    with open_tracker(config, run_dir, "lossy", rank=0, params={"a": 1}, tags={"b": "c"}) as tracker:
+    with open_tracker(
+        config, run_dir, "lossy", rank=0, params={"a": 1}, tags={"b": "c"}
+    ) as tracker:
         tracker.log(1, {"loss": 1 / 7})
         proxy.mode = "lose"
         wait_for(lambda: proxy.lost >= 3)
@@ -210,7 +242,9 @@ def test_every_answer_of_a_session_is_lost_once(server, proxy, tmp_path):
     assert sorted(history(server.uri, run_id, "loss")) == expected(1500)
 
 
-def test_a_server_that_is_away_at_the_start_and_hangs_at_the_end_gets_the_run_later(server, proxy, tmp_path, caplog, monkeypatch):
+def test_a_server_that_is_away_at_the_start_and_hangs_at_the_end_gets_the_run_later(
+    server, proxy, tmp_path, caplog, monkeypatch
+):
     monkeypatch.setattr(forward, "CLOSE_WAIT_S", 1.0)
     monkeypatch.setattr(forward, "CLOSE_WAIT_WORKING_S", 2.0)
     proxy.mode = "hang"
@@ -220,11 +254,20 @@ def test_a_server_that_is_away_at_the_start_and_hangs_at_the_end_gets_the_run_la
         for step in range(1, 51):
             tracker.log(step, {"loss": step / 7})
         tracker.artifact(tmp_path / "config.yaml")
-    assert "50 rows and 1 artifacts are not there yet" in caplog.text and f"coupalign track {run_dir}" in caplog.text
+    assert (
+        "50 rows and 1 artifacts are not there yet" in caplog.text
+        and f"coupalign track {run_dir}" in caplog.text
+    )
     assert run_id_of(run_dir) is None
     proxy.mode = "pass"
     result = sync(run_dir)
-    assert (result.rows, result.artifacts, result.rows_left, result.artifacts_left, result.error) == (50, 1, 0, 0, None)
+    assert (
+        result.rows,
+        result.artifacts,
+        result.rows_left,
+        result.artifacts_left,
+        result.error,
+    ) == (50, 1, 0, 0, None)
     assert sorted(history(server.uri, result.run_id, "loss")) == expected(50)
     assert client_of(server.uri).get_run(result.run_id).info.status == "FINISHED"
     again = sync(run_dir)
@@ -247,7 +290,11 @@ with open_tracker(MlflowTracking(uri=uri or None, experiment="shared"), run_dir,
 
 
 def session(uri: str, run_dir: Path, last: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SESSION, uri, str(run_dir), str(last)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", SESSION, uri, str(run_dir), str(last)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_killed_training_continues_the_same_run(server, tmp_path):
@@ -269,7 +316,9 @@ def test_a_killed_training_continues_the_same_run(server, tmp_path):
     assert client_of(server.uri).get_run(first).info.status == "FINISHED"
 
 
-def test_without_a_server_two_runs_share_a_fresh_database_although_a_third_died_creating_it(tmp_path):
+def test_without_a_server_two_runs_share_a_fresh_database_although_a_third_died_creating_it(
+    tmp_path,
+):
     runs = tmp_path / "two runs"
     died = session("", runs / "died", 40)
     wait_for(lambda: list(runs.glob(".mlflow.db.*.partial")))
@@ -289,22 +338,35 @@ def test_without_a_server_two_runs_share_a_fresh_database_although_a_third_died_
     (runs / "pictures" / "one.png").write_bytes(b"1")
     config, long = MlflowTracking(experiment="shared", system_metrics=True), "x" * 7000
     many = {f"p{n}": n for n in range(230)}
-    with open_tracker(config, runs / "a", "a", rank=0, params=many | {"long": long}, tags={"revision": "1"}) as tracker:
+    with open_tracker(
+        config, runs / "a", "a", rank=0, params=many | {"long": long}, tags={"revision": "1"}
+    ) as tracker:
         tracker.log(21, {"P@0.5": math.nan, "high": math.inf, "../up": 1.0, "loss": 3.0})
         tracker.artifact(runs / "pictures")
     client, first = client_of(uri), run_id_of(runs / "a")
     run = client.get_run(first)
     assert len(run.data.params) == 231 and run.data.params["long"] == "x" * 6000
     assert run.data.tags["revision"] == "1" and run.data.tags["mlflow.source.name"] == "coupalign"
-    assert math.isnan(run.data.metrics["P_at_0.5"]) and run.data.metrics["high"] > 1e300 and run.data.metrics["loss"] == 3.0
+    assert (
+        math.isnan(run.data.metrics["P_at_0.5"])
+        and run.data.metrics["high"] > 1e300
+        and run.data.metrics["loss"] == 3.0
+    )
     assert "../up" not in run.data.metrics and "system/process_memory_gb" in run.data.metrics
     assert [file.path for file in client.list_artifacts(first, "pictures")] == ["pictures/one.png"]
     assert list((runs / "mlartifacts").rglob("one.png")) and not (Path.cwd() / "mlruns").exists()
 
-    with pytest.raises(KeyError), open_tracker(config, runs / "a", "a", rank=0, params={"p0": 7, "new": 1}) as tracker:
+    with (
+        pytest.raises(KeyError),
+        open_tracker(config, runs / "a", "a", rank=0, params={"p0": 7, "new": 1}) as tracker,
+    ):
         raise KeyError("training failed")
     run = client.get_run(first)
-    assert run.info.status == "FAILED" and run.data.params["new"] == "1" and run.data.params["p0"] == "0"
+    assert (
+        run.info.status == "FAILED"
+        and run.data.params["new"] == "1"
+        and run.data.params["p0"] == "0"
+    )
     assert run.data.tags["changed.p0"] == "0 -> 7"
 
 

@@ -1,4 +1,5 @@
 """Every trainable parameter in exactly one group, with the decay it should have; apex is never confused with its namesake."""
+
 from __future__ import annotations
 
 import sys
@@ -17,7 +18,9 @@ from tests.distributed.jobs import SIZE, VOCABULARY, tiny
 @pytest.mark.parametrize("proposals", [None, 5e-5])
 def test_groups_partition_the_parameters(proposals: float | None) -> None:
     model = build_model(tiny().model, VOCABULARY, SIZE)
-    config = OptimConfig(lr=3e-4, lr_image=1e-4, lr_text=2e-4, lr_proposals=proposals, weight_decay=0.1)
+    config = OptimConfig(
+        lr=3e-4, lr_image=1e-4, lr_text=2e-4, lr_proposals=proposals, weight_decay=0.1
+    )
     groups = parameter_groups(model, config)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -26,7 +29,12 @@ def test_groups_partition_the_parameters(proposals: float | None) -> None:
         for parameter in group["params"]:
             name = trainable[id(parameter)]
             part = name.split(".")[0]
-            expected = {"image": 1e-4, "text": 2e-4, "proposals": proposals or 3e-4, "sma": proposals or 3e-4}.get(part, 3e-4)
+            expected = {
+                "image": 1e-4,
+                "text": 2e-4,
+                "proposals": proposals or 3e-4,
+                "sma": proposals or 3e-4,
+            }.get(part, 3e-4)
             assert group["lr"] == expected, name
             spared = parameter.ndim < 2 or "queries" in name or "gate" in name or "position" in name
             assert group["weight_decay"] == (0.0 if spared else 0.1), name
@@ -42,7 +50,9 @@ def test_every_layer_of_the_text_encoder_is_updated() -> None:
 
 def test_each_block_learns_slower_than_the_one_behind_it() -> None:
     model = build_model(tiny().model, VOCABULARY, SIZE)
-    groups = parameter_groups(model, OptimConfig(lr=1.0, lr_image=1.0, lr_text=1.0, layer_decay=0.5))
+    groups = parameter_groups(
+        model, OptimConfig(lr=1.0, lr_image=1.0, lr_text=1.0, layer_decay=0.5)
+    )
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     trainable = {name: rates[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     assert len(rates) == len(trainable)
@@ -53,7 +63,7 @@ def test_each_block_learns_slower_than_the_one_behind_it() -> None:
             case ["text", "bert", "encoder", "layer", layer, *_]:
                 assert rate == 0.5 ** (3 - int(layer)), name
             case ["text", *_]:
-                assert rate == 0.5 ** 4, "the embeddings come before the first layer"
+                assert rate == 0.5**4, "the embeddings come before the first layer"
             case _:
                 assert rate == 1.0, name
 

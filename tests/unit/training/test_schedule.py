@@ -1,4 +1,5 @@
 """The learning rate is a pure function of the step."""
+
 from __future__ import annotations
 
 import pytest
@@ -18,7 +19,9 @@ def test_it_rises_to_one_and_falls_to_the_end(kind: str) -> None:
 
 
 def test_poly_is_lavts() -> None:
-    assert lr_scale(250, 1000, ScheduleConfig(kind="poly", power=0.9)) == pytest.approx((1 - 250 / 1000) ** 0.9)
+    assert lr_scale(250, 1000, ScheduleConfig(kind="poly", power=0.9)) == pytest.approx(
+        (1 - 250 / 1000) ** 0.9
+    )
 
 
 def test_lengths_count_straddling_batches() -> None:
