@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coupalign" / "__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coupalign" / "version.py").read_text())[1]
 
 setup(
     name="coupalign",
@@ -54,7 +54,7 @@ setup(
             "playwright",
         ],
     },
-    entry_points={"console_scripts": ["coupalign = coupalign.cli:main"]},
+    entry_points={"console_scripts": ["coupalign = coupalign.cli.parser:main"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coupalign.version import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coupalign.predict import Predictor
-
-__version__ = "0.1.0"
+    from coupalign.predict.predictor import Predictor
+__all__ = ["__version__", "load"]
 
 
 def load(path: str | Path, device: str | None = None) -> Predictor:
@@ -23,6 +24,6 @@ def load(path: str | Path, device: str | None = None) -> Predictor:
         path: a run directory (its best checkpoint, else its newest) or one checkpoint directory.
         device: "cpu", "cuda", "cuda:1" …; none: the GPU where there is one.
     """
-    from coupalign.predict import Predictor
+    from coupalign.predict.predictor import Predictor
 
     return Predictor.from_checkpoint(path, device)

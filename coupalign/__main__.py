@@ -1,6 +1,6 @@
 """`python -m coupalign VERB …`: what every launcher starts."""
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

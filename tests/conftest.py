@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 from coupalign.compat import prepare_torchvision
-from coupalign.data import server
+from coupalign.data import fork_server
 
 # Without a GPU the kernels run in Triton's interpreter. It must be asked for before anything imports Triton, which
 # DeepSpeed does; `impl: auto` does not care.
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 prepare_torchvision()  # tests import timm and transformers themselves
 
 # The one server of worker processes and of ranks (distributed/ranks.py) has imported what either needs.
-server.PRELOADED[:] = ["tests.distributed.preload"]
+fork_server.PRELOADED[:] = ["tests.distributed.preload"]
 
 ROOT = Path(__file__).resolve().parents[1]
 

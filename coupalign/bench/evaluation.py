@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.profiler import profile, record_function
 
-from coupalign import dist
 from coupalign.bench.calls import activities, count_calls
 from coupalign.bench.machine import Rates, Result, describe_machine, rates
 from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
-from coupalign.data.loader import EvalLoader, build_eval_loader, open_tokenizer
-from coupalign.dist import World
+from coupalign.data.build import build_eval_loader, open_tokenizer
+from coupalign.data.loader import EvalLoader
+from coupalign.distributed.world import World, gather_rows
 from coupalign.engine.base import MixedPrecision, Phases
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import evaluate
 from coupalign.evaluation.protocols import find_protocol
-from coupalign.model.methods import build_model
+from coupalign.model.build import build_model
 
 _MODEL = "bench eval: model"  # what the profiler calls it
 _PROFILED = 3  # batches
@@ -140,7 +140,7 @@ def _score(watched: _Watched, config: Config, world: World) -> None:
         watched.infer,
         watched,
         [find_protocol(config.evaluate.protocol)],
-        gather=partial(dist.gather_rows, world=world),
+        gather=partial(gather_rows, world=world),
         rank=world.rank,
         bootstrap=0,
         title="bench eval",

@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from coupalign.costs.traffic import BYTES_PER_S, Traffic, one_operator_attention
 from coupalign.errors import InputError
 from coupalign.kernels import obstacle
-from coupalign.model.traffic import BYTES_PER_S, Traffic, one_operator_attention
 from coupalign.model.wpa import WordPixelAlignment
 
 STAGES = ((14_400, 128), (3_600, 256), (900, 512), (225, 1024))  # P, C of Swin-B at 480 x 480

@@ -34,7 +34,8 @@ from tqdm import tqdm
 from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
 from coupalign.config.schema import Config, DataConfig
 from coupalign.data import masks
-from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
+from coupalign.data.build import build_train_loader, open_tokenizer
+from coupalign.data.loader import TrainLoader
 from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square

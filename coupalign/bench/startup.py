@@ -36,7 +36,7 @@ def note(name):
     print("{_MARK}" + name, file=sys.stderr, flush=True)
 sys.addaudithook(lambda event, words: note(words[0]) if event == "coupalign.doing" else None)
 note("imports")
-from coupalign.cli import main
+from coupalign.cli.parser import main
 status = main(sys.argv[3:])
 times.append(("the end", time.time()))
 with open(sys.argv[2], "w") as file:

@@ -24,18 +24,18 @@ from coupalign.bench.calls import activities, count_calls
 from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
 from coupalign.config.load import override
 from coupalign.config.schema import Config
+from coupalign.costs.traffic import step_traffic
+from coupalign.costs.utilization import matmul_peak
 from coupalign.data.batch import Batch, random_batch
-from coupalign.data.loader import build_train_loader, open_tokenizer
+from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.order import micro_batches
-from coupalign.dist import World
+from coupalign.distributed.world import World
 from coupalign.engine.base import DTYPES, Engine, Phases, seed_step
 from coupalign.engine.build import build_engine
-from coupalign.model.methods import build_model
-from coupalign.model.referring import called_modules
+from coupalign.engine.optimizer import build_optimizer
+from coupalign.model.base import called_modules
+from coupalign.model.build import build_model
 from coupalign.model.text import vocabulary_of
-from coupalign.model.traffic import step_traffic
-from coupalign.training.meter import matmul_peak
-from coupalign.training.optim import build_optimizer
 
 Steps = Iterator[list[Batch]]
 _LOOKED_AT, _PROFILED = 5, 3

@@ -20,7 +20,7 @@ import numpy as np
 
 from coupalign.config.schema import DataConfig
 from coupalign.data.index import ImageEntry, RefEntry, ShardIndex
-from coupalign.data.samples import SampleTable, wanted
+from coupalign.data.table import SampleTable, wanted
 from coupalign.errors import InputError
 from coupalign.files import write_json
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from coupalign import dist
 from coupalign.data.batch import Batch
-from coupalign.dist import World
-from coupalign.engine.moments import Moments
+from coupalign.distributed.world import World, gather_on_device, sum_over_ranks
+from coupalign.engine.optimizer_state import Moments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -175,7 +174,7 @@ class Phases:
         return event
 
 
-class Updates:
+class LossScale:
     """Counts the updates that were applied, on the device, and follows fp16's loss scale.
 
     The scale halves on overflow and doubles after 2,000 good steps; it is 1 and constant for the other types. It is a number of the
@@ -217,7 +216,7 @@ def end_step(
     micro_losses: Sequence[dict[str, Tensor]],
     world: World,
     phases: Phases,
-    updates: Updates,
+    updates: LossScale,
     update: Callable[[], Tensor],
 ) -> StepStats:
     """What is the same for every engine once the gradients are there.
@@ -233,7 +232,7 @@ def end_step(
                 for losses in micro_losses
             ]
         ).mean(0)
-        means = dist.gather_on_device(mine, world)
+        means = gather_on_device(mine, world)
     with phases("optimizer"):
         norm = update()
     scale = updates.scale
@@ -278,7 +277,7 @@ def agree_on_statistics(model: nn.Module, world: World) -> None:
             and module.weight.requires_grad
         ):
             for statistic in (module.running_mean, module.running_var):
-                dist.sum_over_ranks(statistic, world)
+                sum_over_ranks(statistic, world)
                 statistic /= world.size
 
 

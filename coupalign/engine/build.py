@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from coupalign.config.schema import Config, DdpEngine, DeepSpeedEngine
-from coupalign.dist import World
+from coupalign.distributed.world import World
 from coupalign.engine.base import Engine
 from coupalign.errors import InputError
-from coupalign.model.compiled import compile_regions
-from coupalign.model.referring import ReferringModel
+from coupalign.model.base import ReferringModel
+from coupalign.model.compile import compile_regions
 
 
 def build_engine(

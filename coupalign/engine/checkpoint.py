@@ -28,20 +28,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coupalign import __version__, dist
 from coupalign.config.load import diff, dump, read_config
 from coupalign.config.schema import BertText, Config, DeepSpeedEngine
 from coupalign.data.leak import TRAINED_ON
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.dist import World
+from coupalign.distributed.watchdog import doing
+from coupalign.distributed.world import World, on_main, wait_for_all
 from coupalign.engine.base import Engine, TrainState
 from coupalign.engine.manifest import find_damage, write_manifest
-from coupalign.engine.moments import make_universal, open_moments
+from coupalign.engine.optimizer_state import make_universal, open_optimizer_state
 from coupalign.errors import InputError
 from coupalign.files import publish_directory, write_json
 from coupalign.model.text import write_shape
-from coupalign.model.weights import write_weights
-from coupalign.watch import doing
+from coupalign.model.weights.load import write_weights
+from coupalign.version import __version__
 
 logger = logging.getLogger("coupalign.checkpoints")
 
@@ -96,11 +96,11 @@ class Checkpoints:
         final = self.folder / f"step-{state.step:08d}"
         partial = self.folder / f".{final.name}.partial"
         with self._explained(partial, final):
-            dist.on_main(lambda: _empty(partial), self.world)
+            on_main(lambda: _empty(partial), self.world)
             self._fill(partial, engine, state, tokenizer)
-            dist.wait_for_all(self.world)
+            wait_for_all(self.world)
             write_manifest(partial, self.world)
-            dist.on_main(lambda: self._publish(partial, final, state), self.world)
+            on_main(lambda: self._publish(partial, final, state), self.world)
         return final
 
     def resume(self, engine: Engine) -> TrainState | None:
@@ -112,12 +112,12 @@ class Checkpoints:
         Raises:
             InputError: it belongs to another configuration or data set, named field by field, or all of them are damaged.
         """
-        found = dist.on_main(lambda: recovered(self.folder), self.world)
+        found = on_main(lambda: recovered(self.folder), self.world)
         for path in reversed(found):
             doing(f"checking {path.name}")
             damage = find_damage(path, self.world)
             if damage:
-                dist.on_main(lambda: self._set_aside(path, damage), self.world)  # noqa: B023, called at once
+                on_main(lambda: self._set_aside(path, damage), self.world)  # noqa: B023, called at once
                 continue
             meta = json.loads((path / "state.json").read_text("utf-8"))
             self._check(path, meta)
@@ -138,8 +138,8 @@ class Checkpoints:
             return
         if self.world.is_main:
             logger.warning("%s was written by %s; %s takes it over", path, _named(was), _named(now))
-        dist.on_main(lambda: make_universal(path, logger.warning), self.world)
-        engine.adopt(path, open_moments(path), meta["counters"])
+        on_main(lambda: make_universal(path, logger.warning), self.world)
+        engine.adopt(path, open_optimizer_state(path), meta["counters"])
 
     def _fill(self, partial: Path, engine: Engine, state: TrainState, tokenizer: Tokenizer) -> None:
         weights, averages = engine.export(), engine.export(averaged=True)
@@ -167,7 +167,7 @@ class Checkpoints:
                 },
             )
 
-        dist.on_main(write_all_but_the_optimizer, self.world)
+        on_main(write_all_but_the_optimizer, self.world)
         engine.save(partial)
 
     def _engine(self) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Checkpoints:
                 raise
             free = shutil.disk_usage(self.config.directory).free / 1e9
             shutil.rmtree(partial, ignore_errors=True)
-            kept = ", ".join(path.name for path in finished(self.folder)) or "none"
+            kept = ", ".join(path.name for path in finished_checkpoints(self.folder)) or "none"
             raise InputError(
                 f"{final}: the checkpoint could not be written ({error}; {free:.3f} GB free). Whole checkpoints there: "
                 f"{kept}. Make room or choose another run_dir, then start again: the run goes on from the newest"
@@ -244,12 +244,12 @@ class Checkpoints:
 
     def _prune(self) -> None:
         best = (self.folder / "best").resolve()
-        for old in finished(self.folder)[: -self.config.train.keep_last]:
+        for old in finished_checkpoints(self.folder)[: -self.config.train.keep_last]:
             if old.resolve() != best:
                 shutil.rmtree(old)
 
 
-def finished(folder: Path) -> list[Path]:
+def finished_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints below a checkpoint folder, oldest first."""
     return sorted(folder.glob("step-*"))
 
@@ -262,7 +262,7 @@ def recovered(folder: Path) -> list[Path]:
             shutil.rmtree(old)
         else:
             old.rename(place)
-    return finished(folder)
+    return finished_checkpoints(folder)
 
 
 def _about_writing(error: BaseException | None) -> bool:

@@ -14,21 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 from coupalign.config.schema import Config, DdpEngine
 from coupalign.data.batch import Batch, random_batch
 from coupalign.data.order import micro_batches
-from coupalign.dist import World
-from coupalign.engine.average import Average
+from coupalign.distributed.world import World
 from coupalign.engine.base import (
+    LossScale,
     MixedPrecision,
     Phases,
     StepStats,
-    Updates,
     backward_loss,
     end_step,
     held_bytes,
     same_statistics,
 )
-from coupalign.engine.graphs import Recorded, zero_gradients
-from coupalign.engine.moments import Moments, adopt_whole, open_moments, write_whole
-from coupalign.model.weights import load_model_weights, read_weights
+from coupalign.engine.ema import Ema
+from coupalign.engine.graphs import RecordedStep, zero_gradients
+from coupalign.engine.optimizer_state import Moments, adopt_whole, open_optimizer_state, write_whole
+from coupalign.model.weights.load import load_model_weights, read_weights
 
 
 class Ddp:
@@ -40,12 +40,12 @@ class Ddp:
         assert isinstance(config.engine, DdpEngine)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.clip = config.optim.clip_norm or float("inf")
-        self.updates = Updates(config.precision, world.device)
+        self.updates = LossScale(config.precision, world.device)
         self.phases = Phases(world.device)
         self.net: nn.Module = MixedPrecision(model, config.precision)
         self.recorded = config.cuda_graphs
         if self.recorded:
-            self.net = Recorded(
+            self.net = RecordedStep(
                 self.net, _some_batch(config, world)
             )  # DDP asks for that to come first
         if world.size > 1:
@@ -65,7 +65,7 @@ class Ddp:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.ema = config.train.ema and Average(named, config.train.ema.decay)
+        self.ema = config.train.ema and Ema(named, config.train.ema.decay)
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         self.net.train()
@@ -120,7 +120,7 @@ class Ddp:
             write_whole(directory, self.model, self.optimizer)
 
     def load(self, directory: Path, counters: dict[str, float]) -> None:
-        self.adopt(directory, open_moments(directory), counters)
+        self.adopt(directory, open_optimizer_state(directory), counters)
 
     def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
         self.updates.restore(counters)

@@ -16,7 +16,7 @@ from coupalign.data.batch import Batch
 from coupalign.engine.base import same_statistics
 
 
-class Recorded(nn.Module):
+class RecordedStep(nn.Module):
     """A network that plays its training passes back. Scoring runs it as it is.
 
     Gradients must be there before the first backward pass of a step: `zero_gradients`.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from coupalign import dist
-from coupalign.dist import World
+from coupalign.distributed.world import World, gather_objects, on_main
 from coupalign.files import sha256_of, write_json
 
 MANIFEST = "manifest.json"
@@ -16,7 +15,7 @@ def write_manifest(folder: Path, world: World) -> None:
     """Describe all files below `folder`, each rank reading its part of them; collective."""
     found = _read(folder, _names(folder, world), world)
     files = {name: {"bytes": size, "sha256": digest} for name, size, digest in found}
-    dist.on_main(lambda: write_json(folder / MANIFEST, {"format": 1, "files": files}), world)
+    on_main(lambda: write_json(folder / MANIFEST, {"format": 1, "files": files}), world)
 
 
 def find_damage(folder: Path, world: World) -> list[str]:
@@ -28,7 +27,7 @@ def find_damage(folder: Path, world: World) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    wanted = dist.on_main(listed, world)
+    wanted = on_main(listed, world)
     if wanted is None:
         return [f"{MANIFEST} is missing or unreadable"]
     problems = []
@@ -56,7 +55,7 @@ def damaged_alone(folder: Path, name: str) -> str | None:
 
 
 def _names(folder: Path, world: World) -> list[str]:
-    return dist.on_main(
+    return on_main(
         lambda: sorted(
             str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
         ),
@@ -68,7 +67,7 @@ def _read(folder: Path, names: list[str], world: World) -> list[tuple[str, int |
     """(name, bytes, sha256) of each file, in the order of `names`; none and none where it cannot be read."""
     mine = [_look(folder, name) for name in names[world.rank :: world.size]]
     return sorted(
-        (entry for part in dist.gather_objects(mine, world) for entry in part),
+        (entry for part in gather_objects(mine, world) for entry in part),
         key=lambda entry: entry[0],
     )
 

@@ -18,30 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coupalign.compat import package_hidden
 from coupalign.config.schema import Config, DeepSpeedEngine
 from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches
-from coupalign.dist import World
-from coupalign.engine.average import Average
+from coupalign.distributed.world import World
 from coupalign.engine.base import (
+    LossScale,
     MixedPrecision,
     Phases,
     StepStats,
-    Updates,
     backward_loss,
     end_step,
     held_bytes,
 )
-from coupalign.engine.moments import (
+from coupalign.engine.ema import Ema
+from coupalign.engine.optimizer_state import (
     SHARES,
     Moments,
     adopt_whole,
     fresh_state,
-    open_moments,
+    open_optimizer_state,
     write_whole,
 )
-from coupalign.model.weights import load_model_weights, read_weights
-from coupalign.start import absent
+from coupalign.model.weights.load import load_model_weights, read_weights
 
 
 def deepspeed_config(config: Config, ranks: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Zero:
         self.deepspeed = _import_deepspeed(world)
         self.device, self.world, self.model, self.optimizer = world.device, world, model, optimizer
         self.stage, self.clip = config.engine.stage, config.optim.clip_norm or float("inf")
-        self.updates = Updates(config.precision, world.device)
+        self.updates = LossScale(config.precision, world.device)
         self.phases = Phases(world.device)
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.engine, *_ = self.deepspeed.initialize(
@@ -98,7 +98,7 @@ class Zero:
             dist_init_required=False,
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.ema = config.train.ema and Average(self._shares(), config.train.ema.decay)
+        self.ema = config.train.ema and Ema(self._shares(), config.train.ema.decay)
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         self.engine.train()
@@ -137,7 +137,7 @@ class Zero:
 
     def load(self, directory: Path, counters: dict[str, float]) -> None:
         if self.stage == 0:
-            self.adopt(directory, open_moments(directory), counters)
+            self.adopt(directory, open_optimizer_state(directory), counters)
             return
         path, _ = self.engine.load_checkpoint(str(directory), tag=SHARES)
         assert path is not None, f"{directory}: DeepSpeed found no checkpoint of its own"
@@ -291,7 +291,7 @@ def _import_deepspeed(world: World) -> Any:
         os.environ.setdefault(name, str(value))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with absent(
+    with package_hidden(
         "mlflow"
     ):  # its autotuner, which nobody calls here, would import it: nearly half of the time
         import deepspeed

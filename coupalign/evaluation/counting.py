@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coupalign.evaluation.protocols import Protocol, count, logits_at_original_size
-from coupalign.evaluation.transfer import Coming, send
+from coupalign.evaluation.protocols import Protocol, count_pixels, logits_at_original_size
+from coupalign.evaluation.transfer import PendingCopy, start_copy
 
 if TYPE_CHECKING:
     from coupalign.data.batch import Frame, SampleInfo
@@ -39,8 +39,8 @@ class Counted:
     """
 
     infos: tuple[SampleInfo, ...]
-    counts: Coming
-    predictions: Mapping[int, Coming]
+    counts: PendingCopy
+    predictions: Mapping[int, PendingCopy]
     on_gpu: bool
 
     def rows(self) -> np.ndarray:
@@ -75,7 +75,7 @@ def count_batch(
     """
     counts: list[Tensor] = []
     ordered: list[SampleInfo] = []
-    predictions: dict[int, Coming] = {}
+    predictions: dict[int, PendingCopy] = {}
     for frame, places in _groups(infos):
         members = [infos[place] for place in places]
         squares = torch.stack(
@@ -85,9 +85,9 @@ def count_batch(
         wanted = [place for place, info in enumerate(members) if info.number in shown]
         if wanted:
             masks = logits_at_original_size(squares, frame) > 0
-            predictions |= {len(ordered) + place: Coming(masks[place]) for place in wanted}
+            predictions |= {len(ordered) + place: PendingCopy(masks[place]) for place in wanted}
         ordered += members
-    return Counted(tuple(ordered), Coming(torch.cat(counts)), predictions, logits.is_cuda)
+    return Counted(tuple(ordered), PendingCopy(torch.cat(counts)), predictions, logits.is_cuda)
 
 
 def row_width(protocols: int) -> int:
@@ -117,7 +117,7 @@ def _count_group(
 ) -> Tensor:
     """int32 [n, 1 + 4 * protocols] of samples of one frame: whether broken, and the pixels."""
     placed = {
-        place: send(np.stack([place(truth, frame) for truth in truths]), squares.device)
+        place: start_copy(np.stack([place(truth, frame) for truth in truths]), squares.device)
         for place in dict.fromkeys(protocol.place for protocol in protocols)
     }
     broken = ~torch.isfinite(squares).flatten(1).all(dim=1)
@@ -125,7 +125,7 @@ def _count_group(
         [
             broken.int()[:, None],
             *(
-                count(protocol.predict(squares, frame), placed[protocol.place])
+                count_pixels(protocol.predict(squares, frame), placed[protocol.place])
                 for protocol in protocols
             ),
         ],

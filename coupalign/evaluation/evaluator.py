@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coupalign.distributed.watchdog import doing
 from coupalign.errors import InputError
 from coupalign.evaluation.counting import Counted, count_batch, row_width, rows_under
-from coupalign.evaluation.facts import WIDTH
 from coupalign.evaluation.metrics import Score, boundary_ious, deduplicate, ious, summarize
-from coupalign.evaluation.pictures import Picture, prune
 from coupalign.evaluation.protocols import Protocol
-from coupalign.evaluation.transfer import one_behind
-from coupalign.watch import doing
+from coupalign.evaluation.rows import WIDTH
+from coupalign.evaluation.shelf import Picture, prune
+from coupalign.evaluation.transfer import lag_by_one
 
 if TYPE_CHECKING:
     from coupalign.data.batch import Batch
     from coupalign.data.loader import EvalLoader
-    from coupalign.data.samples import Rule
+    from coupalign.data.table import Rule
 
 _GPU_SLACK = 0.01  # share of the union by which a sample that two ranks scored may differ on a GPU
 
@@ -107,7 +107,7 @@ def evaluate(
                 infer(batch if device is None else batch.to(device)), batch.info, protocols, shown
             )
 
-    for batch in one_behind(counted()):
+    for batch in lag_by_one(counted()):
         rows.append(batch.rows())
         slack = _GPU_SLACK if batch.on_gpu else slack
         shelf = prune([*shelf, *_pictures(batch, rows[-1], protocols[0])], pictures)

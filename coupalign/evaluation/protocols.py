@@ -29,7 +29,7 @@ from coupalign.evaluation.metrics import Empty
 if TYPE_CHECKING:
     from coupalign.config.schema import DataConfig, Source
     from coupalign.data.batch import Frame
-    from coupalign.data.samples import Rule
+    from coupalign.data.table import Rule
 
 _CRIS_THRESHOLD = 0.35
 
@@ -51,7 +51,7 @@ class Protocol:
     threshold: str
 
 
-def count(prediction: Tensor, truth: Tensor) -> Tensor:
+def count_pixels(prediction: Tensor, truth: Tensor) -> Tensor:
     """int32 [n, 4]: pixels in the intersection and in the union of masks bool [n, h, w], and in those of their boundary bands."""
     assert prediction.shape == truth.shape, (
         f"prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"

@@ -12,7 +12,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Coming:
+class PendingCopy:
     """A copy on its way to the host. Whoever wants it waits for it alone, and not for what the device was given since."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -33,13 +33,13 @@ class Coming:
         return self._tensor.numpy()
 
 
-def send(array: np.ndarray, device: torch.device) -> Tensor:
+def start_copy(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device, by way of page-locked memory, from which the copy does not block."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def one_behind(items: Iterable[T]) -> Iterator[T]:
+def lag_by_one(items: Iterable[T]) -> Iterator[T]:
     """The same items, each once the next one has been made."""
     rest = iter(items)
     for before in rest:

@@ -56,7 +56,7 @@ def choose(impl: str) -> Literal["reference", "fused"]:
             )
 
 
-def explain(impl: str) -> str:
+def describe_choice(impl: str) -> str:
     """What `choose` takes and why, for people."""
     if impl == "plain":
         return "plain PyTorch with the pixel-side projections, the oracle"

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coupalign.kernels.plan import Plan, plan
+from coupalign.kernels.plan import KernelPlan, plan_kernels
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FINEST_SHIFT = (
@@ -788,9 +788,9 @@ def attention_backward(
     return grad_pixels, grad_keys, grad_values, grad_bias
 
 
-def _plan(direction: str, pixels: Tensor, keys: Tensor, heads: int) -> Plan:
+def _plan(direction: str, pixels: Tensor, keys: Tensor, heads: int) -> KernelPlan:
     batch, count, channels = pixels.shape
-    return plan(
+    return plan_kernels(
         direction,
         batch,
         count,
@@ -814,7 +814,7 @@ def _shared_memory(device: torch.device) -> int:
 
 def _launch(
     kernel: triton.JITFunction,
-    cut: Plan,
+    cut: KernelPlan,
     batch: int,
     channels: int,
     heads: int,
@@ -835,7 +835,7 @@ def _launch(
 
 def _launch_combine(
     kernel: triton.JITFunction,
-    cut: Plan,
+    cut: KernelPlan,
     batch: int,
     channels: int,
     heads: int,

@@ -65,7 +65,7 @@ WIDE_FLOAT32: dict[
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelPlan:
     """A launch. Its grid is groups x splits x B: a split is a run of `tiles` tiles, a group `blocks` channel blocks."""
 
     tiling: Tiling
@@ -93,7 +93,7 @@ class Plan:
         return {"C_": max(16, 1024 // self.columns), "W": self.columns, "W_HEAD": self.head_columns}
 
 
-def plan(
+def plan_kernels(
     direction: Direction,
     batch: int,
     pixels: int,
@@ -102,7 +102,7 @@ def plan(
     heads: int,
     dtype: torch.dtype,
     shared_memory: int = 227 * 1024,
-) -> Plan:
+) -> KernelPlan:
     """Cut [batch, pixels, channels] with `heads` x `words` columns; `shared_memory` is what one program can have, in bytes."""
     columns, head_columns = _columns(words, heads)
     block = max(64, _power_of_two(channels))
@@ -117,7 +117,7 @@ def plan(
     splits = -(-tiles_of_image // tiles)
     all_blocks = -(-channels // tiling.channels)
     blocks = -(-all_blocks // max(1, min(all_blocks, PROGRAMS // (batch * splits))))
-    return Plan(
+    return KernelPlan(
         tiling, not narrow, columns, head_columns, tiles, splits, blocks, -(-all_blocks // blocks)
     )
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from coupalign.errors import InputError
 from coupalign.kernels import fused
-from coupalign.kernels.plan import MOST_CHANNELS, Direction, Plan, plan, refusal
+from coupalign.kernels.plan import MOST_CHANNELS, Direction, KernelPlan, plan_kernels, refusal
 
 # Channels after the four stages of each supported backbone.
 STAGES = {
@@ -86,10 +86,10 @@ class Case:
         return "combine" in self.kernel or "prepare" in self.kernel
 
     @property
-    def plan(self) -> Plan:
+    def plan_kernels(self) -> KernelPlan:
         direction: Direction = "forward" if self.kernel.startswith("forward") else "backward"
         channels = self.channels or MOST_CHANNELS
-        return plan(
+        return plan_kernels(
             direction,
             32,
             14_400,

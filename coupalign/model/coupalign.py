@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from coupalign.config.schema import CoupAlignConfig
 from coupalign.errors import InputError
+from coupalign.model.base import STAGES, ReferringModel
 from coupalign.model.decoder import MaskHead, PixelDecoder
 from coupalign.model.losses import referring_losses
 from coupalign.model.proposals import MaskProposals
-from coupalign.model.referring import STAGES, ReferringModel
 from coupalign.model.refine import PointRefinement, point_loss
 from coupalign.model.sma import SentenceMaskAlignment, sentence_state
 from coupalign.model.wpa import WordPixelAlignment

@@ -22,7 +22,7 @@ from coupalign.model.wpa import WordPixelAlignment
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionMaps:
     """The attention of one stage, the mean of its heads; float32 [B, T, H, W] each.
 
     Attributes:
@@ -48,11 +48,11 @@ class Explanation:
     weights: Tensor | None = None
     signals: Tensor | None = None
     spread: Tensor | None = None
-    attention: dict[int, Attention] = field(default_factory=dict)
+    attention: dict[int, AttentionMaps] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def explain(
+def explain_prediction(
     model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, proposals: int = 6
 ) -> Explanation:
     """Run `model`, which is in evaluation mode, on a batch and listen at its alignments.
@@ -121,8 +121,8 @@ def mask_signals(
 
 def _stage_attention(
     wpa: WordPixelAlignment, pixels: Tensor, words: Tensor, word_mask: Tensor
-) -> Attention:
+) -> AttentionMaps:
     maps = word_pixel_attention(wpa, wpa.norm_pixels(pixels), wpa.norm_words(words), word_mask)
     side = isqrt(pixels.shape[1])  # the input is a square
     assert side * side == pixels.shape[1], f"{pixels.shape[1]} pixels are no square"
-    return Attention(*(each.float().mean(1).unflatten(2, (side, side)) for each in maps))
+    return AttentionMaps(*(each.float().mean(1).unflatten(2, (side, side)) for each in maps))

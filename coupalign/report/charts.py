@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from coupalign.tracking.base import read_rows
+from coupalign.tracking.journal import read_journal
 
 Points = list[tuple[float, float]]
 
@@ -19,7 +19,7 @@ _SCORES = ("oIoU", "mIoU", "P@0.5", "P@0.7", "P@0.9")
 def read_curves(journal: Path) -> dict[str, Points]:
     """Finite (step, value) points by metric name, sorted by step, from metrics.jsonl; empty where there is none."""
     curves: dict[str, dict[float, float]] = {}
-    for row, _ in read_rows(journal):
+    for row, _ in read_journal(journal):
         for name, value in row.metrics.items():
             if math.isfinite(value):
                 curves.setdefault(name, {})[row.step] = value

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from coupalign.evaluation.pictures import Kept, read_pictures
 from coupalign.report.groups import KINDS, groups_of
+from coupalign.report.pictures import SavedPicture, read_pictures
 from coupalign.report.scores import percent
 
 _GROUPS = {"best": "Best", "median": "Median", "worst": "Worst", "random": "Random"}
@@ -40,7 +40,7 @@ def picture_section(split: str, folder: Path) -> str:
     if not groups:
         return ""
     shown: dict[
-        str, Kept
+        str, SavedPicture
     ] = {}  # a sample that is in several groups is shown once, explained where any of them is
     for kept in [kept for members in groups.values() for kept in members]:
         if kept.name not in shown or kept.why and not shown[kept.name].why:
@@ -63,7 +63,7 @@ def picture_section(split: str, folder: Path) -> str:
     )
 
 
-def _tags(kept: Kept) -> list[str]:
+def _tags(kept: SavedPicture) -> list[str]:
     """The groups of the tables that a sample belongs to, "<kind>:<number of its label>"."""
     return [
         f"{kind}:{KINDS[kind][1].index(label)}"
@@ -96,7 +96,7 @@ def _controls(groups: list[str], tags: set[str]) -> str:
     )
 
 
-def _card(place: int, folder: Path, kept: Kept, groups: list[str], tags: list[str]) -> str:
+def _card(place: int, folder: Path, kept: SavedPicture, groups: list[str], tags: list[str]) -> str:
     size = 100 * kept.area / kept.pixels if kept.pixels else None
     data = {
         "place": place,
@@ -123,7 +123,7 @@ def _card(place: int, folder: Path, kept: Kept, groups: list[str], tags: list[st
     )
 
 
-def _facts(kept: Kept, size: float | None) -> Iterator[str]:
+def _facts(kept: SavedPicture, size: float | None) -> Iterator[str]:
     yield f"IoU <b>{percent(kept.iou)}</b>"
     if kept.boundary is not None:
         yield f"boundary IoU <b>{percent(kept.boundary)}</b>"

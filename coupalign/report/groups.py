@@ -12,10 +12,10 @@ from html import escape
 
 import numpy as np
 
-from coupalign.data.phrases import ORDINALS, RELATIONS, SIDES
+from coupalign.data.refshapes.phrases import ORDINALS, RELATIONS, SIDES
 from coupalign.data.transforms import mirror_sentence, names_color
-from coupalign.evaluation.facts import Rows
 from coupalign.evaluation.metrics import Empty, summarize
+from coupalign.evaluation.rows import Rows
 
 FEW = 30  # samples; a score of fewer says little
 

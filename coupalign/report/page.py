@@ -21,15 +21,15 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from coupalign.evaluation.facts import Rows, read_rows, rows_path
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import find_protocol
+from coupalign.evaluation.rows import Rows, read_rows, rows_path
 from coupalign.files import whole_file
 from coupalign.report.charts import Points, curve_section, read_curves
 from coupalign.report.gallery import picture_section
 from coupalign.report.groups import group_section
 from coupalign.report.scores import header, name_scores, read_scores, score_section
-from coupalign.tracking.base import JOURNAL
+from coupalign.tracking.journal import JOURNAL
 
 
 def report_run(run: Path) -> Path:

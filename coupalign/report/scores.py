@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from coupalign.errors import InputError
-from coupalign.evaluation.facts import rows_path
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import PROTOCOLS
+from coupalign.evaluation.rows import rows_path
 
 Key = tuple[str, str, str]  # split, protocol, sentence rule
 

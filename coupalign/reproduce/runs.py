@@ -20,12 +20,12 @@ from pathlib import Path
 
 from coupalign.config.load import diff, read_config
 from coupalign.config.schema import Config
-from coupalign.data.pack import pack
-from coupalign.data.recipe import read_recipe
-from coupalign.data.synthetic import synth
+from coupalign.data.packing.pack import pack
+from coupalign.data.packing.recipe import read_recipe
+from coupalign.data.refshapes.generate import synth
 from coupalign.errors import InputError
 from coupalign.files import whole_file
-from coupalign.reproduce.spec import Row, Table
+from coupalign.reproduce.spec import Table, TableRow
 
 CONFIGS, RUNS = Path("configs"), Path("runs")
 SWEEP, RECIPE = Path("slurm/sweep.sbatch"), Path("shards/recipes/refshapes.yaml")
@@ -38,7 +38,7 @@ _SPLITS_OF_SHAPES = ("val", "testA", "testB")
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training: a configuration file, what is changed in it, and a seed."""
 
     config: Path
@@ -67,16 +67,18 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended: its status (0: there are scores), the time it took and the file with what it said."""
 
-    run: Run
+    run: PlannedRun
     status: int
     seconds: float
     log: Path
 
 
-def plan_runs(table: Table, scale: str | None, seeds: int) -> list[tuple[Row, list[Run]]]:
+def plan_runs(
+    table: Table, scale: str | None, seeds: int
+) -> list[tuple[TableRow, list[PlannedRun]]]:
     """For each row its runs, none for one that is not in the harness.
 
     Args:
@@ -96,7 +98,9 @@ def plan_runs(table: Table, scale: str | None, seeds: int) -> list[tuple[Row, li
             made = row.shapes is not None and (CONFIGS / f"{SHAPES[scale][0]}.yaml", row.shapes)
         else:
             made = row.config is not None and (CONFIGS / row.config, ())
-        planned.append((row, [Run(*made, seed, splits) for seed in range(seeds)] if made else []))
+        planned.append(
+            (row, [PlannedRun(*made, seed, splits) for seed in range(seeds)] if made else [])
+        )
     if not any(runs for _, runs in planned):
         raise InputError(
             f"{table.title!r} has no row for {'RefShapes' if scale else 'real data'}; "
@@ -119,8 +123,11 @@ def make_shapes(scale: str) -> None:
 
 
 def run_all(
-    runs: Sequence[Run], changes: Sequence[str] = (), launcher: Sequence[str] = (), jobs: int = 1
-) -> list[Outcome]:
+    runs: Sequence[PlannedRun],
+    changes: Sequence[str] = (),
+    launcher: Sequence[str] = (),
+    jobs: int = 1,
+) -> list[RunResult]:
     """Train and score each run that has not been; the output of run X goes to runs/X.log.
 
     Args:
@@ -140,7 +147,7 @@ def run_all(
         ThreadPoolExecutor(jobs) as pool,
     ):
 
-        def one(place: int) -> Outcome:
+        def one(place: int) -> RunResult:
             return children.bring_about(
                 runs[place], changes, f"[{place + 1}/{len(runs)}] {runs[place].directory}"
             )
@@ -148,7 +155,7 @@ def run_all(
         return list(pool.map(one, range(len(runs))))
 
 
-def is_done(run: Run, config: Config) -> bool:
+def is_done(run: PlannedRun, config: Config) -> bool:
     """Whether the run has all the scores that the table asks for."""
     return all(
         (run.directory / "scores" / f"{split}-{config.evaluate.protocol}.json").is_file()
@@ -156,7 +163,7 @@ def is_done(run: Run, config: Config) -> bool:
     )
 
 
-def config_of(run: Run, changes: Sequence[str] = ()) -> Config:
+def config_of(run: PlannedRun, changes: Sequence[str] = ()) -> Config:
     """The whole configuration of a run."""
     config = read_config(run.config, [*changes, *run.own_changes])
     if config.run_dir:
@@ -166,7 +173,7 @@ def config_of(run: Run, changes: Sequence[str] = ()) -> Config:
     return config
 
 
-def check_same(run: Run, changes: Sequence[str]) -> None:
+def check_same(run: PlannedRun, changes: Sequence[str]) -> None:
     """Refuse scores of another configuration under this run's name."""
     file = run.directory / "config.yaml"
     wanted = config_of(run, changes)
@@ -217,13 +224,13 @@ class _Children:
         if self.stopping.is_set():
             raise KeyboardInterrupt
 
-    def bring_about(self, run: Run, changes: Sequence[str], title: str) -> Outcome:
+    def bring_about(self, run: PlannedRun, changes: Sequence[str], title: str) -> RunResult:
         """Train, then score, unless the scores are there."""
         log = run.directory.with_name(f"{run.directory.name}.log")
         began = time.monotonic()
         if is_done(run, config_of(run, changes)):
             print(f"{title}: has its scores", flush=True)
-            return Outcome(run, 0, 0.0, log)
+            return RunResult(run, 0, 0.0, log)
         words = [*changes, *run.own_changes]
         splits = [word for split in run.splits for word in ("--split", split)]
         status = 0
@@ -237,11 +244,11 @@ class _Children:
                     print(f"{title}: {verb}", flush=True)
                     status = self._call([*self.launcher, verb, *map(str, arguments)], output)
         if self.stopping.is_set():
-            return Outcome(run, STOPPED, time.monotonic() - began, log)
+            return RunResult(run, STOPPED, time.monotonic() - began, log)
         seconds = time.monotonic() - began
         ended = "done" if status == 0 else f"status {status}: {_last_words(log)}; all of it: {log}"
         print(f"{title}: {ended}, {seconds:.0f} s", flush=True)
-        return Outcome(run, status, seconds, log)
+        return RunResult(run, status, seconds, log)
 
     def _call(self, command: list[str], output: object) -> int:
         threads = (
@@ -291,7 +298,7 @@ def _last_words(log: Path) -> str:
 
 
 def submit(
-    runs: Sequence[Run], changes: Sequence[str], options: str, folder: Path
+    runs: Sequence[PlannedRun], changes: Sequence[str], options: str, folder: Path
 ) -> list[list[str]]:
     """Hand the runs that have no scores yet to Slurm, an array for each configuration; returns the commands that were called.
 

@@ -14,7 +14,7 @@ from coupalign.evaluation.metrics import METRICS
 TABLES = Path("configs/tables")
 
 
-class Row(Section):
+class TableRow(Section):
     method: str
     paper: dict[str, float] = Field({}, description="published number by column, percent")
     config: str | None = Field(
@@ -30,7 +30,7 @@ class Table(Section):
     title: str
     source: str = Field(description="where the published numbers are from")
     columns: tuple[str, ...] = Field(description='split and metric: "val oIoU"')
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @model_validator(mode="after")
     def _columns_that_exist(self) -> Table:

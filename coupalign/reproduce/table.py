@@ -13,14 +13,14 @@ from PIL import Image
 
 from coupalign.config.schema import Config
 from coupalign.evaluation.metrics import Score
-from coupalign.evaluation.pictures import read_pictures
 from coupalign.files import whole_file, write_json
 from coupalign.report import read_scores, write_page
+from coupalign.report.drawing import contact_sheet, save_png
 from coupalign.report.gallery import embedded
-from coupalign.reproduce.runs import Run, check_same, config_of, is_done
-from coupalign.reproduce.spec import Row, Table
+from coupalign.report.pictures import read_pictures
+from coupalign.reproduce.runs import PlannedRun, check_same, config_of, is_done
+from coupalign.reproduce.spec import Table, TableRow
 from coupalign.tracking import open_tracker
-from coupalign.viz import contact_sheet, save_png
 
 _FAILURES = 8
 
@@ -41,8 +41,8 @@ class Numbers:
 class Result:
     """One row: ours and, with the sentences shuffled among the samples, the same models; by column. Empty: there are no runs."""
 
-    row: Row
-    runs: tuple[Run, ...]
+    row: TableRow
+    runs: tuple[PlannedRun, ...]
     ours: Mapping[str, Numbers]
     blind: Mapping[str, Numbers]
     scores: tuple[Score, ...]
@@ -50,7 +50,9 @@ class Result:
 
 
 def collect(
-    planned: Iterable[tuple[Row, Sequence[Run]]], table: Table, changes: Sequence[str] = ()
+    planned: Iterable[tuple[TableRow, Sequence[PlannedRun]]],
+    table: Table,
+    changes: Sequence[str] = (),
 ) -> list[Result]:
     """Read the scores of the runs that have all of theirs; what training alone has left behind is of another checkpoint.
 

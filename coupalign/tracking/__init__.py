@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from coupalign.tracking.base import JOURNAL, Row, Tracker, git_revision, open_tracker, read_rows
-from coupalign.tracking.forward import Synced, sync
+from coupalign.tracking.forwarder import Synced, sync
+from coupalign.tracking.journal import JOURNAL, Measurement, Tracker, read_journal
+from coupalign.tracking.open import open_tracker
+from coupalign.version import git_revision
 
 __all__ = [
     "JOURNAL",
-    "Row",
+    "Measurement",
     "Synced",
     "Tracker",
     "git_revision",
     "open_tracker",
-    "read_rows",
+    "read_journal",
     "sync",
 ]

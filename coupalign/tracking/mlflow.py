@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from coupalign.errors import InputError
-from coupalign.tracking.base import JOURNAL, logger, read_rows
+from coupalign.tracking.journal import JOURNAL, logger, read_journal
 from coupalign.tracking.outbox import Outbox
 
 KEY_TAG = "coupalign.key"
@@ -95,7 +95,7 @@ class Delivery:
         if found:
             self.outbox.change(run_id=found[0].info.run_id)
             return client
-        first = next((row.time for row, _ in read_rows(self.run_dir / JOURNAL)), time.time())
+        first = next((row.time for row, _ in read_journal(self.run_dir / JOURNAL)), time.time())
         tags = {KEY_TAG: self.outbox.key, "mlflow.user": _user(), "mlflow.source.name": "coupalign"}
         run = client.create_run(
             experiment_id, start_time=int(first * 1000), tags=tags, run_name=self.outbox.run_name
@@ -142,7 +142,7 @@ class Delivery:
         if journal.exists() and journal.stat().st_size < self.outbox.sent:
             self.outbox.change(sent=0)
         metrics, count, end = [], 0, self.outbox.sent
-        for row, behind in read_rows(journal, self.outbox.sent):
+        for row, behind in read_journal(journal, self.outbox.sent):
             if metrics and len(metrics) + len(row.metrics) > METRICS_A_REQUEST:
                 break
             metrics += [

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
 from coupalign.files import write_json
-from coupalign.tracking.base import JOURNAL, read_rows
+from coupalign.tracking.journal import JOURNAL, read_journal
 
 STATE = "tracking.json"
 
@@ -121,7 +121,7 @@ class Outbox:
 
     def waiting(self) -> tuple[int, int]:
         """How many rows and artifacts are not on the server."""
-        rows = sum(1 for _ in read_rows(self.path.parent / JOURNAL, self.sent))
+        rows = sum(1 for _ in read_journal(self.path.parent / JOURNAL, self.sent))
         return rows, sum(artifact["sent"] < artifact["asked"] for artifact in self.artifacts)
 
 

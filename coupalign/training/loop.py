@@ -12,33 +12,43 @@ import torch
 from tqdm import tqdm
 
 import coupalign
-from coupalign import dist
+from coupalign.compat import garbage_collection_paused
 from coupalign.config.load import dump, flatten
 from coupalign.config.schema import Config, CoupAlignConfig
+from coupalign.costs.utilization import Utilization
 from coupalign.data.batch import Batch
+from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.leak import TrainedOn, read_trained_on
-from coupalign.data.loader import TrainLoader, build_train_loader, open_tokenizer
+from coupalign.data.loader import TrainLoader
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.dist import World
+from coupalign.distributed.stop import StopRequest
+from coupalign.distributed.watchdog import doing
+from coupalign.distributed.world import (
+    AgreedFlag,
+    World,
+    from_main,
+    max_over_ranks,
+    on_main,
+    rank_session,
+)
 from coupalign.engine.base import Engine, StepStats, TrainState, agree_on_statistics, seed_step
 from coupalign.engine.build import build_engine
-from coupalign.engine.checkpoint import Checkpoints, finished
-from coupalign.engine.stop import StopRequest
+from coupalign.engine.checkpoint import Checkpoints, finished_checkpoints
+from coupalign.engine.optimizer import build_optimizer
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
 from coupalign.files import remove_debris, whole_file, write_json
-from coupalign.kernels import explain
-from coupalign.model.compiled import explain_compilation
-from coupalign.model.methods import build_model
-from coupalign.model.weights import load_pretrained
-from coupalign.start import without_collection
-from coupalign.tracking.base import Tracker, git_revision, open_tracker
-from coupalign.training.meter import Meter, RankTimes, Utilization
-from coupalign.training.optim import build_optimizer
+from coupalign.kernels import describe_choice
+from coupalign.model.build import build_model
+from coupalign.model.compile import explain_compilation
+from coupalign.model.weights.load import load_pretrained
+from coupalign.scoring.splits import score_splits
+from coupalign.tracking.journal import Tracker
+from coupalign.tracking.open import open_tracker
+from coupalign.training.meter import Meter, RankTimes
 from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
-from coupalign.training.scoring import score_splits
-from coupalign.watch import doing
+from coupalign.version import git_revision
 
 logger = logging.getLogger("coupalign.training")
 _ASK_EVERY_S = 1.0  # the ranks agree whether to stop
@@ -90,7 +100,7 @@ class Outcome:
     """How a training session ended. `scores` of the last evaluation, by split, on rank 0."""
 
     state: TrainState
-    finished: bool
+    finished_checkpoints: bool
     is_main: bool
     scores: dict[str, Score] = field(default_factory=dict)
 
@@ -101,11 +111,11 @@ def train(config: Config, stop: StopRequest) -> Outcome:
     Raises:
         InputError: for everything the user can mend, before the first step where that is possible.
     """
-    with dist.session(hang_minutes=config.train.hang_minutes) as world:
+    with rank_session(hang_minutes=config.train.hang_minutes) as world:
         run = _prepare(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
-            dist.on_main(lambda: _claim(run), world)
+            on_main(lambda: _claim(run), world)
             with open_tracker(
                 config.tracking,
                 config.directory,
@@ -123,7 +133,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
             run.loader.close()
 
 
-@without_collection()
+@garbage_collection_paused()
 def _prepare(config: Config, world: World) -> Run:
     """Everything that is built once; wrong input shows here, before any time is spent."""
     doing("opening the data", alone=True)
@@ -141,7 +151,7 @@ def _prepare(config: Config, world: World) -> Run:
     doing("building the model", alone=True)
     trained_on = loader.trained_on
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
-    if not finished(config.directory / "checkpoints"):
+    if not finished_checkpoints(config.directory / "checkpoints"):
         reports = load_pretrained(model, config.model)
         trained_on = trained_on.after(
             [Path(report.source) for report in reports if not report.random],
@@ -167,7 +177,7 @@ def _prepare(config: Config, world: World) -> Run:
             flush=True,
         )
         if isinstance(config.model, CoupAlignConfig):
-            print(f"word-pixel alignment: {explain(config.model.wpa.impl)}", flush=True)
+            print(f"word-pixel alignment: {describe_choice(config.model.wpa.impl)}", flush=True)
     return Run(
         config,
         world,
@@ -189,7 +199,8 @@ def _claim(run: Run) -> None:
             file.write(dump(config))
         # A checkpoint knows what it was trained on; a file of an older run under this name does not.
         known = [
-            read_trained_on(checkpoint) for checkpoint in finished(config.directory / "checkpoints")
+            read_trained_on(checkpoint)
+            for checkpoint in finished_checkpoints(config.directory / "checkpoints")
         ]
         (next(filter(None, reversed(known)), None) or run.trained_on).write(config.directory)
     except OSError as error:
@@ -266,7 +277,7 @@ def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> 
 def _agreed(stop: StopRequest, state: TrainState, meter: Meter, world: World) -> tuple[bool, int]:
     """Whether to stop, and after how many steps to ask again: as many as the slowest rank does in a second."""
     doing(f"step {state.step}: agreeing whether to stop")
-    asked, slowest_s = dist.most([float(stop.name is not None), meter.step_seconds], world)
+    asked, slowest_s = max_over_ranks([float(stop.name is not None), meter.step_seconds], world)
     return asked > 0, max(1, int(_ASK_EVERY_S / slowest_s)) if slowest_s else 1
 
 
@@ -335,7 +346,7 @@ def _evaluate(
                 run.tokenizer,
                 world,
                 config.evaluate.pictures if state.step == run.total else 0,
-                dist.AnyRank(lambda: stop.name is not None, world),
+                AgreedFlag(lambda: stop.name is not None, world),
             )
     except OSError as error:
         raise InputError(
@@ -356,7 +367,7 @@ def _evaluate(
         )
     if scores:
         tracker.artifact(config.directory / "scores", "scores")
-    first = dist.from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
+    first = from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
     state = replace(state, evaluated=state.step)
     if state.best is None or (first is not None and first > state.best):
         state = replace(state, best=first, best_step=state.step)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from coupalign.tracking import read_rows
+from coupalign.tracking import read_journal
 from tests.e2e.conftest import TINY
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def losses(run: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     if not (run / "metrics.jsonl").exists():
         return found
-    for row, _ in read_rows(run / "metrics.jsonl"):
+    for row, _ in read_journal(run / "metrics.jsonl"):
         if "train/loss" in row.metrics:
             assert row.step not in found, f"step {row.step} was written twice"
             found[row.step] = row.metrics["train/loss"]

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from coupalign.tracking import read_rows
+from coupalign.tracking import read_journal
 from tests.cluster.conftest import ROOT, clean_environment
 
 TIMED = ("train/samples_per_second", "data/wait_share", "train/peak_memory_gb", "ranks/", "save/")
@@ -150,7 +150,7 @@ def happened(folder: Path) -> list[dict[str, Any]]:
 def remains(run: Path) -> dict[str, Any]:
     """Everything of a run that must not depend on what happened to it: final weights, rows of the scores, every metric."""
     metrics: dict[tuple[int, str], float] = {}
-    for row, _ in read_rows(run / "metrics.jsonl"):
+    for row, _ in read_journal(run / "metrics.jsonl"):
         for name, value in row.metrics.items():
             if not name.startswith(TIMED):
                 assert (row.step, name) not in metrics, (

@@ -15,14 +15,23 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from coupalign.bench.footprint import footprint
 from coupalign.config.schema import Config
-from coupalign.dist import World
+from coupalign.costs.footprint import footprint
+from coupalign.costs.plan import (
+    WAYS,
+    Memory,
+    Sizes,
+    Strategy,
+    comm_volume_of,
+    measure_sizes,
+    memory_of,
+    strategy_of,
+)
+from coupalign.distributed.watchdog import doing
+from coupalign.distributed.world import World
 from coupalign.engine import ddp, zero
 from coupalign.engine.base import seed_step
-from coupalign.model.methods import build_model
-from coupalign.plan import WAYS, Memory, Sizes, Way, measure_sizes, memory_of, way_of, wire_of
-from coupalign.watch import doing
+from coupalign.model.build import build_model
 from tests.distributed.jobs import SIZE, VOCABULARY, make_engine, micro_batches, tiny
 from tests.distributed.ranks import run_ranks
 
@@ -164,7 +173,7 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
     """For each engine: bytes of its parts between steps, beyond them at moments of a step, and on the wire in one step."""
     counted, results = Counted(), []
     for config in wanted:
-        doing(f"weighing {way_of(config).name}")
+        doing(f"weighing {strategy_of(config).name}")
         batches = micro_batches(2, world, config)
         gc.collect()
         gc.freeze()  # what is older does not count
@@ -235,16 +244,16 @@ def weighed() -> dict[str, dict[str, Any]]:
         for at in range(0, len(wanted), 3)
         for result in run_ranks(weigh, RANKS, wanted[at : at + 3])[0]
     ]
-    return {way_of(config).name: result for config, result in zip(wanted, results)}
+    return {strategy_of(config).name: result for config, result in zip(wanted, results)}
 
 
-def formula(way: Way, sizes: Sizes) -> Memory:
+def formula(way: Strategy, sizes: Sizes) -> Memory:
     return memory_of(way, sizes, RANKS, ema=True, bucket_mb=BUCKET_MB, accumulates=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if not way.offload], ids=lambda way: way.name)
-def test_what_a_rank_holds(way: Way, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
+def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
     expected, found = formula(way, sizes), weighed[way.name]
     unit = 4 * sizes.trainable
     gathered = unit if way.stage == 3 else 0
@@ -272,7 +281,7 @@ def test_what_a_rank_holds(way: Way, sizes: Sizes, weighed: dict[str, dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in WAYS if way.offload], ids=lambda way: way.name)
 def test_what_the_host_holds_when_the_optimizer_is_offloaded(
-    way: Way, sizes: Sizes, weighed: dict[str, dict[str, Any]]
+    way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]
 ) -> None:
     """Without a GPU both memories are one. The sums of accumulation keep a parameter whole that the cut divides: within a share."""
     expected, found = formula(way, sizes), weighed[way.name]
@@ -302,13 +311,13 @@ def test_what_the_host_holds_when_the_optimizer_is_offloaded(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
-def test_what_a_rank_sends(way: Way, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
-    expected = wire_of(way, sizes, RANKS).of(2)
+def test_what_a_rank_sends(way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
+    expected = comm_volume_of(way, sizes, RANKS).of(2)
     print_rows(way, {"sent": (weighed[way.name]["wire"], expected)}, 4 * sizes.trainable)
     assert weighed[way.name]["wire"] == pytest.approx(expected, rel=PADDING)
 
 
-def print_rows(way: Way, rows: dict[str, tuple[float, float]], unit: float) -> None:
+def print_rows(way: Strategy, rows: dict[str, tuple[float, float]], unit: float) -> None:
     """Measured beside planned, in MB and in units of the weights."""
     for name, (measured, planned) in rows.items():
         print(

@@ -11,13 +11,13 @@ import torch
 from coupalign.config.load import override
 from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
-from coupalign.dist import World, wait_for_all
+from coupalign.distributed.world import World, wait_for_all
 from coupalign.engine.base import Engine, seed_step
 from coupalign.engine.build import build_engine
-from coupalign.engine.moments import make_universal, open_moments
-from coupalign.model.methods import build_model
-from coupalign.model.weights import write_weights
-from coupalign.training.optim import build_optimizer
+from coupalign.engine.optimizer import build_optimizer
+from coupalign.engine.optimizer_state import make_universal, open_optimizer_state
+from coupalign.model.build import build_model
+from coupalign.model.weights.load import write_weights
 
 SIZE, WORDS, VOCABULARY = 64, 8, 40
 
@@ -186,7 +186,9 @@ def adopted(
     results = []
     for place, config in moves:
         engine = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)
-        engine.adopt(folder / str(place), open_moments(folder / str(place)), counters[place])
+        engine.adopt(
+            folder / str(place), open_optimizer_state(folder / str(place)), counters[place]
+        )
         numbers = steps(engine, config, world, span)
         results.append(
             {"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)}

@@ -8,7 +8,7 @@ import torch._dynamo  # noqa: E402, F401  or the first optimizer of each rank wo
 
 import coupalign.engine.ddp  # noqa: E402, F401
 import coupalign.training.loop  # noqa: E402, F401
-from coupalign.start import absent  # noqa: E402
+from coupalign.compat import package_hidden  # noqa: E402
 
-with absent("mlflow"):
+with package_hidden("mlflow"):
     import deepspeed  # noqa: F401

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from coupalign import dist
+from coupalign.distributed.world import rank_session
 
 TIMEOUT_S = 240
 
@@ -68,7 +68,7 @@ def _rank(
     } | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     torch.set_num_threads(1)  # the variable comes too late for a torch that is imported already
     try:
-        with dist.session(f"file://{folder}/rendezvous", hang_minutes=3) as world:
+        with rank_session(f"file://{folder}/rendezvous", hang_minutes=3) as world:
             result = fn(world, *arguments)
         (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
     except BaseException:

@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coupalign.config.schema import Config
-from coupalign.dist import World
+from coupalign.distributed.world import World
 from coupalign.engine.ddp import Ddp
+from coupalign.engine.optimizer import build_optimizer
 from coupalign.errors import InputError
-from coupalign.model.methods import build_model
-from coupalign.training.optim import build_optimizer
+from coupalign.model.build import build_model
 from tests.distributed import jobs
 from tests.distributed.jobs import SIZE, VOCABULARY, curves, tiny
 from tests.distributed.ranks import run_ranks
-from tests.unit.model.test_compiled import METHODS, batch
+from tests.unit.model.test_compile import METHODS, batch
 
 ON_GPU = torch.cuda.is_available()
 DROPPING = ("model.text.dropout=0.2",)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coupalign.config.schema import Config
-from coupalign.dist import World
+from coupalign.distributed.world import World
 from coupalign.kernels import plan
 from tests.distributed.jobs import make_engine, steps, tiny
 from tests.distributed.ranks import run_ranks

@@ -8,12 +8,12 @@ import torch
 
 from coupalign.config.load import override
 from coupalign.config.schema import Config, Source
-from coupalign.data.loader import open_tokenizer
-from coupalign.data.samples import RULES
-from coupalign.dist import World
+from coupalign.data.build import open_tokenizer
+from coupalign.data.table import RULES
+from coupalign.distributed.world import World
 from coupalign.evaluation.protocols import PROTOCOLS
-from coupalign.model.methods import build_model
-from coupalign.training.scoring import score_split
+from coupalign.model.build import build_model
+from coupalign.scoring.splits import score_split
 from tests.distributed.jobs import TINY
 from tests.distributed.ranks import run_ranks
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import _parse, _parser
+from coupalign.cli.parser import _parse, _parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -138,7 +138,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import coupalign", "import coupalign.cli; coupalign.cli._parser().format_help()"]
+    "code", ["import coupalign", "import coupalign.cli.parser as cli; cli._parser().format_help()"]
 )
 def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
     heavy = "torch numpy pydantic deepspeed transformers timm webdataset mlflow"

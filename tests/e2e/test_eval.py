@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import main
-from coupalign.evaluation.facts import Rows, read_rows
+from coupalign.cli.parser import main
 from coupalign.evaluation.metrics import METRICS
+from coupalign.evaluation.rows import Rows, read_rows
 
 PROTOCOLS, RULES = ("ris-v1", "lavt", "cris"), ("each", "first", "concatenated")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 
 
 def test_scores_know_what_the_start_was_trained_on(

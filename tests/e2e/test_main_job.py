@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import coupalign
-from coupalign.cli import main
-from coupalign.tracking import read_rows
+from coupalign.cli.parser import main
+from coupalign.tracking import read_journal
 from tests.e2e.conftest import finish, launch
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ TIMED = ("train/samples_per_second", "data/wait_share", "train/peak_memory_gb", 
 def curve(run: Path) -> dict[int, dict[str, float]]:
     """Everything that was measured at each step, but for what a clock or the memory says."""
     steps: dict[int, dict[str, float]] = {}
-    for row, _ in read_rows(run / "metrics.jsonl"):
+    for row, _ in read_journal(run / "metrics.jsonl"):
         steps.setdefault(row.step, {}).update(
             {name: value for name, value in row.metrics.items() if not name.startswith(TIMED)}
         )

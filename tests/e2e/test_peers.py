@@ -19,34 +19,29 @@ import torch
 from torch.profiler import profile
 from transformers import BertConfig
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 from coupalign.config.load import override, read_config
 from coupalign.config.schema import Config, Source
 from coupalign.data import masks
 from coupalign.data.batch import Batch
+from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.index import read_index
-from coupalign.data.loader import (
-    EvalLoader,
-    TrainLoader,
-    build_eval_loader,
-    build_train_loader,
-    open_tokenizer,
-)
-from coupalign.data.refer import read_set
-from coupalign.data.samples import Rule
-from coupalign.dist import World
-from coupalign.engine.base import Engine, TrainState, Updates
+from coupalign.data.loader import EvalLoader, TrainLoader
+from coupalign.data.packing.refer import read_set
+from coupalign.data.table import Rule
+from coupalign.distributed.launcher import read_ranks
+from coupalign.distributed.world import World
+from coupalign.engine.base import Engine, LossScale, TrainState
 from coupalign.engine.build import build_engine
 from coupalign.engine.checkpoint import Checkpoints
-from coupalign.engine.restore import open_checkpoint
+from coupalign.engine.open_checkpoint import open_checkpoint
+from coupalign.engine.optimizer import build_optimizer, parameter_groups
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import Evaluation, evaluate
 from coupalign.evaluation.protocols import find_protocol
-from coupalign.launcher import places
-from coupalign.model.methods import build_model
-from coupalign.model.weights import read_weights
-from coupalign.tracking import read_rows
-from coupalign.training.optim import build_optimizer, parameter_groups
+from coupalign.model.build import build_model
+from coupalign.model.weights.load import read_weights
+from coupalign.tracking import read_journal
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 CHANGES = [
@@ -87,7 +82,7 @@ def curve(run: Path) -> dict[int, float]:
     """The score on the first split by step."""
     return {
         row.step: row.metrics["eval/val/oIoU"]
-        for row, _ in read_rows(run / "metrics.jsonl")
+        for row, _ in read_journal(run / "metrics.jsonl")
         if "eval/val/oIoU" in row.metrics
     }
 
@@ -213,7 +208,7 @@ def test_03_a_checkpoint_holds_its_own_best_score_and_the_loss_scale(trained: Pa
             best_of({at: score for at, score in scores.items() if at <= step}),
         )
         assert (state["best"], state["best_step"], state["evaluated"]) == (scores[best], best, step)
-    updates, again = Updates("fp16"), Updates("fp16")
+    updates, again = LossScale("fp16"), LossScale("fp16")
     for applied in (False, False, True):
         updates.count(torch.tensor(applied))
     assert state_of(trained, 6)["counters"].keys() == updates.state().keys()
@@ -333,7 +328,7 @@ def test_07_every_layer_of_the_text_encoder_is_trained(trained: Path, tmp_path: 
 def test_08_cudnn_stays_on_and_a_rank_is_the_one_of_the_job(trained: Path) -> None:
     """ETRIS and DETRIS switch cuDNN off for the whole training and take the local rank for the rank."""
     assert trained.is_dir() and torch.backends.cudnn.enabled
-    assert places(
+    assert read_ranks(
         {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
     ) == (9, 16, 1, 8)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 
 ROOT = Path(__file__).parents[2]
 TABLE = """

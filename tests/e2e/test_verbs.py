@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict]:

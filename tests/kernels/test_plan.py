@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coupalign.kernels.plan import LITTLE_SHARED_MEMORY, MOST_SPLITS, PROGRAMS, plan, refusal
+from coupalign.kernels.plan import (
+    LITTLE_SHARED_MEMORY,
+    MOST_SPLITS,
+    PROGRAMS,
+    plan_kernels,
+    refusal,
+)
 
 SHAPES = {
     "batch": st.integers(1, 65),
@@ -33,7 +39,7 @@ def test_everything_is_covered_once(
 ) -> None:
     if refusal((batch, pixels, channels), words, heads, dtype):
         return
-    cut = plan(direction, batch, pixels, words, channels, heads, dtype, shared_memory)
+    cut = plan_kernels(direction, batch, pixels, words, channels, heads, dtype, shared_memory)
     size = cut.tiling.pixels * cut.tiles
     assert (cut.splits - 1) * size < pixels <= cut.splits * size, (
         "no split is empty, none is missing"
@@ -63,7 +69,7 @@ def test_little_shared_memory_changes_only_what_does_not_fit(
     if refusal((batch, pixels, channels), words, heads, dtype):
         return
     cuts = [
-        plan(direction, batch, pixels, words, channels, heads, dtype, size)
+        plan_kernels(direction, batch, pixels, words, channels, heads, dtype, size)
         for size in (LITTLE_SHARED_MEMORY, 227 * 1024)
     ]
     assert cuts[0] == cuts[1] or (direction == "backward" and 128 < channels <= 256)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli import main
+from coupalign.cli.parser import main
 from tests.unit.bench.test_step import TINY
 
 

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coupalign.bench import kernel
-from coupalign.cli import main
-from coupalign.model.traffic import Traffic
+from coupalign.cli.parser import main
+from coupalign.costs.traffic import Traffic
 
 
 @pytest.mark.parametrize("name", [kernel.EAGER, kernel.ABSORBED, kernel.SDPA, kernel.FUSED])

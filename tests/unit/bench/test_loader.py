@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coupalign.bench.loader import LoaderBench
-from coupalign.cli import main
+from coupalign.cli.parser import main
 
 ONE_CORE = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
 TINY = """

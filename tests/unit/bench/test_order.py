@@ -20,7 +20,7 @@ from coupalign.bench.order import (
     fetched_samples,
     table,
 )
-from coupalign.cli import main
+from coupalign.cli.parser import main
 from coupalign.data.order import rank_slice
 
 SMALL = Scale(

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from coupalign.bench.machine import processor
-from coupalign.cli import main
+from coupalign.cli.parser import main
 from coupalign.config.load import read_config
-from coupalign.model.methods import build_model
-from coupalign.model.traffic import step_traffic
-from coupalign.training.meter import matmul_peak
+from coupalign.costs.traffic import step_traffic
+from coupalign.costs.utilization import matmul_peak
+from coupalign.model.build import build_model
 
 TINY = """
 name: tiny

@@ -7,13 +7,8 @@ from pathlib import Path
 
 from coupalign.config.schema import Augmentation, DataConfig, Source
 from coupalign.data.batch import Batch
-from coupalign.data.loader import (
-    EvalLoader,
-    TrainLoader,
-    build_eval_loader,
-    build_train_loader,
-    open_tokenizer,
-)
+from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.loader import EvalLoader, TrainLoader
 
 Row = tuple
 

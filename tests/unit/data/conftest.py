@@ -160,8 +160,8 @@ def _refer_root_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def _packed_once(_refer_root_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from coupalign.data.pack import pack
-    from coupalign.data.recipe import Recipe
+    from coupalign.data.packing.pack import pack
+    from coupalign.data.packing.recipe import Recipe
 
     sets = [{"dataset": "refcoco", "split_by": "unc"}, {"dataset": "refcocog", "split_by": "umd"}]
     recipe = Recipe.model_validate(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.data.index import check_jpeg, count_entries, read_index, verify, write_index
+from coupalign.data.index import read_index, write_index
 from coupalign.data.masks import decode
+from coupalign.data.packing.verify import check_jpeg, count_entries, verify
 from coupalign.errors import InputError
 
 

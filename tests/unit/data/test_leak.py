@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from coupalign.config.schema import DataConfig, Source
+from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.index import ShardIndex, read_index
 from coupalign.data.leak import TrainedOn, guard, overlaps, read_trained_on, scored_photos
-from coupalign.data.loader import build_eval_loader, build_train_loader, open_tokenizer
-from coupalign.data.samples import build_table
+from coupalign.data.table import build_table
 from coupalign.errors import InputError
 from tests.unit.data.conftest import IMAGE_IDS
 

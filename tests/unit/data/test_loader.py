@@ -20,8 +20,8 @@ from PIL import Image
 from coupalign.bench.machine import resident_gigabytes
 from coupalign.config.schema import Augmentation, DataConfig, Source
 from coupalign.data import masks, transforms
+from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.index import read_index
-from coupalign.data.loader import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train
@@ -105,7 +105,9 @@ def test_a_signal_for_the_run_does_not_end_the_workers(packed: Path):
 ABANDONED = """
 import sys
 from coupalign.config.schema import DataConfig, Source
-from coupalign.data.loader import build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.build import build_eval_loader
+from coupalign.data.build import build_train_loader
+from coupalign.data.build import open_tokenizer
 source = Source(index=sys.argv[1], dataset="refcoco", split="train")
 config = DataConfig(train=(source,), image_size=32, workers=1)
 tokenizer = open_tokenizer(config)
@@ -127,7 +129,9 @@ SIGNALED = """
 import os, signal, sys
 from pathlib import Path
 from coupalign.config.schema import DataConfig, Source
-from coupalign.data.loader import build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.build import build_eval_loader
+from coupalign.data.build import build_train_loader
+from coupalign.data.build import open_tokenizer
 source = Source(index=sys.argv[1], dataset="refcoco", split="train")
 config = DataConfig(train=(source,), image_size=32, workers=1)
 tokenizer = open_tokenizer(config)

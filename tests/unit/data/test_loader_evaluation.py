@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coupalign.data.index import read_index
-from coupalign.data.samples import RULES
+from coupalign.data.table import RULES
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 from tests.unit.data.batches import config_of, evaluate, train

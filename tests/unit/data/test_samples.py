@@ -11,18 +11,11 @@ import pytest
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import transforms
 from coupalign.data.batch import SampleInfo
+from coupalign.data.build import open_tokenizer
 from coupalign.data.index import read_index
-from coupalign.data.loader import open_tokenizer
-from coupalign.data.samples import (
-    ALL,
-    RULES,
-    SampleReader,
-    build_table,
-    evaluation_table,
-    other_sentences,
-    spread,
-)
+from coupalign.data.samples import SampleReader
 from coupalign.data.shards import open_index
+from coupalign.data.table import ALL, RULES, build_table, evaluation_table, other_sentences, spread
 from coupalign.errors import InputError
 
 

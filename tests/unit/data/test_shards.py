@@ -19,8 +19,8 @@ import pytest
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import shards
+from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.index import ShardIndex, read_index
-from coupalign.data.loader import build_train_loader, open_tokenizer
 from coupalign.data.shards import ShardStore, fetch, open_index, open_vocabulary
 from coupalign.errors import InputError
 

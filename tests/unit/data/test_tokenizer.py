@@ -16,14 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coupalign.data.tokenizer import (
-    SPECIAL,
-    Tokenizer,
-    _count_words,
-    _merge,
-    _spell,
-    train_vocabulary,
-)
+from coupalign.data.packing.vocabulary import _count_words, _merge, _spell, train_vocabulary
+from coupalign.data.tokenizer import SPECIAL, Tokenizer
 from coupalign.errors import InputError
 
 SENTENCES = 3 * [

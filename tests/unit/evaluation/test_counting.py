@@ -15,7 +15,7 @@ from coupalign.data.batch import Frame, SampleInfo
 from coupalign.data.transforms import frame_of
 from coupalign.evaluation.counting import count_batch, row_width
 from coupalign.evaluation.protocols import PROTOCOLS
-from coupalign.evaluation.transfer import Coming, one_behind
+from coupalign.evaluation.transfer import PendingCopy, lag_by_one
 
 SIZE = 64
 SHAPES = [(48, 64), (33, 50), (48, 64), (107, 71), (48, 64), (7, 90), (33, 50), (200, 150)]
@@ -205,17 +205,17 @@ def test_one_behind_keeps_the_order_and_is_one_behind():
             made.append(number)
             yield number
 
-    assert [(number, len(made)) for number in one_behind(make())] == [
+    assert [(number, len(made)) for number in lag_by_one(make())] == [
         (0, 2),
         (1, 3),
         (2, 4),
         (3, 4),
     ]
-    assert list(one_behind([])) == [] and list(one_behind([7])) == [7]
+    assert list(lag_by_one([])) == [] and list(lag_by_one([7])) == [7]
 
 
 def test_what_comes_is_what_was_sent_and_not_what_became_of_it():
     tensor = torch.arange(5)
-    coming = Coming(tensor)
+    coming = PendingCopy(tensor)
     tensor += 1
     assert coming.numpy().tolist() == [0, 1, 2, 3, 4]

@@ -16,10 +16,10 @@ from coupalign.data.transforms import frame_of
 from coupalign.errors import InputError
 from coupalign.evaluation.counting import Counted
 from coupalign.evaluation.evaluator import Evaluation, Stopped, evaluate, with_language_blind
-from coupalign.evaluation.facts import COLUMNS, Rows, read_rows, write_rows
 from coupalign.evaluation.metrics import ious, summarize
-from coupalign.evaluation.pictures import choose_pictures
-from coupalign.evaluation.protocols import PROTOCOLS, count, find_protocol
+from coupalign.evaluation.protocols import PROTOCOLS, count_pixels, find_protocol
+from coupalign.evaluation.rows import COLUMNS, Rows, read_rows, write_rows
+from coupalign.evaluation.shelf import choose_pictures
 
 SIZE = 16
 RIS = find_protocol("ris-v1")
@@ -150,7 +150,7 @@ def test_rows_are_those_of_the_protocol_sample_by_sample():
     for number, *counted, image, area, pixels, same_class in evaluate_one(loader).rows.tolist():
         info = loader.info(number)
         prediction = RIS.predict(infer(loader.collate([number])), info.frame)
-        assert counted == count(prediction, torch.from_numpy(info.truth)[None])[0].tolist()
+        assert counted == count_pixels(prediction, torch.from_numpy(info.truth)[None])[0].tolist()
         assert (image, area, pixels, same_class) == (
             number // 4,
             info.truth.sum(),

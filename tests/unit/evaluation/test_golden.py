@@ -17,10 +17,11 @@ from PIL import Image
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.batch import Batch
-from coupalign.data.loader import EvalLoader, build_eval_loader, open_tokenizer
-from coupalign.data.pack import pack
-from coupalign.data.recipe import Recipe
-from coupalign.data.samples import RULES
+from coupalign.data.build import build_eval_loader, open_tokenizer
+from coupalign.data.loader import EvalLoader
+from coupalign.data.packing.pack import pack
+from coupalign.data.packing.recipe import Recipe
+from coupalign.data.table import RULES
 from coupalign.evaluation.evaluator import Evaluation, evaluate
 from coupalign.evaluation.protocols import PROTOCOLS
 

@@ -16,16 +16,18 @@ from coupalign.errors import InputError
 from coupalign.evaluation.protocols import (
     PROTOCOLS,
     boundary,
+    count_pixels,
     describe_conditions,
     find_protocol,
     logits_at_original_size,
 )
-from coupalign.evaluation.protocols import count as count_pixels
 
 SHAPES = [(7, 11), (11, 7), (24, 24), (33, 50), (5, 64), (1, 9)]
 
 
-def count(name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray) -> tuple[int, int]:
+def counts_under(
+    name: str, logits: torch.Tensor, frame: Frame, truth: np.ndarray
+) -> tuple[int, int]:
     """Intersection and union under a protocol."""
     return tuple(count_alone(name, logits, frame, truth)[:2])
 
@@ -102,7 +104,7 @@ def test_ris_v1_by_hand():
     assert logits_at_original_size(logits, frame)[0].tolist() == [3, 2, 0, -1]
     truth = np.zeros((4, 4), bool)
     truth[:2, 1:] = True
-    assert count("ris-v1", logits, frame, truth) == (2, 8 + 6 - 2)
+    assert counts_under("ris-v1", logits, frame, truth) == (2, 8 + 6 - 2)
 
 
 def test_lavt_by_hand():
@@ -110,7 +112,7 @@ def test_lavt_by_hand():
     truth = np.zeros((4, 4), bool)
     truth[1, 3] = truth[0, 0] = truth[2, 2] = True
     logits = torch.tensor([[0.0, 0.1], [0.1, -0.1]])  # a tie of two channels is background
-    assert count("lavt", logits, frame_of(4, 4, 2, "squash"), truth) == (1, 2)
+    assert counts_under("lavt", logits, frame_of(4, 4, 2, "squash"), truth) == (1, 2)
 
 
 def test_cris_by_hand():
@@ -118,8 +120,8 @@ def test_cris_by_hand():
     edge = math.log(0.35 / 0.65)
     logits = torch.tensor([[edge + 1e-3, edge - 1e-3], [-5.0, 5.0]])
     truth = np.array([[True, True], [False, False]])
-    assert count("cris", logits, frame_of(2, 2, 2, "squash"), truth) == (1, 3)
-    assert count("ris-v1", logits, frame_of(2, 2, 2, "squash"), truth) == (0, 3)
+    assert counts_under("cris", logits, frame_of(2, 2, 2, "squash"), truth) == (1, 3)
+    assert counts_under("ris-v1", logits, frame_of(2, 2, 2, "squash"), truth) == (0, 3)
 
 
 def test_letterbox_by_hand():
@@ -129,8 +131,8 @@ def test_letterbox_by_hand():
     logits = torch.full((4, 4), 9.0)
     logits[1:3] = torch.tensor([[1.0, -1, -1, -1], [1, 1, -1, -1]])
     truth = np.array([[True, True, False, False], [True, True, False, False]])
-    assert count("ris-v1", logits, frame, truth) == (3, 4)
-    assert count("lavt", logits, frame, truth) == (3, 4)
+    assert counts_under("ris-v1", logits, frame, truth) == (3, 4)
+    assert counts_under("lavt", logits, frame, truth) == (3, 4)
 
 
 # ------------------------------------------------------------------------------------------------------- oracles
@@ -147,7 +149,7 @@ def test_bilinear_equals_the_loop(shape: tuple[int, int], resize: str):
     slow = slow_bilinear(inner.astype(np.float64), *shape)
     assert np.abs(logits_at_original_size(logits, frame).numpy() - slow).max() < 1e-5
     truth = slow > 0.3
-    assert count("ris-v1", logits, frame, truth) == counted(slow > 0, truth)
+    assert counts_under("ris-v1", logits, frame, truth) == counted(slow > 0, truth)
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -158,7 +160,7 @@ def test_bicubic_equals_the_loop(shape: tuple[int, int], resize: str):
     slow = slow_warp(torch.sigmoid(logits.double()).numpy(), frame)
     assert np.abs(slow - 0.35).min() > 1e-5, "the example is decided by rounding"
     truth = slow > 0.6
-    assert count("cris", logits, frame, truth) == counted(slow > 0.35, truth)
+    assert counts_under("cris", logits, frame, truth) == counted(slow > 0.35, truth)
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -182,7 +184,7 @@ def test_lavt_truth_equals_the_loop(shape: tuple[int, int], resize: str):
     )
     whole = noise(25, seed=3)
     logits = whole[frame.top : frame.top + rows, frame.left : frame.left + columns]
-    assert count("lavt", whole, frame, truth) == counted(logits.numpy() > 0, small)
+    assert counts_under("lavt", whole, frame, truth) == counted(logits.numpy() > 0, small)
 
 
 # ---------------------------------------------------------------------------------------------------- properties
@@ -206,9 +208,9 @@ def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
         frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
     ] = np.asarray(inner)
     logits = torch.from_numpy(square).float() / 255 * 20 - 10
-    inside, union = count(name, logits, frame, truth)
+    inside, union = count_pixels(name, logits, frame, truth)
     assert inside / union > 0.85
-    inside, union = count(name, -logits, frame, truth)
+    inside, union = count_pixels(name, -logits, frame, truth)
     assert inside / union < 0.1
 
 
@@ -216,7 +218,7 @@ def test_a_perfect_prediction_is_nearly_perfect_and_its_opposite_nearly_nothing(
 def test_counts_are_plain_integers_within_bounds(name: str):
     for seed, shape in enumerate(SHAPES):
         truth = np.random.default_rng(seed).random(shape) > 0.5
-        inside, union = count(
+        inside, union = count_pixels(
             name, noise(24, seed).bfloat16(), frame_of(*shape, 24, "letterbox"), truth
         )
         assert type(inside) is type(union) is int
@@ -226,13 +228,13 @@ def test_counts_are_plain_integers_within_bounds(name: str):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_nothing_and_nothing_is_an_empty_union(name: str):
     frame = frame_of(6, 6, 8, "squash")
-    assert count(name, torch.full((8, 8), -9.0), frame, np.zeros((6, 6), bool)) == (0, 0)
+    assert count_pixels(name, torch.full((8, 8), -9.0), frame, np.zeros((6, 6), bool)) == (0, 0)
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_logits_of_another_size_are_refused(name: str):
     with pytest.raises(AssertionError, match="input of 24 pixels"):
-        count(name, noise(12), frame_of(8, 8, 24, "squash"), np.zeros((8, 8), bool))
+        count_pixels(name, noise(12), frame_of(8, 8, 24, "squash"), np.zeros((8, 8), bool))
 
 
 # ------------------------------------------------------------------------------------------------------ boundaries

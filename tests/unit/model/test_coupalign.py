@@ -20,8 +20,8 @@ from coupalign.config.schema import (
     WpaConfig,
 )
 from coupalign.errors import InputError
+from coupalign.model.build import build_model
 from coupalign.model.coupalign import CoupAlign
-from coupalign.model.methods import build_model
 
 VOCABULARY, SIDE = 40, 32
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from coupalign.config.schema import CoupAlignConfig, LavtConfig
+from coupalign.model.baselines.lavt import Lavt
 from coupalign.model.coupalign import CoupAlign
-from coupalign.model.explain import explain, mask_signals, word_pixel_attention
-from coupalign.model.lavt import Lavt
+from coupalign.model.explain import explain_prediction, mask_signals, word_pixel_attention
 from coupalign.model.sma import SentenceMaskAlignment
 from coupalign.model.wpa import WordPixelAlignment
 
@@ -98,7 +98,7 @@ def test_the_pixels_of_the_sentence_mask_alignment_can_be_rebuilt_from_weights_a
 def test_an_explanation_has_maps_that_sum_to_one_and_leaves_the_model_as_it_was(batch, heads: int):
     model, mask = model_of(heads=heads), batch[2]
     before = model(*batch)
-    found = explain(model, *batch, proposals=3)
+    found = explain_prediction(model, *batch, proposals=3)
     assert list(found.attention) == [0, 2, 3]
     for stage, attention in found.attention.items():
         side = SIZE // 4 >> stage
@@ -112,7 +112,7 @@ def test_an_explanation_has_maps_that_sum_to_one_and_leaves_the_model_as_it_was(
         and 0 <= found.signals.min()
         and found.signals.max() <= 1
     )
-    everything = explain(model, *batch, proposals=99)
+    everything = explain_prediction(model, *batch, proposals=99)
     assert everything.weights.shape == (2, COUNT)
     torch.testing.assert_close(everything.weights.sum(1), torch.ones(2))
     assert torch.equal(everything.signals[:, :3], found.signals)
@@ -128,7 +128,7 @@ def test_the_whole_answer_follows_from_all_weights_and_signals(batch):
     """What the head receives is the decoder's embedding and the mask signals that the explanation shows."""
     model, heard = model_of(), {}
     model.sma.register_forward_hook(lambda module, given, out: heard.update(given=given, out=out))
-    found = explain(model, *batch, proposals=COUNT)
+    found = explain_prediction(model, *batch, proposals=COUNT)
     masks, sentence, pixels = heard["given"]
     weights, _ = mask_signals(model.sma, masks, sentence, pixels)
     order = weights.argsort(1, descending=True)
@@ -141,18 +141,18 @@ def test_the_whole_answer_follows_from_all_weights_and_signals(batch):
 
 def test_half_precision_gives_nearly_the_same(batch):
     model = model_of()
-    exact = explain(model, *batch)
+    exact = explain_prediction(model, *batch)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = explain(model, *batch)
+        rough = explain_prediction(model, *batch)
     assert rough.weights.dtype == rough.attention[0].over_words.dtype == torch.float32
     assert (rough.attention[0].over_words - exact.attention[0].over_words).abs().max() < 0.05
 
 
 def test_a_model_without_these_parts_gives_what_it_has(batch):
-    found = explain(model_of(count=0), *batch)
+    found = explain_prediction(model_of(count=0), *batch)
     assert found.weights is None and found.signals is None and list(found.attention) == [0, 2, 3]
 
-    found = explain(
+    found = explain_prediction(
         Lavt(LavtConfig.model_validate({"kind": "lavt", **ENCODERS}), VOCABULARY, SIZE).eval(),
         *batch,
     )
@@ -162,5 +162,5 @@ def test_a_model_without_these_parts_gives_what_it_has(batch):
 def test_hooks_are_gone_after_a_failure(batch):
     model = model_of()
     with pytest.raises(AssertionError, match="image"):
-        explain(model, batch[0][..., :32], *batch[1:])
+        explain_prediction(model, batch[0][..., :32], *batch[1:])
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from coupalign.evaluation.evaluator import Evaluation
-from coupalign.evaluation.facts import Rows, rows_path, write_rows
 from coupalign.evaluation.metrics import Score, summarize
-from coupalign.evaluation.pictures import Picture, keep_pictures
+from coupalign.evaluation.rows import Rows, rows_path, write_rows
+from coupalign.evaluation.shelf import Picture
 from coupalign.files import write_json
+from coupalign.report.pictures import save_pictures
 
 EVIL = "<script>alert(\"1 & 2\")</script> 'red' {body} star"
 SENTENCES = (
@@ -121,7 +122,7 @@ def write_run(folder: Path, many: int = 2) -> Path:
     evaluation = evaluation_of()
     write_rows(rows_path(folder, "val", "ris-v1"), rows_of(evaluation))
     write_metrics(folder / "metrics.jsonl")
-    keep_pictures(
+    save_pictures(
         folder / "pictures" / "val",
         evaluation,
         many,

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from coupalign.evaluation.facts import Rows
 from coupalign.evaluation.metrics import summarize
+from coupalign.evaluation.rows import Rows
 from coupalign.report.groups import FEW, KINDS, group_section, groups_of
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from coupalign.errors import InputError
-from coupalign.evaluation.pictures import keep_pictures
 from coupalign.files import write_json
 from coupalign.report import report_run
+from coupalign.report.pictures import save_pictures
 from coupalign.report.scores import name_scores, read_scores
 from tests.unit.report.examples import EVIL, SENTENCES, evaluation_of, score_of, write_run
 
@@ -138,7 +138,7 @@ def test_a_run_with_nothing_but_a_score(tmp_path: Path):
 
 def test_large_pictures_are_reduced(tmp_path: Path):
     (tmp_path / "score.json").write_text(json.dumps(score_of().to_json()))
-    keep_pictures(tmp_path / "pictures" / "val", evaluation_of(2, (700, 900)), 1)
+    save_pictures(tmp_path / "pictures" / "val", evaluation_of(2, (700, 900)), 1)
     page = Page(report_run(tmp_path))
     assert all(address.startswith("data:image/jpeg") for address in page.addresses)
     assert (tmp_path / "report.html").stat().st_size < 2 * 900_000

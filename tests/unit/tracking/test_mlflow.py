@@ -17,7 +17,8 @@ import pytest
 
 from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
-from coupalign.tracking import forward, open_tracker, sync
+from coupalign.tracking import forwarder as forward
+from coupalign.tracking import open_tracker, sync
 from coupalign.tracking.outbox import Outbox
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import torch
 
 from coupalign.config.load import override
 from coupalign.config.schema import Config
-from coupalign.dist import World
-from coupalign.model.traffic import step_traffic
+from coupalign.costs.traffic import step_traffic
+from coupalign.distributed.world import World
 from coupalign.training import meter
 
 TINY = override(

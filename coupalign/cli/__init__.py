@@ -1,0 +1,1 @@
+"""The command line: a verb's flags and its body live in one file."""

@@ -1,0 +1,1 @@
+"""Everything that is counted, not timed: FLOPs, bytes, memory, messages."""

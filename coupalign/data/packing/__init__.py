@@ -1,0 +1,1 @@
+"""Annotations and photographs to verified WebDataset shards."""

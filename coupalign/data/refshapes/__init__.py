@@ -1,0 +1,1 @@
+"""RefShapes, the generated data set. Nothing else imports it."""

@@ -1,0 +1,1 @@
+"""Ranks: who they are, what they exchange, who hangs, who asked to stop."""

@@ -1,0 +1,1 @@
+"""Score a model on evaluation splits and publish the result: `coupalign eval`."""

@@ -1,0 +1,105 @@
+"""Who a process is, from the variables that real launchers set; what contradicts itself is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from coupalign.distributed.launcher import first_node, read_ranks, rendezvous_of
+from coupalign.errors import InputError
+
+TASK = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "6",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_NODELIST": "gpu[07-08,12]",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "x",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0, 1)),
+        (TORCHRUN, (3, 8, 1, 2)),
+        (
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "8",
+                "LOCAL_RANK": "1",
+                "LOCAL_SIZE": "4",
+                "CROSS_RANK": "0",
+            },
+            (3, 8, 1, 4),
+        ),
+        (TASK, (5, 6, 1, 2)),
+        (TASK | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1,3", "SLURM_NODEID": "3"}, (5, 6, 1, 3)),
+        (TASK | TORCHRUN, (3, 8, 1, 2)),  # torchrun inside a step of one task a node
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),  # a batch script with one task
+        ({"SLURM_NTASKS": "8"}, (0, 1, 0, 1)),  # a shell that salloc opened
+    ],
+)
+def test_places_come_from_whichever_launcher_there_is(
+    environment: dict[str, str], expected: tuple[int, ...]
+) -> None:
+    assert read_ranks(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE"),
+        (TORCHRUN | {"RANK": "first"}, "RANK is 'first'"),
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "local rank 2 of 2"),
+        (
+            TASK | {"RANK": "0", "WORLD_SIZE": "6", "LOCAL_RANK": "0"},
+            "RANK=0 contradicts SLURM_PROCID=5",
+        ),
+        (
+            TASK | {"RANK": "5", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+            "rank 5 of 1|WORLD_SIZE=1 contradicts SLURM_NTASKS=6",
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}, "put srun in front"),
+    ],
+)
+def test_what_contradicts_itself_is_named(environment: dict[str, str], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        read_ranks(environment)
+
+
+def test_the_meeting_point() -> None:
+    set_both = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert rendezvous_of(set_both) == set_both
+    assert rendezvous_of(TASK) == {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456"}
+    assert rendezvous_of(TASK | {"MASTER_ADDR": "10.0.0.1"}) == {
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "23456",
+    }
+    with pytest.raises(InputError, match="launch/torchrun.sh"):
+        rendezvous_of({"MASTER_ADDR": "10.0.0.1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[07-09,12],login", "gpu07"),
+        ("n1,n2", "n1"),
+        ("login,gpu[01-02]", "login"),
+        ("node[3]", "node3"),
+        ("n-a[1-2]", "n-a1"),
+        ("single", "single"),
+    ],
+)
+def test_the_first_node_of_a_short_form(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
