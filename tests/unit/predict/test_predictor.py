@@ -26,8 +26,8 @@ from coupalign.errors import InputError
 from coupalign.evaluation.rows import read_rows
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import write_weights
-from coupalign.predict.predictor import Predictor, in_order, open_image
 from coupalign.predict import predictor as predict
+from coupalign.predict.predictor import Predictor, in_order, open_image
 from coupalign.scoring.checkpoint import score_checkpoint
 
 WORDS = ["small red star", "the blue square on the left", "second circle from the right"]

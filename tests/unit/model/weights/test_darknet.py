@@ -16,13 +16,13 @@ import torch
 from coupalign.config.schema import CoupAlignConfig
 from coupalign.errors import InputError
 from coupalign.model.base import ReferringModel
+from coupalign.model.weights import load as weights
 from coupalign.model.weights.darknet import (
     NUMBERS,
     is_darknet,
     read_darknet,
 )
 from coupalign.model.weights.files import read_tensors
-from coupalign.model.weights import load as weights
 from coupalign.model.weights.names import looks_like
 
 CLASSES = 3

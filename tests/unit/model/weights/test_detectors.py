@@ -22,11 +22,11 @@ from coupalign.config.schema import (
     VltConfig,
 )
 from coupalign.model.build import build_model
+from coupalign.model.weights import load as weights
 from coupalign.model.weights.detectors import (
     detector_of,
     leak_of,
 )
-from coupalign.model.weights import load as weights
 from coupalign.model.weights.names import looks_like
 
 

@@ -14,8 +14,8 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table_simple
 
 from coupalign.model.weights import load as weights
 from coupalign.model.weights.names import looks_like
-from tests.unit.model.weights.test_names import bicubic_1d
 from tests.unit.model.weights.encoders import headless, official, randomize, refused, swin
+from tests.unit.model.weights.test_names import bicubic_1d
 
 
 def test_official_swin_gives_the_same_features(tmp_path):
