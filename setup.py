@@ -36,6 +36,7 @@ setup(
         "numpy>=2",
         "pillow>=10",
         "simplejpeg>=1.8,<2",
+        "tabulate>=0.9,<1",
         "tqdm",
     ],
     extras_require={

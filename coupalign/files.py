@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from coupalign.errors import InputError
+
 
 def user_cache(name: str) -> Path:
     """A folder of ours in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
@@ -79,6 +81,20 @@ def write_json(path: Path, value: Any) -> None:
     with whole_file(path, "w") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Read a JSON file, where `what` names its purpose for the error message.
+
+    Raises:
+        InputError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected {what}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as {what} ({error})") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import coupalign
 from coupalign.cli import verbs
-from coupalign.errors import InputError
+from coupalign.errors import ExitStatus, InputError, RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = options.run(options)
     except InputError as error:
         print(f"coupalign: error: {error}", file=sys.stderr)
-        return 2
+        return ExitStatus.INPUT_ERROR
+    except RunError as error:
+        print(f"coupalign: the run failed: {error}", file=sys.stderr)
+        return ExitStatus.RUN_FAILED
     except BrokenPipeError:
         return 1
     status, value = result if isinstance(result, tuple) else (0, result)

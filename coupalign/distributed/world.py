@@ -16,7 +16,7 @@ import torch.distributed as td
 
 from coupalign.distributed.launcher import launcher_of, read_ranks, rendezvous_of
 from coupalign.distributed.watchdog import Watchdog, doing
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ def on_main(act: Callable[[], T], world: World) -> T:
     if world.is_main:
         try:
             outcome = act(), None
-        except (InputError, OSError) as error:
+        except (InputError, RunError, OSError) as error:
             outcome = None, error
     value, problem = from_main(outcome, world)
     if problem is not None:
