@@ -100,7 +100,7 @@ class Outcome:
     """How a training session ended. `scores` of the last evaluation, by split, on rank 0."""
 
     state: TrainState
-    finished_checkpoints: bool
+    finished: bool
     is_main: bool
     scores: dict[str, Score] = field(default_factory=dict)
 

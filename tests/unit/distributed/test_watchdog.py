@@ -61,11 +61,11 @@ WATCHED = """
 import sys
 from datetime import timedelta
 import torch.distributed as dist
-from coupalign.distributed.watchdog import Watch
+from coupalign.distributed.watchdog import Watchdog
 from coupalign.distributed.watchdog import doing
 rank = int(sys.argv[1])
 store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, is_master=False, timeout=timedelta(seconds=60))
-watch = Watch(rank, 2, store, 2.0)
+watch = Watchdog(rank, 2, store, 2.0)
 doing("step 9: reading data" if rank else "step 9: updating", alone=bool(rank))
 import time
 time.sleep(60)
