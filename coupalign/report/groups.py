@@ -12,7 +12,6 @@ from html import escape
 
 import numpy as np
 
-from coupalign.data.refshapes.phrases import ORDINALS, RELATIONS, SIDES
 from coupalign.data.transforms import mirror_sentence, names_color
 from coupalign.evaluation.metrics import Empty, summarize
 from coupalign.evaluation.rows import Rows
@@ -42,17 +41,14 @@ _METRICS = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
 
 # Left and right in all their forms are known to `mirror_sentence`.
 _PLACE = re.compile(
-    r"(?<![a-z])(?:"
-    + "|".join([*SIDES, *RELATIONS])
-    + r"|(?:top|bottom|front|back|far|upper|lower|outer|inner)(?:most)?|"
+    r"(?<![a-z])(?:left|right|above|below|"
+    r"(?:top|bottom|front|back|far|upper|lower|outer|inner)(?:most)?|"
     r"(?:fore|back)ground|middle|mid|center|centre|central|corner|side|edge|end|behind|beside|between|beneath|"
     r"under|underneath|over|near(?:er|est)?|close(?:r|st)?|f[au]rthe(?:r|st)|next to)(?![a-z])",
     re.IGNORECASE,
 )
 _ORDER = re.compile(
-    r"(?<![a-z0-9])(?:"
-    + "|".join(ORDINALS)
-    + r"|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|"
+    r"(?<![a-z0-9])(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|"
     r"\d+ ?(?:st|nd|rd|th)|(?:number|no\.?|#) ?\d+|from (?:the )?(?:left|right|top|bottom|front|back))(?![a-z0-9])",
     re.IGNORECASE,
 )

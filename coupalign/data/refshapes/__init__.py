@@ -1,1 +1,1 @@
-"""RefShapes, the generated data set. Nothing else imports it."""
+"""RefShapes: a generated data set in the layout of RefCOCO. Only `cli` and `reproduce` import it."""
