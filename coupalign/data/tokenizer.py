@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_LONGEST_WORD = 100  # characters; WordPiece calls anything longer unknown
+MAX_WORD_CHARACTERS = 100  # characters; WordPiece calls anything longer unknown
 
 
 # ------------------------------------------------------------------------------------------------------ learning
@@ -163,7 +163,7 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
 
 def _build_backend(numbers: dict[str, int], lower: bool) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
-        models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD)
+        models.WordPiece(numbers, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARACTERS)
     )
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,14 @@ def build_refer_root(root: Path) -> Path:
         json.dumps(umd, ensure_ascii=False), encoding="utf-8"
     )
     return root
+
+
+def change_index(packed: Path, change: Callable[[dict], object]) -> None:
+    """Let `change` alter the index of a packed set in place."""
+    file = packed / "index.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
 
 
 def as_python_2_read(value: object) -> object:

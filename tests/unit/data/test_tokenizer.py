@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import random
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from coupalign.data.packing.vocabulary import _count_words, _merge, _spell, train_vocabulary
+from coupalign.data.packing.vocabulary import train_vocabulary
 from coupalign.data.tokenizer import SPECIAL, Tokenizer
 from coupalign.errors import InputError
 
@@ -33,67 +25,6 @@ SENTENCES = 3 * [
 def vocabulary(tmp_path: Path) -> Path:
     train_vocabulary(SENTENCES, tmp_path / "vocab.txt", 200)
     return tmp_path / "vocab.txt"
-
-
-def test_the_bytes_do_not_depend_on_order_process_or_hash_seed(vocabulary: Path, tmp_path: Path):
-    code = (
-        "import sys, json; from pathlib import Path; from coupalign.data.tokenizer import train_vocabulary;"
-        "train_vocabulary(json.loads(sys.argv[1]), Path(sys.argv[2]), 200)"
-    )
-    for seed in range(2):
-        mixed = SENTENCES.copy()
-        random.Random(seed).shuffle(mixed)
-        out = tmp_path / f"{seed}.txt"
-        subprocess.run(
-            [sys.executable, "-c", code, json.dumps(mixed), str(out)],
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": str(seed + 1)},
-        )
-        assert out.read_bytes() == vocabulary.read_bytes()
-
-
-def merge_by_the_book(words: Counter[str], room: int) -> list[str]:
-    """Byte-pair merging, counting everything anew before every merge."""
-    spelled = {word: _spell(word) for word in words}
-    merged: list[str] = []
-    known = {piece for pieces in spelled.values() for piece in pieces}
-    while len(merged) < room:
-        counts: Counter[tuple[str, str]] = Counter()
-        for word, pieces in spelled.items():
-            for pair in zip(pieces, pieces[1:]):
-                counts[pair] += words[word]
-        if not counts or max(counts.values()) < 2:
-            break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        whole = best[0] + best[1][2:]
-        if whole not in known:
-            known.add(whole)
-            merged.append(whole)
-        for word, pieces in spelled.items():
-            place, joined = 0, []
-            while place < len(pieces):
-                both = tuple(pieces[place : place + 2]) == best
-                joined.append(whole if both else pieces[place])
-                place += 2 if both else 1
-            spelled[word] = joined
-    return merged
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.text("abc", min_size=1, max_size=9), st.integers(1, 5), min_size=1, max_size=25
-    ),
-    st.integers(0, 40),
-)
-def test_merging_equals_the_slow_way(words: dict[str, int], room: int):
-    counted = Counter(words)
-    known = {piece for word in words for piece in _spell(word)}
-    assert _merge(counted, known, room) == merge_by_the_book(counted, room)
-
-
-def test_words_are_counted_in_lower_case_without_accents():
-    assert _count_words(["Café, café!", "cafe"])["cafe"] == 3
 
 
 def test_ids_of_the_special_tokens_and_frame(vocabulary: Path):
@@ -192,24 +123,3 @@ def test_other_broken_tokenizers_are_refused(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json cannot be read"):
         Tokenizer.open(tmp_path)
-
-
-def test_nothing_to_learn_from_and_too_small_a_size(tmp_path: Path):
-    with pytest.raises(InputError, match="none of the sentences"):
-        train_vocabulary(["", "  "], tmp_path / "vocab.txt")
-    with pytest.raises(InputError, match="too small"):
-        train_vocabulary(SENTENCES, tmp_path / "vocab.txt", 50)
-    assert not list(tmp_path.iterdir())
-
-
-def test_real_sentences_are_covered(real_data: Path, tmp_path: Path):
-    sentences = [
-        record["sent"] for record in json.loads((real_data / "gref_google_val_gt.json").read_text())
-    ]
-    train_vocabulary(sentences[:4000], tmp_path / "vocab.txt", 2000)
-    tokenizer = Tokenizer.open(tmp_path)
-    assert len(tokenizer) == 2000
-    words, mask, cut = tokenizer.encode(sentences[4000:], 20)
-    unknown = ((words == 1) & mask).sum() / mask.sum()
-    assert unknown < 1e-3  # the last thousand were never seen
-    assert 0.01 < sum(cut) / len(cut) < 0.25  # and some are longer than 18 pieces
