@@ -1,1 +1,1 @@
-"""From logits to a score that is printed with its protocol: metrics, the three protocols, the evaluator."""
+"""From logits to a printed score: metrics, protocols and the evaluator."""

@@ -206,5 +206,12 @@ def _score(
     if cut := int(rows[:, -2].sum()):
         words["cut"] = f"{cut:,} sentences were longer than the token limit and were cut"
     return Score(
-        protocol.name, values, samples, images, intervals, words, loader.fingerprint, sentences=rule
+        protocol=protocol.name,
+        metrics=values,
+        samples=samples,
+        images=images,
+        intervals=intervals,
+        conditions=words,
+        fingerprint=loader.fingerprint,
+        sentences=rule,
     )

@@ -1,47 +1,67 @@
-"""Scores from integers: oIoU, mIoU, P@X and bIoU of rows of counted pixels, and the `Score` that carries its protocol.
+"""Metrics computed from pixel counts, and the `Score` that carries its protocol.
 
-A row is one (image, sentence) sample: (number, I, U, bI, bU), its number in the loader's table, the pixels in the
-intersection and in the union of prediction and truth, and the same of their boundary bands (`protocols.boundary`). Rows stay
-int64 until the last division, so a score does not depend on the order or on the machine that counted. The formulas are those
-of the field: oIoU = sum(I) / sum(U), mIoU = mean(I / U), P@X = share of samples with I / U >= X, bIoU = mean(bI / bU), the
-Boundary IoU of Cheng et al., CVPR 2021.
+A row is one sample, that is one (image, sentence) pair. Its columns are (number, I, U, bI, bU):
+
+    number   position of the sample in the loader's table
+    I, U     pixels in the intersection and in the union of prediction and truth
+    bI, bU   the same of their boundary bands, see `protocols.boundary`
+
+Counts stay int64 until the last division, so a score depends neither on the order of the rows nor
+on the machine that counted. The formulas are those of the field:
+
+    oIoU     sum(I) / sum(U)
+    mIoU     mean(I / U)
+    P@X      share of samples with I / U >= X
+    bIoU     mean(bI / bU), the Boundary IoU of Cheng et al., CVPR 2021
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from tabulate import tabulate
 
-TENTHS = (5, 6, 7, 8, 9)
-METRICS = ("oIoU", "mIoU", *(f"P@0.{tenth}" for tenth in TENTHS), "bIoU")
-Empty = Literal["one", "zero"]
+THRESHOLD_TENTHS = (5, 6, 7, 8, 9)
+METRICS = ("oIoU", "mIoU", *(f"P@0.{tenth}" for tenth in THRESHOLD_TENTHS), "bIoU")
+EmptyUnion = Literal["one", "zero"]
 
-_CHUNK = 100  # resamples drawn at a time: bounds the memory at 100 x clusters integers
+# Bounds the memory of the bootstrap: this many resamples x images integers at a time.
+_RESAMPLES_AT_ONCE = 100
 
 
-def ious(rows: np.ndarray, empty: Empty = "one") -> np.ndarray:
-    """I / U of each row, float64 [n].
+def ious(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
+    """Compute I / U of each row, float64 [n].
 
     Args:
         rows: int64 [n, 3 or more] = (number, intersection, union, …).
-        empty: what an empty union counts as, where truth and prediction are both empty: "one", or "zero" (LAVT's rule).
+        empty: IoU of an empty union, where truth and prediction are both empty: "one", or "zero"
+            (LAVT's rule).
     """
-    return _ratios(*_checked(rows)[:, 1:3].T, empty)
+    rows = _check_rows(rows)
+    return _ratio(rows[:, 1], rows[:, 2], empty)
 
 
-def boundary_ious(rows: np.ndarray, empty: Empty = "one") -> np.ndarray:
-    """bI / bU of each row int64 [n, 5 or more], float64 [n]; a band is empty only where its mask is."""
-    return _ratios(*_checked(rows)[:, 3:5].T, empty)
+def boundary_ious(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
+    """Compute bI / bU of each row int64 [n, 5 or more], float64 [n].
+
+    A band is empty only where its mask is.
+    """
+    rows = _check_rows(rows)
+    return _ratio(rows[:, 3], rows[:, 4], empty)
 
 
-def hits(rows: np.ndarray, empty: Empty = "one") -> np.ndarray:
-    """Bool [n, 5]: whether I / U >= 0.5, 0.6 … 0.9, decided on integers (0.7 is not a binary fraction; 7/10 is exact)."""
-    inside, union = _checked(rows)[:, 1:3].T
-    reached = inside[:, None] * 10 >= np.asarray(TENTHS) * union[:, None]
-    return np.where(union[:, None] > 0, reached, empty == "one")
+def reaches_thresholds(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
+    """Whether I / U >= 0.5, 0.6 … 0.9, bool [n, 5].
+
+    Decided on integers, because 0.7 is not a binary fraction but 7/10 is exact.
+    """
+    rows = _check_rows(rows)
+    intersection, union = rows[:, 1:2], rows[:, 2:3]
+    reached = intersection * 10 >= np.asarray(THRESHOLD_TENTHS) * union
+    return np.where(union > 0, reached, empty == "one")
 
 
 def summarize(
@@ -49,104 +69,114 @@ def summarize(
     bootstrap: int = 1000,
     seed: int = 0,
     clusters: np.ndarray | None = None,
-    empty: Empty = "one",
+    empty: EmptyUnion = "one",
 ) -> dict[str, Any]:
-    """All metrics of some rows, with 95 % percentile bootstrap intervals.
+    """Compute all metrics of some rows, with 95 % percentile bootstrap intervals.
 
     Args:
         rows: int64 [n, 5], n >= 1.
-        bootstrap: resamples; 0 leaves the intervals out.
-        clusters: [n] image id of each row. Sentences about one image are not independent, so whole images are drawn
-            with replacement; without it every row is its own image, and the intervals come out too narrow.
+        bootstrap: number of resamples. 0 leaves the intervals out.
+        clusters: [n] image id of each row. Sentences about one image are not independent, so whole
+            images are drawn with replacement. Without it every row counts as its own image, and
+            the intervals come out too narrow.
 
     Returns:
-        the `METRICS` by name, in 0 … 1, "samples", "images" and "intervals" {name: (low, high)}.
+        The `METRICS` by name, 0 … 1, "samples", "images" and "intervals" {name: (low, high)}.
     """
     assert len(rows), "a score of no samples"
-    tallies = _tallies(rows, np.arange(len(rows)) if clusters is None else clusters, empty)
-    result: dict[str, Any] = dict(
-        zip(METRICS, _scores(tallies.sum(axis=0, keepdims=True), empty)[0].tolist())
-    )
-    result |= {"samples": len(rows), "images": len(tallies), "intervals": {}}
+    if clusters is None:
+        clusters = np.arange(len(rows))
+    sums = _sums_by_image(rows, clusters, empty)
+
+    totals = sums.sum(axis=0, keepdims=True)
+    values = _metrics_of(totals, empty)[0].tolist()
+    result: dict[str, Any] = dict(zip(METRICS, values))
+    result |= {"samples": len(rows), "images": len(sums), "intervals": {}}
+
     if bootstrap:
-        resampled = _scores(_resample(tallies, bootstrap, seed), empty)  # [bootstrap, metrics]
-        low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-        result["intervals"] = {name: (float(a), float(b)) for name, a, b in zip(METRICS, low, high)}
+        resampled = _metrics_of(_bootstrap_totals(sums, bootstrap, seed), empty)
+        result["intervals"] = _percentile_intervals(resampled)
     return result
 
 
 def paired_intervals(
-    rows: np.ndarray,
-    others: np.ndarray,
+    rows_a: np.ndarray,
+    rows_b: np.ndarray,
     bootstrap: int = 1000,
     seed: int = 0,
     clusters: np.ndarray | None = None,
-    empty: Empty = "one",
+    empty: EmptyUnion = "one",
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap intervals of (metric of `others`) - (metric of `rows`), by metric name.
+    """Compute 95 % percentile bootstrap intervals of (metric of b) - (metric of a), by name.
 
-    Row k of both is the same sample; every resample draws the same whole images for both.
+    Row k of both is the same sample. Every resample draws the same whole images for both.
 
     Args:
-        rows, others: int64 [n, 5], n >= 1.
-        bootstrap, clusters: as in `summarize`; bootstrap >= 1.
+        rows_a, rows_b: int64 [n, 5], n >= 1.
+        bootstrap, clusters: as in `summarize`, but bootstrap >= 1.
     """
-    assert len(rows) == len(others) > 0 and bootstrap
-    images = np.arange(len(rows)) if clusters is None else clusters
-    # the draws depend on the seed and on the number of images only: they are the same for both
-    before, after = (
-        _scores(_resample(_tallies(part, images, empty), bootstrap, seed), empty)
-        for part in (rows, others)
-    )
-    low, high = np.percentile(after - before, [2.5, 97.5], axis=0)
-    return {name: (float(a), float(b)) for name, a, b in zip(METRICS, low, high)}
+    assert len(rows_a) == len(rows_b) > 0 and bootstrap
+    if clusters is None:
+        clusters = np.arange(len(rows_a))
+
+    def resample(rows: np.ndarray) -> np.ndarray:
+        # The draws depend only on the seed and the number of images, so both runs get the same.
+        sums = _sums_by_image(rows, clusters, empty)
+        return _metrics_of(_bootstrap_totals(sums, bootstrap, seed), empty)
+
+    return _percentile_intervals(resample(rows_b) - resample(rows_a))
 
 
 def deduplicate(rows: np.ndarray, slack: float = 0.0) -> np.ndarray:
-    """One row a sample, sorted by number; further columns are carried along.
+    """Keep one row per sample, sorted by number; further columns are carried along.
 
-    Ranks repeat a few samples to stay in step. A repeat must agree with the first.
+    Ranks repeat a few samples to make their shares equal. A repeat must agree with the first row.
 
     Args:
         rows: int64 [n, 5 or more].
-        slack: share of the union by which intersection and union of a repeat may differ: rounding on a GPU depends on
-            the neighbors in the batch. One pixel can move a whole stretch of a boundary band, so with any slack the bands are
-            not compared. 0 asks for equality.
+        slack: share of the union by which intersection and union of a repeat may differ, because
+            rounding on a GPU depends on the neighbors in the batch. One pixel can move a whole
+            stretch of a boundary band, so with any slack the bands are not compared. 0 asks for
+            equality.
 
     Raises:
         AssertionError: a sample was counted twice with different results; names the sample.
     """
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    first = np.diff(rows[:, 0], prepend=-1) != 0
-    kept = rows[first]
-    original = kept[np.cumsum(first) - 1]
-    off = np.abs(rows - original)
-    off[:, 1:3] -= np.minimum(off[:, 1:3], (slack * original[:, 2:3]).astype(np.int64))
+    is_first = np.diff(rows[:, 0], prepend=-1) != 0
+    unique = rows[is_first]
+
+    # Compare every row with the first one of its sample.
+    original = unique[np.cumsum(is_first) - 1]
+    deviation = np.abs(rows - original)
+    allowed = (slack * original[:, 2:3]).astype(np.int64)
+    deviation[:, 1:3] -= np.minimum(deviation[:, 1:3], allowed)
     if slack:
-        off[:, 3:5] = 0
-    wrong = off.any(axis=1)
-    if wrong.any():
-        place = int(np.argmax(wrong))
+        deviation[:, 3:5] = 0
+
+    differs = deviation.any(axis=1)
+    if differs.any():
+        index = int(np.argmax(differs))
         raise AssertionError(
-            f"sample {rows[place, 0]} was scored twice with different results: "
-            f"{original[place, 1:].tolist()} and {rows[place, 1:].tolist()}"
+            f"sample {rows[index, 0]} was scored twice with different results: "
+            f"{original[index, 1:].tolist()} and {rows[index, 1:].tolist()}"
         )
-    return kept
+    return unique
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """A result together with everything that must be known to compare it.
+    """A result together with everything you need to know to compare it.
 
     Attributes:
         protocol: "ris-v1", "lavt" or "cris".
         metrics: the `METRICS` by name, 0 … 1.
+        samples, images: how many (image, sentence) samples were scored, and on how many images.
         intervals: 95 % bootstrap intervals by metric name.
-        samples, images: how many (image, sentence) samples were scored, on how many images.
-        conditions: in words, printed as they stand: input, truth, prediction, threshold, sentences, sets, …
+        conditions: text by heading, printed with the score: input, truth, threshold, sets, …
         fingerprint: of the data, hex.
         leak: whether training images were among the scored ones.
-        language_blind: the same model on the same samples with the sentences shuffled among them.
+        language_blind: score of the same model on the same samples with shuffled sentences.
         sentences: which sentences of a ref are samples: "each", "first" or "concatenated".
     """
 
@@ -162,10 +192,11 @@ class Score:
     sentences: str = "each"
 
     def to_json(self) -> dict[str, Any]:
-        """A flat JSON object: metrics in 0 … 1 under their names, the protocol and its conditions beside them."""
+        """Return a flat JSON object: metrics by name, then the protocol and its conditions."""
         value: dict[str, Any] = dict(self.metrics)
         if self.language_blind is not None:
             value["language_blind_oIoU"] = self.language_blind.metrics["oIoU"]
+
         value |= {
             "protocol": self.protocol,
             "sentences": self.sentences,
@@ -182,7 +213,7 @@ class Score:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Score:
-        """The inverse of `to_json`."""
+        """Read what `to_json` returned."""
         blind = value.get("language_blind")
         return cls(
             protocol=value["protocol"],
@@ -198,7 +229,7 @@ class Score:
         )
 
     def facts(self) -> dict[str, str]:
-        """The protocol in words, by heading: what `table` and the report print under the numbers."""
+        """Describe the protocol by heading, as printed below the numbers."""
         return {
             "protocol": self.protocol,
             **self.conditions,
@@ -208,125 +239,176 @@ class Score:
         }
 
     def table(self) -> str:
-        """The score in percent as text, always with the protocol below it."""
+        """Format the score in percent as text, always with the protocol below it."""
         blind = self.language_blind
-        lines = [
-            f"{'':<8}{'score %':>9}{'95 % interval':>18}"
-            + ("" if blind is None else f"{'language-blind':>17}")
-        ]
+        headers = ["", "score %", "95 % interval"]
+        if blind is not None:
+            headers.append("language-blind")
+
+        rows = []
         for name, value in self.metrics.items():
-            pair = self.intervals.get(name)
-            interval = "" if pair is None else f"{100 * pair[0]:.2f} … {100 * pair[1]:.2f}"
-            other = "" if blind is None else f"{100 * blind.metrics[name]:17.2f}"
-            lines.append(f"{name:<8}{100 * value:9.2f}{interval:>18}{other}")
-        facts = self.facts()
-        width = max(map(len, facts)) + 2
-        return "\n".join(
-            [*lines, "", *(f"{name:<{width}}{words}" for name, words in facts.items())]
-        )
+            row = [name, _percent(value), ""]
+            if name in self.intervals:
+                row[-1] = " … ".join(map(_percent, self.intervals[name]))
+            if blind is not None:
+                row.append(_percent(blind.metrics[name]))
+            rows.append(row)
+
+        numbers = _format_columns(rows, headers)
+        facts = _format_facts(self.facts().items())
+        return f"{numbers}\n\n{facts}"
 
 
-def side_by_side(scores: Mapping[tuple[str, str], Score]) -> str:
-    """Scores of one split by (protocol, sentence rule) as one table in percent, a column each, with their conditions below."""
-    cells = [
-        ["protocol", *(protocol for protocol, _ in scores)],
-        ["sentences", *(rule for _, rule in scores)],
-        *(
-            [name, *(f"{100 * score.metrics[name]:.2f}" for score in scores.values())]
-            for name in METRICS
-        ),
-        ["samples", *(f"{score.samples:,}" for score in scores.values())],
-    ]
-    if any(score.language_blind for score in scores.values()):
-        blind = [score.language_blind for score in scores.values()]
-        cells.append(
-            [
-                "oIoU, shuffled",
-                *("" if one is None else f"{100 * one.metrics['oIoU']:.2f}" for one in blind),
-            ]
-        )
-    wide = max(len(cell) for line in cells for cell in line[1:]) + 2
-    lines = [f"{line[0]:<16}" + "".join(f"{cell:>{wide}}" for cell in line[1:]) for line in cells]
-    return "\n".join([*lines, "", *_shared_facts(scores)])
+# A column of a comparison: protocol and sentence rule.
+Column = tuple[str, str]
 
 
-def _shared_facts(scores: Mapping[tuple[str, str], Score]) -> list[str]:
-    """A line a condition; where the scores differ in it, a line for each wording with the columns it belongs to."""
+def side_by_side(scores: Mapping[Column, Score]) -> str:
+    """Format the scores of one split as one table in percent, with their conditions below.
+
+    Args:
+        scores: by (protocol, sentence rule), one column each.
+    """
+    columns = scores.values()
+    rows = [["sentences", *(rule for _, rule in scores)]]
+    for name in METRICS:
+        rows.append([name, *(_percent(score.metrics[name]) for score in columns)])
+    rows.append(["samples", *(f"{score.samples:,}" for score in columns)])
+
+    if any(score.language_blind for score in columns):
+        row = ["oIoU, shuffled"]
+        for score in columns:
+            blind = score.language_blind
+            row.append("" if blind is None else _percent(blind.metrics["oIoU"]))
+        rows.append(row)
+
+    numbers = _format_columns(rows, ["protocol", *(protocol for protocol, _ in scores)])
+    facts = _format_facts(_shared_facts(scores))
+    return f"{numbers}\n\n{facts}"
+
+
+def _format_columns(rows: list[list[str]], headers: list[str]) -> str:
+    """Align a column of names on the left and columns of numbers on the right."""
+    return tabulate(
+        rows,
+        headers,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", *["right"] * (len(headers) - 1)),
+    )
+
+
+def _format_facts(facts: Iterable[tuple[str, str]]) -> str:
+    return tabulate(list(facts), tablefmt="plain", disable_numparse=True)
+
+
+def _shared_facts(scores: Mapping[Column, Score]) -> list[tuple[str, str]]:
+    """One (heading, text) per condition; where scores differ, one per text with its columns."""
+    columns = list(scores)
+    facts = {column: score.facts() for column, score in scores.items()}
+    headings = dict.fromkeys(heading for fact in facts.values() for heading in fact)
+    headings.pop("protocol", None)
+
     lines = []
-    for heading in dict.fromkeys(
-        heading for score in scores.values() for heading in score.facts() if heading != "protocol"
-    ):
-        wordings: dict[str, list[tuple[str, str]]] = {}
-        for key, score in scores.items():
-            if (words := score.facts().get(heading)) is not None:
-                wordings.setdefault(words, []).append(key)
-        lines += [
-            f"{heading:<12}{words}{_whose(keys, list(scores))}" for words, keys in wordings.items()
-        ]
+    for heading in headings:
+        columns_of: dict[str, list[Column]] = {}
+        for column in columns:
+            if heading in facts[column]:
+                columns_of.setdefault(facts[column][heading], []).append(column)
+        for text, members in columns_of.items():
+            lines.append((heading, text + _name_columns(members, columns)))
     return lines
 
 
-def _whose(keys: list[tuple[str, str]], columns: list[tuple[str, str]]) -> str:
-    """Some of the columns in few words: their protocols or their rules alone, where that says which they are."""
-    if keys == columns:
+def _name_columns(members: list[Column], columns: list[Column]) -> str:
+    """Name some columns, by protocol or sentence rule alone where that is enough."""
+    if members == columns:
         return ""
-    for place in (0, 1):
-        named = dict.fromkeys(key[place] for key in keys)
-        if keys == [key for key in columns if key[place] in named]:
-            return f"  [{', '.join(named)}]"
-    return f"  [{', '.join(map(' '.join, keys))}]"
+
+    for part in (0, 1):
+        names = dict.fromkeys(member[part] for member in members)
+        if members == [column for column in columns if column[part] in names]:
+            return f"  [{', '.join(names)}]"
+    return f"  [{', '.join(map(' '.join, members))}]"
 
 
-def _checked(rows: np.ndarray) -> np.ndarray:
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _check_rows(rows: np.ndarray) -> np.ndarray:
     assert rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] >= 3, (
         f"not int64 [n, 3 or more]: {rows.dtype} {rows.shape}"
     )
-    for first, what in zip(
-        range(1, rows.shape[1] - 1, 2), ("intersection", "boundary intersection")
-    ):
-        inside, union = rows[:, first : first + 2].T
-        bad = np.flatnonzero((inside < 0) | (inside > union))
-        assert not len(bad), (
-            f"sample {rows[bad[0], 0]}: {what} {inside[bad[0]]} of union {union[bad[0]]}"
-        )
+    pairs = [("intersection", 1)]
+    if rows.shape[1] >= 5:
+        pairs.append(("boundary intersection", 3))
+
+    for what, column in pairs:
+        intersection, union = rows[:, column], rows[:, column + 1]
+        bad = np.flatnonzero((intersection < 0) | (intersection > union))
+        if len(bad):
+            first = bad[0]
+            raise AssertionError(
+                f"sample {rows[first, 0]}: {what} {intersection[first]} of union {union[first]}"
+            )
     return rows
 
 
-def _ratios(inside: np.ndarray, union: np.ndarray, empty: Empty) -> np.ndarray:
-    return np.where(union > 0, inside / np.maximum(union, 1), 1.0 if empty == "one" else 0.0)
+def _ratio(intersection: np.ndarray, union: np.ndarray, empty: EmptyUnion) -> np.ndarray:
+    of_empty = 1.0 if empty == "one" else 0.0
+    return np.where(union > 0, intersection / np.maximum(union, 1), of_empty)
 
 
-def _tallies(rows: np.ndarray, clusters: np.ndarray, empty: Empty) -> np.ndarray:
-    """Sums over each image, float64 [images, 10] = (samples, I, U, IoU, five hits, bIoU); integers are exact up to 2^53."""
-    assert len(clusters) == len(rows), "one cluster id a row"
+def _sums_by_image(rows: np.ndarray, clusters: np.ndarray, empty: EmptyUnion) -> np.ndarray:
+    """Add up the rows of each image.
+
+    Returns:
+        float64 [images, 10] = (samples, I, U, IoU, five thresholds reached, bIoU). Integers are
+        exact up to 2^53.
+    """
+    assert len(clusters) == len(rows), "one cluster id per row"
     columns = np.column_stack(
         [
             np.ones(len(rows)),
             rows[:, 1:3],
             ious(rows, empty),
-            hits(rows, empty),
+            reaches_thresholds(rows, empty),
             boundary_ious(rows, empty),
         ]
     )
-    _, group = np.unique(clusters, return_inverse=True)
-    sums = np.zeros((group.max() + 1, columns.shape[1]))
-    np.add.at(sums, group, columns)
+
+    _, image = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((image.max() + 1, columns.shape[1]))
+    np.add.at(sums, image, columns)
     return sums
 
 
-def _resample(tallies: np.ndarray, times: int, seed: int) -> np.ndarray:
-    """Totals of `times` draws of as many images with replacement, [images, k] -> [times, k]."""
-    random, images = np.random.default_rng(seed), len(tallies)
+def _bootstrap_totals(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Draw all images with replacement `resamples` times, [images, k] -> totals [resamples, k]."""
+    random = np.random.default_rng(seed)
+    images = len(sums)
+
     totals = []
-    for start in range(0, times, _CHUNK):
-        many = min(_CHUNK, times - start)
-        drawn = random.integers(images, size=(many, images)) + images * np.arange(many)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=many * images).reshape(many, images)
-        totals.append(counts @ tallies)
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        size = min(_RESAMPLES_AT_ONCE, resamples - start)
+        drawn = random.integers(images, size=(size, images))
+        # Offset each resample's images, so that one bincount counts all of them.
+        drawn += images * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * images).reshape(size, images)
+        totals.append(counts @ sums)
     return np.concatenate(totals)
 
 
-def _scores(totals: np.ndarray, empty: Empty) -> np.ndarray:
-    """`METRICS` of each line of totals, [k, 10] -> [k, 8]."""
-    samples, inside, union = totals[:, 0], totals[:, 1], totals[:, 2]
-    return np.column_stack([_ratios(inside, union, empty), totals[:, 3:] / samples[:, None]])
+def _metrics_of(totals: np.ndarray, empty: EmptyUnion) -> np.ndarray:
+    """Compute `METRICS` of each line of totals, [k, 10] -> [k, 8]."""
+    samples, intersection, union = totals[:, 0], totals[:, 1], totals[:, 2]
+    overall = _ratio(intersection, union, empty)
+    means = totals[:, 3:] / samples[:, None]
+    return np.column_stack([overall, means])
+
+
+def _percentile_intervals(resampled: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % intervals by metric name of [resamples, metrics]."""
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    return dict(zip(METRICS, zip(low.tolist(), high.tolist())))

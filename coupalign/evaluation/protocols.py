@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coupalign.errors import InputError
-from coupalign.evaluation.metrics import Empty
+from coupalign.evaluation.metrics import EmptyUnion
 
 if TYPE_CHECKING:
     from coupalign.config.schema import DataConfig, Source
@@ -45,7 +45,7 @@ class Protocol:
     name: str
     predict: Callable[[Tensor, Frame], Tensor]
     place: Callable[[np.ndarray, Frame], np.ndarray]
-    empty: Empty
+    empty: EmptyUnion
     truth: str
     prediction: str
     threshold: str

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from coupalign.errors import InputError
-from coupalign.evaluation.metrics import Empty, ious
+from coupalign.evaluation.metrics import EmptyUnion, ious
 from coupalign.files import whole_file
 
 COLUMNS = (
@@ -92,7 +92,7 @@ def rows_path(run: Path, split: str, protocol: str, rule: str = "each") -> Path:
     return run / "scores" / f"{split}-{protocol}{'' if rule == 'each' else f'-{rule}'}.csv"
 
 
-def write_rows(path: Path, rows: Rows, empty: Empty = "one") -> None:
+def write_rows(path: Path, rows: Rows, empty: EmptyUnion = "one") -> None:
     """Write rows as CSV: whole or not at all."""
     with whole_file(Path(path), "w") as file:
         table = csv.writer(file, lineterminator="\n")

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from coupalign.errors import InputError
-from coupalign.evaluation.metrics import METRICS, Empty, hits, ious, paired_intervals, summarize
+from coupalign.evaluation.metrics import (
+    METRICS,
+    EmptyUnion,
+    reaches_thresholds,
+    ious,
+    paired_intervals,
+    summarize,
+)
 from coupalign.evaluation.protocols import find_protocol
 from coupalign.evaluation.rows import Rows, read_rows, rows_path
 
@@ -175,7 +182,7 @@ def pair_rows(a: Rows, b: Rows, name_a: str = "A", name_b: str = "B") -> tuple[R
 
 
 def compare_rows(
-    a: Rows, b: Rows, empty: Empty = "one", bootstrap: int = 1000, seed: int = 0
+    a: Rows, b: Rows, empty: EmptyUnion = "one", bootstrap: int = 1000, seed: int = 0
 ) -> Comparison:
     """Compare rows of the same samples in the same order, at least one."""
     assert a.names == b.names and len(a)
@@ -184,7 +191,10 @@ def compare_rows(
     )
     intervals = paired_intervals(a.counts, b.counts, bootstrap, seed, a.image_ids, empty)
     metrics = {name: Difference(values[name], others[name], *intervals[name]) for name in METRICS}
-    right_a, right_b = hits(a.counts, empty)[:, 0], hits(b.counts, empty)[:, 0]
+    right_a, right_b = (
+        reaches_thresholds(a.counts, empty)[:, 0],
+        reaches_thresholds(b.counts, empty)[:, 0],
+    )
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     iou_a, iou_b = ious(a.counts, empty), ious(b.counts, empty)
     change = iou_b - iou_a  # equal fractions give equal doubles, so a tie is exact

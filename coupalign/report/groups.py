@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 from coupalign.data.transforms import mirror_sentence, names_color
-from coupalign.evaluation.metrics import Empty, summarize
+from coupalign.evaluation.metrics import EmptyUnion, summarize
 from coupalign.evaluation.rows import Rows
 
 FEW = 30  # samples; a score of fewer says little
@@ -85,14 +85,14 @@ def _named(sentence: str) -> tuple[str, ...]:
     return tuple(word for word, is_said in zip(_WORDS, told) if is_said) or _WORDS[-1:]
 
 
-def group_section(name: str, rows: Rows, empty: Empty) -> str:
+def group_section(name: str, rows: Rows, empty: EmptyUnion) -> str:
     """A table for each kind of group."""
     note = f'In percent; bIoU is the mean boundary IoU. <span class="few">few</span> marks fewer than {FEW} samples.'
     tables = "".join(_tables(rows, empty))
     return f'<section><h2>Scores by group: {escape(name)}</h2><p class="quiet">{note}</p><div class="groups">{tables}</div></section>'
 
 
-def _tables(rows: Rows, empty: Empty) -> Iterator[str]:
+def _tables(rows: Rows, empty: EmptyUnion) -> Iterator[str]:
     samples = [
         groups_of(*sample)
         for sample in zip(
@@ -112,7 +112,7 @@ def _tables(rows: Rows, empty: Empty) -> Iterator[str]:
         )
 
 
-def _line(label: str, rows: Rows, members: np.ndarray, empty: Empty) -> str:
+def _line(label: str, rows: Rows, members: np.ndarray, empty: EmptyUnion) -> str:
     scores = summarize(rows.counts[members], bootstrap=0, empty=empty)
     cells = "".join(
         f'<td class="bar" style="--part:{scores[metric]:.3f}">{100 * scores[metric]:.1f}</td>'

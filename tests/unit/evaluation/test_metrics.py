@@ -13,7 +13,7 @@ from coupalign.evaluation.metrics import (
     METRICS,
     Score,
     deduplicate,
-    hits,
+    reaches_thresholds,
     ious,
     paired_intervals,
     side_by_side,
@@ -56,7 +56,7 @@ def test_thresholds_are_decided_exactly(size: int):
         [Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)]
         for _, i, u, *_ in rows
     ]
-    assert hits(rows).tolist() == expected
+    assert reaches_thresholds(rows).tolist() == expected
 
 
 def test_empty_union_counts_as_told():
@@ -203,13 +203,13 @@ def example_score(blind: bool = True) -> Score:
     )
     other = example_score(False) if blind else None
     return Score(
-        "ris-v1",
-        values,
-        samples,
-        images,
-        intervals,
-        {"truth": "original resolution", "threshold": "p > 0.5"},
-        "ab" * 32,
+        protocol="ris-v1",
+        metrics=values,
+        samples=samples,
+        images=images,
+        intervals=intervals,
+        conditions={"truth": "original resolution", "threshold": "p > 0.5"},
+        fingerprint="ab" * 32,
         language_blind=other,
     )
 
@@ -240,10 +240,10 @@ def test_scores_side_by_side_say_what_they_share_and_what_they_do_not():
         and lines["samples"][:2] == ["2", "(image,"]
     )
     assert (
-        "truth       original resolution  [ris-v1]" in text
-        and "truth       nearest-resized  [lavt]" in text
+        "truth      original resolution  [ris-v1]" in text
+        and "truth      nearest-resized  [lavt]" in text
     )
-    assert "threshold   p > 0.5\n" in text and "oIoU, shuffled" in text
+    assert "threshold  p > 0.5\n" in text and "oIoU, shuffled" in text
 
 
 def test_the_table_always_prints_the_protocol():

@@ -43,13 +43,13 @@ def score_of(
     conditions = {"threshold": "p > 0.5 <b>", "truth": "original resolution"}
     other = score_of(protocol, 10, False) if blind else None
     return Score(
-        protocol,
-        values,
-        samples,
-        images,
-        intervals,
-        conditions,
-        "cd" * 32,
+        protocol=protocol,
+        metrics=values,
+        samples=samples,
+        images=images,
+        intervals=intervals,
+        conditions=conditions,
+        fingerprint="cd" * 32,
         language_blind=other,
         sentences=sentences,
     )

@@ -115,10 +115,10 @@ def given(run, *scores: float, blind: float | None = None) -> None:
 
     def score(value: float, other: Score | None = None) -> Score:
         return Score(
-            "ris-v1",
-            dict.fromkeys(METRICS, value),
-            10,
-            5,
+            protocol="ris-v1",
+            metrics=dict.fromkeys(METRICS, value),
+            samples=10,
+            images=5,
             leak="none: no scored photograph was trained on",
             language_blind=other,
         )
@@ -140,7 +140,9 @@ def test_mean_deviation_and_difference_over_seeds() -> None:
     trained_only = next(runs for row, runs in planned if row.method == "LAVT")[0]
     write_json(
         trained_only.directory / "scores" / "val.json",
-        Score("ris-v1", dict.fromkeys(METRICS, 0.9), 10, 5).to_json(),
+        Score(
+            protocol="ris-v1", metrics=dict.fromkeys(METRICS, 0.9), samples=10, images=5
+        ).to_json(),
     )
     results = collect(planned, table)
     shown = text_table(table, results, comparable=True)
