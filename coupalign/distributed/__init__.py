@@ -1,1 +1,1 @@
-"""Ranks: who they are, what they exchange, who hangs, who asked to stop."""
+"""Ranks: who they are, what they exchange, which one hangs, and requests to stop."""

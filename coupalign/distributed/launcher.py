@@ -1,7 +1,9 @@
-"""Who this process is and where the ranks meet, from the environment of whichever launcher started it; pure functions of it.
+"""Read rank, world size and meeting point from the environment of the launcher.
 
-torchrun and deepspeed set RANK, WORLD_SIZE and LOCAL_RANK, and MASTER_ADDR and MASTER_PORT. srun sets SLURM_PROCID,
-SLURM_NTASKS and SLURM_LOCALID for each task of a step, and no meeting point.
+torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun sets
+SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID for each task of a step, but no meeting point.
+
+Every function here is a pure function of the environment that it is given.
 """
 
 from __future__ import annotations
@@ -13,88 +15,102 @@ from coupalign.errors import InputError
 
 
 def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """(rank, size, local rank, local size) from torchrun's or DeepSpeed's variables, else Slurm's, else a single process.
+    """Read (rank, size, local rank, local size) of this process.
+
+    torchrun's or DeepSpeed's variables come first, then Slurm's. Without either, this is the only
+    process: (0, 1, 0, 1).
 
     Raises:
-        InputError: a variable is missing or no number, or two of them contradict each other; names them and the remedy.
+        InputError: a variable is missing or not a number, or two of them contradict each other.
     """
-    in_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    has_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    slurm_tasks = int(environment.get("SLURM_NTASKS", 1))
+
     if "RANK" in environment:
-        rank, size, local_rank = _numbers(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, size, local_rank = _read_integers(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK")
         local_size = int(
             environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or local_rank + 1
         )
-        started_by_launcher = (
-            "TORCHELASTIC_RUN_ID" in environment or "CROSS_RANK" in environment
-        )  # torchrun, deepspeed
-        if in_step and not started_by_launcher:
-            _compare(
-                environment, ("RANK", rank, "SLURM_PROCID"), ("WORLD_SIZE", size, "SLURM_NTASKS")
-            )
-    elif in_step and int(environment.get("SLURM_NTASKS", 1)) > 1:
-        rank, size, local_rank = _numbers(
+
+        # The first variable is set by torchrun, the second by deepspeed.
+        has_launcher = "TORCHELASTIC_RUN_ID" in environment or "CROSS_RANK" in environment
+        if has_step and not has_launcher:
+            _check_against_slurm(environment, "RANK", rank, "SLURM_PROCID")
+            _check_against_slurm(environment, "WORLD_SIZE", size, "SLURM_NTASKS")
+
+    elif has_step and slurm_tasks > 1:
+        rank, size, local_rank = _read_integers(
             environment, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
         )
-        local_size = _tasks_here(environment)
-    elif int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        local_size = _tasks_on_this_node(environment)
+
+    elif slurm_tasks > 1 and "SLURM_PROCID" in environment:
         raise InputError(
-            f"this is the batch script of a Slurm job with {environment['SLURM_NTASKS']} tasks, which only srun starts: "
-            "put srun in front (slurm/train.sbatch does), or ask for one task"
+            f"this is the batch script of a Slurm job with {environment['SLURM_NTASKS']} tasks, "
+            "but only srun starts tasks: put srun in front of the command (as slurm/train.sbatch "
+            "does), or ask for one task"
         )
     else:
         return 0, 1, 0, 1
+
     if rank >= size or local_rank >= local_size:
         raise InputError(
-            f"the launcher says rank {rank} of {size}, local rank {local_rank} of {local_size}: ranks count from 0. Look for "
-            "RANK, WORLD_SIZE and LOCAL_RANK in your shell's start-up files and in slurm/env.sh"
+            f"the launcher says rank {rank} of {size}, local rank {local_rank} of {local_size}, "
+            "but ranks count from 0. Check whether your shell's start-up files or slurm/env.sh "
+            "set RANK, WORLD_SIZE or LOCAL_RANK"
         )
     return rank, size, local_rank, local_size
 
 
-def launcher_of(environment: Mapping[str, str]) -> str:
-    """What started this process, for people."""
-    signs = {
+def detect_launcher(environment: Mapping[str, str]) -> str:
+    """Name what started this process, for people."""
+    launchers = {
         "TORCHELASTIC_RUN_ID": "torchrun",
         "CROSS_RANK": "deepspeed",
         "RANK": "RANK in the environment",
         "SLURM_STEP_ID": "srun",
     }
-    return next((name for sign, name in signs.items() if sign in environment), "no launcher")
+    for variable, launcher in launchers.items():
+        if variable in environment:
+            return launcher
+    return "no launcher"
 
 
-def rendezvous_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT: those that are set, else the first node of the Slurm step and a port from the job's number.
+def find_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
+    """Find MASTER_ADDR and MASTER_PORT, where the ranks meet.
+
+    Values that are set win. Otherwise the address is the first node of the Slurm step, and the
+    port is derived from the job's number.
 
     Raises:
-        InputError: there is no Slurm job to take them from.
+        InputError: a value is not set and there is no Slurm job to derive it from.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes and not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise InputError(
-            "MASTER_ADDR and MASTER_PORT are not set: the ranks cannot find each other. Start through launch/torchrun.sh, "
-            "launch/deepspeed.sh or slurm/train.sbatch, which set both"
+            "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot find each other. Start "
+            "with launch/torchrun.sh, launch/deepspeed.sh or slurm/train.sbatch, which set both"
         )
+
     address = environment.get("MASTER_ADDR") or first_node(nodes or "")
     port = environment.get("MASTER_PORT") or str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
     return {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
 def first_node(nodes: str) -> str:
-    """The first host of Slurm's short form: "gpu[07-09,12],login" -> "gpu07"."""
-    head, bracket, rest = nodes.partition("[")
-    return (
-        head + re.split("[-,\\]]", rest)[0]
-        if bracket and "," not in head
-        else nodes.partition(",")[0]
-    )
+    """Return the first host of Slurm's short form: "gpu[07-09,12],login" -> "gpu07"."""
+    prefix, bracket, rest = nodes.partition("[")
+    if not bracket or "," in prefix:
+        return nodes.partition(",")[0]
+    return prefix + re.split("[-,\\]]", rest)[0]
 
 
-def _numbers(environment: Mapping[str, str], *names: str) -> list[int]:
+def _read_integers(environment: Mapping[str, str], *names: str) -> list[int]:
     missing = [name for name in names if name not in environment]
     if missing:
         raise InputError(
-            f"the launcher set {names[0]} but not {', '.join(missing)}: start through torchrun, deepspeed or srun, or "
-            f"remove {names[0]} from the environment"
+            f"the launcher set {names[0]} but not {', '.join(missing)}: start with torchrun, "
+            f"deepspeed or srun, or remove {names[0]} from the environment"
         )
     for name in names:
         if not environment[name].isdigit():
@@ -102,19 +118,23 @@ def _numbers(environment: Mapping[str, str], *names: str) -> list[int]:
     return [int(environment[name]) for name in names]
 
 
-def _compare(environment: Mapping[str, str], *pairs: tuple[str, int, str]) -> None:
-    for name, value, other in pairs:
-        if other in environment and int(environment[other]) != value:
-            raise InputError(
-                f"{name}={value} contradicts {other}={environment[other]}: srun started this process, and {name} was set by "
-                "something else. Remove RANK, WORLD_SIZE and LOCAL_RANK from slurm/env.sh and your shell's start-up files"
-            )
+def _check_against_slurm(
+    environment: Mapping[str, str], name: str, value: int, slurm_name: str
+) -> None:
+    if slurm_name in environment and int(environment[slurm_name]) != value:
+        raise InputError(
+            f"{name}={value} contradicts {slurm_name}={environment[slurm_name]}: srun started this "
+            f"process, and something else set {name}. Remove RANK, WORLD_SIZE and LOCAL_RANK from "
+            "slurm/env.sh and your shell's start-up files"
+        )
 
 
-def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Tasks of the step on this node, from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
-    counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, repeats = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(repeats or 1)
-    return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]
+def _tasks_on_this_node(environment: Mapping[str, str]) -> int:
+    """Count the step's tasks on this node, from Slurm's short form: "2(x3),1" is 2, 2, 2, 1."""
+    tasks_by_node: list[int] = []
+    for group in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        tasks, _, repeats = group.rstrip(")").partition("(x")
+        tasks_by_node += [int(tasks)] * int(repeats or 1)
+
+    node = int(environment.get("SLURM_NODEID", 0))
+    return tasks_by_node[min(node, len(tasks_by_node) - 1)]

@@ -1,6 +1,6 @@
-"""Asked to stop: the request is noted at once and honored where all ranks can agree on it.
+"""Notice a request to stop at once; the ranks act on it where they can agree.
 
-Imports nothing heavy, so that a signal is noted from the first second on, before torch is there.
+This module imports nothing heavy, so signals are noticed even before torch is imported.
 """
 
 from __future__ import annotations
@@ -12,13 +12,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Context in which SIGTERM, SIGUSR1 (Slurm's warning) and Ctrl-C set a flag; the second of them acts as usual."""
+    """Record the first SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C instead of acting on it.
+
+        with StopRequest() as stop:
+            ...
+            if stop.name is not None: ...
+
+    A second signal of the same kind has its usual effect.
+
+    Attributes:
+        name: of the signal that arrived, such as "SIGTERM". None: no request yet.
+    """
 
     def __init__(self) -> None:
-        self.name: str | None = None  # of the signal that came
+        self.name: str | None = None
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._usual_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(
@@ -27,9 +37,10 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._usual_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, self.before[signal.Signals(number)])
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        received = signal.Signals(number)
+        self.name = received.name
+        signal.signal(number, self._usual_handlers[received])

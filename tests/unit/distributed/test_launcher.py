@@ -1,10 +1,10 @@
-"""Who a process is, from the variables that real launchers set; what contradicts itself is named."""
+"""Rank, world size and meeting point from the variables that real launchers set."""
 
 from __future__ import annotations
 
 import pytest
 
-from coupalign.distributed.launcher import first_node, read_ranks, rendezvous_of
+from coupalign.distributed.launcher import first_node, read_ranks, find_rendezvous
 from coupalign.errors import InputError
 
 TASK = {
@@ -43,13 +43,16 @@ TORCHRUN = {
         ),
         (TASK, (5, 6, 1, 2)),
         (TASK | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1,3", "SLURM_NODEID": "3"}, (5, 6, 1, 3)),
-        (TASK | TORCHRUN, (3, 8, 1, 2)),  # torchrun inside a step of one task a node
+        # torchrun inside a step of one task per node
+        (TASK | TORCHRUN, (3, 8, 1, 2)),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),  # a batch script with one task
-        ({"SLURM_NTASKS": "8"}, (0, 1, 0, 1)),  # a shell that salloc opened
+        # a batch script with one task
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1)),
+        # a shell that salloc opened
+        ({"SLURM_NTASKS": "8"}, (0, 1, 0, 1)),
     ],
 )
-def test_places_come_from_whichever_launcher_there_is(
+def test_read_ranks_understands_every_launcher(
     environment: dict[str, str], expected: tuple[int, ...]
 ) -> None:
     assert read_ranks(environment) == expected
@@ -73,21 +76,37 @@ def test_places_come_from_whichever_launcher_there_is(
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}, "put srun in front"),
     ],
 )
-def test_what_contradicts_itself_is_named(environment: dict[str, str], named: str) -> None:
+def test_read_ranks_refuses_missing_and_contradicting_variables(
+    environment: dict[str, str], named: str
+) -> None:
     with pytest.raises(InputError, match=named):
         read_ranks(environment)
 
 
-def test_the_meeting_point() -> None:
-    set_both = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert rendezvous_of(set_both) == set_both
-    assert rendezvous_of(TASK) == {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456"}
-    assert rendezvous_of(TASK | {"MASTER_ADDR": "10.0.0.1"}) == {
-        "MASTER_ADDR": "10.0.0.1",
-        "MASTER_PORT": "23456",
-    }
+def test_rendezvous_uses_set_variables_then_slurm() -> None:
+    both_set = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    address_set = TASK | {"MASTER_ADDR": "10.0.0.1"}
+
+    assert find_rendezvous(both_set) == both_set
+    assert find_rendezvous(TASK) == {"MASTER_ADDR": "gpu07", "MASTER_PORT": "23456"}
+    assert find_rendezvous(address_set) == {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
+
     with pytest.raises(InputError, match="launch/torchrun.sh"):
-        rendezvous_of({"MASTER_ADDR": "10.0.0.1"})
+        find_rendezvous({"MASTER_ADDR": "10.0.0.1"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        (TORCHRUN, "torchrun"),
+        ({"RANK": "0", "CROSS_RANK": "0"}, "deepspeed"),
+        ({"RANK": "0"}, "RANK in the environment"),
+        (TASK, "srun"),
+        ({}, "no launcher"),
+    ],
+)
+def test_detect_launcher(environment: dict[str, str], launcher: str) -> None:
+    assert detect_launcher(environment) == launcher
 
 
 @pytest.mark.parametrize(
@@ -101,5 +120,5 @@ def test_the_meeting_point() -> None:
         ("single", "single"),
     ],
 )
-def test_the_first_node_of_a_short_form(nodes: str, first: str) -> None:
+def test_first_node_of_slurms_short_form(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
