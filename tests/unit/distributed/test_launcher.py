@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from coupalign.distributed.launcher import first_node, read_ranks, find_rendezvous
+from coupalign.distributed.launcher import (
+    detect_launcher,
+    find_rendezvous,
+    first_node,
+    read_ranks,
+)
 from coupalign.errors import InputError
 
 TASK = {
