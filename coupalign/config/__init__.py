@@ -1,1 +1,4 @@
-"""What a run is: the schema (`schema.py`) and how it is read, written and compared (`load.py`). Imports no torch."""
+"""The configuration of a run: its schema (`schema.py`), and reading and comparing it (`load.py`).
+
+Imports no torch.
+"""

@@ -1,104 +1,130 @@
-"""YAML and `key=value` overrides -> Config; Config -> YAML, flat parameters, differences."""
+"""Read a configuration from YAML and `key=value` overrides, write it, and compare two of them."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from coupalign.config.schema import Config, Section
+from coupalign.config.schema import FORMER_KEYS, FORMER_VALUES, Config, Section
 from coupalign.errors import InputError
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, change it by `dotted.key=value` overrides, expand $VARIABLES, and check every field.
+    """Read a YAML file, apply `dotted.key=value` overrides, expand $VARIABLES and check all fields.
 
     Raises:
-        InputError: names the file (or the override), the key, what is wrong and the nearest valid key.
+        InputError: names the file or override, the key, the mistake and the nearest valid key.
     """
     return read_section(Config, Path(path), overrides)
 
 
-def read_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection:
-    """`read_config` for any section that a YAML file may hold by itself.
+def read_section(
+    section_type: type[AnySection], path: Path, overrides: Sequence[str] = ()
+) -> AnySection:
+    """Read any section of the schema from a YAML file of its own; see `read_config`.
 
-    A file may say `base: OTHER.yaml` (beside it): it then holds only what differs from the other one.
+    A file may start from another one in the same folder with `base: OTHER.yaml`. It then holds only
+    the differences.
     """
-    return _overridden(kind, _with_base(kind, path), path, overrides)
+    tree = _read_with_base(section_type, path)
+    return _parse_with_overrides(section_type, tree, path, overrides)
 
 
 def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
-    """`config` changed by `dotted.key=value` overrides, checked as a whole."""
-    return _overridden(type(config), config.model_dump(mode="json"), "the configuration", overrides)
+    """Change a configuration by `dotted.key=value` overrides, and check the result as a whole."""
+    tree = config.model_dump(mode="json")
+    return _parse_with_overrides(type(config), tree, "the configuration", overrides)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a key given twice is an error, which YAML itself would hide."""
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        InputError: the file is missing, is not valid YAML, or has a key twice (which YAML allows).
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file{_similar_file(path)}") from None
+        raise InputError(f"{path}: no such file{_suggest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+
     try:
-        tree = yaml.load(text, _UniqueKeys) or {}
+        tree = yaml.load(text, _UniqueKeyLoader) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(
-            f"{path}: a mapping of keys is expected at the top, found {type(tree).__name__}"
+            f"{path}: expected a mapping of keys at the top, found {type(tree).__name__}"
         )
     return tree
 
 
 def parse_section(
-    kind: type[AnySection],
+    section_type: type[AnySection],
     tree: Mapping[str, Any],
     file: Path | str,
     overrides: Mapping[str, str] | None = None,
 ) -> AnySection:
-    """Check `tree` against a section of the schema; `file` and `overrides` are only named in errors."""
+    """Check a tree of mappings, lists and values against a section of the schema.
+
+    Args:
+        section_type: the section to make.
+        tree: the keys and values, as YAML has them.
+        file: where the tree comes from; for error messages.
+        overrides: the overrides that are already in the tree, by dotted key; for error messages.
+
+    Raises:
+        InputError: one line per mistake.
+    """
     try:
-        return kind.model_validate(_expand(tree, str(file)))
+        return section_type.model_validate(_expand_variables(tree, str(file)))
     except ValidationError as error:
-        lines = [_explain(kind, problem, str(file), overrides or {}) for problem in error.errors()]
+        lines = [
+            _describe_mistake(section_type, mistake, str(file), overrides or {})
+            for mistake in error.errors()
+        ]
         raise InputError("\n".join(dict.fromkeys(lines))) from None
 
 
 def dump(config: Section) -> str:
-    """The whole configuration as YAML, defaults included; `read_config` gives the same Config back."""
+    """Write the whole configuration as YAML, defaults included; `read_config` restores it."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
 
 
 def flatten(config: Section) -> dict[str, Any]:
-    """`{"optim.lr": 5e-05, …}`: one entry a leaf, lists by position."""
+    """List all settings by dotted key: `{"optim.lr": 5e-05, "data.train.0.split": "train", …}`."""
     flat: dict[str, Any] = {}
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        elif isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
-            walk(prefix, {str(place): inner for place, inner in enumerate(value)})
-        else:
-            flat[prefix] = value
+    def add(key: str, value: Any) -> None:
+        # A list of sections has one setting per field and index, any other list is one setting.
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
 
-    walk("", config.model_dump(mode="json"))
+        if isinstance(value, Mapping) and value:
+            for name, inner in value.items():
+                add(f"{key}.{name}" if key else name, inner)
+        else:
+            flat[key] = value
+
+    add("", config.model_dump(mode="json"))
     return flat
 
 
 def diff(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
-    """The leaves that differ: `{"optim.lr": (old, new)}`."""
+    """List the settings that differ: `{"optim.lr": (old value, new value)}`."""
     before, after = flatten(old), flatten(new)
     return {
         key: (before.get(key), after.get(key))
@@ -107,10 +133,60 @@ def diff(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
     }
 
 
-# -------------------------------------------------------------------------------------------------- the small print
+def numeric_diff(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+    """List the settings that differ and can lead to other weights or other scores."""
+    return _diff_without(old, new, lambda field: not _effects(field)["numeric"])
 
 
-class _UniqueKeys(yaml.SafeLoader):
+def resume_diff(old: Section, new: Section) -> dict[str, tuple[Any, Any]]:
+    """List the settings that differ and keep `new` from resuming a checkpoint of `old`."""
+    return _diff_without(old, new, lambda field: _effects(field)["resumable"])
+
+
+# ---------------------------------------------------------------------------------------------
+# What the schema says about a field
+
+
+def _diff_without(
+    old: Section, new: Section, is_harmless: Callable[[FieldInfo], bool]
+) -> dict[str, tuple[Any, Any]]:
+    """`diff` without the settings whose field, or a field around it, is harmless."""
+    harmful: dict[str, tuple[Any, Any]] = {}
+    for key, values in diff(old, new).items():
+        fields = _fields_along(old, key) or _fields_along(new, key)
+        if not any(is_harmless(field) for field in fields):
+            harmful[key] = values
+    return harmful
+
+
+def _effects(field: FieldInfo) -> dict[str, Any]:
+    """What `schema.setting` recorded; a field without it says nothing about its section."""
+    effects = field.json_schema_extra
+    return effects if isinstance(effects, dict) else {"numeric": True, "resumable": False}
+
+
+def _fields_along(config: Section, key: str) -> list[FieldInfo]:
+    """The fields from the top of `config` down to a dotted key; empty if it has no such key."""
+    fields: list[FieldInfo] = []
+    value: Any = config
+    for name in key.split("."):
+        if isinstance(value, Section) and name in type(value).model_fields:
+            fields.append(type(value).model_fields[name])
+            value = getattr(value, name)
+        elif isinstance(value, tuple) and name.isdigit() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return []
+    return fields
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, except that a repeated key is an error instead of silently winning."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -123,105 +199,76 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _overridden(
-    kind: type[AnySection], tree: dict[str, Any], file: Path | str, overrides: Sequence[str]
-) -> AnySection:
-    for change in overrides:
-        _apply(kind, tree, change)
-    return parse_section(
-        kind, tree, file, {change.partition("=")[0].strip(): change for change in overrides}
-    )
+def _read_with_base(
+    section_type: type[Section], path: Path, readers: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """Read a file on top of its `base`. `readers` are the files whose bases led here."""
+    if path.resolve() in readers:
+        chain = " -> ".join(file.name for file in (*readers, path))
+        raise InputError(f"{path}: `base` leads back to the file itself: {chain}")
 
-
-def _with_base(kind: type[Section], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise InputError(
-            f"{path}: `base` leads back to the file itself: {' -> '.join(file.name for file in (*above, path))}"
-        )
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise InputError(
-            f"{path}: base: the name of a YAML file beside it is expected, found {base!r}"
+            f"{path}: base: expected the name of a YAML file in the same folder, found {base!r}"
         )
-    return _merged(kind, [], _with_base(kind, path.parent / base, (*above, path.resolve())), tree)
+
+    base_tree = _read_with_base(section_type, path.parent / base, (*readers, path.resolve()))
+    return _merge(section_type, [], base_tree, tree)
 
 
-def _merged(
-    kind: type[Section], path: list[str], old: dict[str, Any], new: Mapping[str, Any]
+def _merge(
+    section_type: type[Section], path: list[str], old: dict[str, Any], new: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`old` with what `new` says instead, mappings key by key; another `kind` keeps of `old` what an override would keep."""
+    """Lay `new` over `old`, mapping by mapping; both stand at `path` below the section."""
     if "kind" in new and new["kind"] != old.get("kind"):
-        kept = _shared(_walk(kind, path), old.get("kind"), new["kind"])
+        kept = _names_kept(section_type, path, old.get("kind"), new["kind"])
         old = {name: value for name, value in old.items() if name in kept}
+
+    # Mappings on both sides are merged, any other value replaces the old one.
     merged = dict(old)
-    for key, value in new.items():
-        before = old.get(key)
-        both = isinstance(value, Mapping) and isinstance(before, dict)
-        merged[key] = _merged(kind, [*path, key], before, value) if both else value
+    for name, value in new.items():
+        before = old.get(name)
+        if isinstance(value, Mapping) and isinstance(before, dict):
+            value = _merge(section_type, [*path, name], before, value)
+        merged[name] = value
     return merged
 
 
-def _apply(kind: type[Section], tree: dict[str, Any], change: str) -> None:
-    key, equals, text = change.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"override {change!r}: expected dotted.key=value")
-    *path, last = key.strip().split(".")
-    place: Any = tree
-    for part in path:
-        place = _enter(place, part, change)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {change!r}: the value is not valid YAML: {error}") from None
-    if isinstance(place, list):
-        place[_position(place, last, change)] = value
-        return
-    if last == "kind" and place.get("kind") != value:
-        kept = _shared(_walk(kind, path), place.get("kind"), value)
-        for name in set(place) - kept:
-            del place[name]
-    place[last] = value
+def _names_kept(
+    section_type: type[Section], path: Sequence[str], old_kind: str | None, new_kind: Any
+) -> set[str]:
+    """Names of the sections that stay when `kind` changes: those that both variants have alike.
 
-
-def _shared(variants: Sequence[type[Section]], old: str | None, new: Any) -> set[str]:
-    """Sections that two variants have alike, which stay where `kind` is changed; all else starts from the new one's defaults."""
-    by_tag = {_tag(section): section for section in variants}
-    if new not in by_tag:
+    All other settings start from the defaults of the new variant.
+    """
+    variants = _sections_at(section_type, path)
+    by_kind = {_kind_of(variant): variant for variant in variants}
+    if new_kind not in by_kind:
         return set()
-    before, after = by_tag.get(old, variants[0]).model_fields, by_tag[new].model_fields
-    return {
-        name
-        for name, field in before.items()
-        if name in after
-        and after[name].annotation == field.annotation
-        and _sections(field.annotation)
-    }
+
+    before = by_kind.get(old_kind, variants[0]).model_fields
+    after = by_kind[new_kind].model_fields
+    kept: set[str] = set()
+    for name in before.keys() & after.keys():
+        annotation = before[name].annotation
+        if annotation == after[name].annotation and _section_types_in(annotation):
+            kept.add(name)
+    return kept
 
 
-def _enter(place: Any, part: str, change: str) -> Any:
-    if isinstance(place, list):
-        return place[_position(place, part, change)]
-    if not isinstance(place.get(part), (dict, list)):
-        place[part] = {}
-    return place[part]
-
-
-def _position(place: list[Any], part: str, change: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise InputError(f"override {change!r}: {part!r} is not a place in a list of {len(place)}")
-    return int(part)
-
-
-def _expand(value: Any, file: str) -> Any:
+def _expand_variables(value: Any, file: str) -> Any:
+    """Replace $NAME and ${NAME} in all strings by environment variables, which must be set."""
     if isinstance(value, Mapping):
-        return {key: _expand(inner, file) for key, inner in value.items()}
+        return {key: _expand_variables(inner, file) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_expand(inner, file) for inner in value]
+        return [_expand_variables(item, file) for item in value]
     if not isinstance(value, str) or "$" not in value:
         return value
+
     expanded = os.path.expandvars(value)
     if missing := re.search(r"\$\{?(\w+)", expanded):
         raise InputError(
@@ -230,62 +277,139 @@ def _expand(value: Any, file: str) -> Any:
     return expanded
 
 
-def _explain(
-    kind: type[Section], problem: Mapping[str, Any], file: str, overrides: Mapping[str, str]
-) -> str:
-    where = [part for part in problem["loc"] if not _is_tag(kind, problem["loc"], part)]
-    key = ".".join(str(part) for part in where)
-    source = f"override {overrides[key]!r}" if key in overrides else file
-    if problem["type"] == "extra_forbidden":
-        valid = _fields(kind, problem["loc"][:-1])
-        nearest = difflib.get_close_matches(str(where[-1]), valid, n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {nearest[0]!r}?" if nearest else f"valid keys here: {', '.join(valid)}"
+def _suggest_file(path: Path) -> str:
+    names = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Overrides
+
+
+def _parse_with_overrides(
+    section_type: type[AnySection],
+    tree: dict[str, Any],
+    file: Path | str,
+    overrides: Sequence[str],
+) -> AnySection:
+    for text in overrides:
+        _apply_override(section_type, tree, text)
+    by_key = {text.partition("=")[0].strip(): text for text in overrides}
+    return parse_section(section_type, tree, file, by_key)
+
+
+def _apply_override(section_type: type[Section], tree: dict[str, Any], override: str) -> None:
+    """Write one `dotted.key=value` into the tree."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override {override!r}: expected dotted.key=value")
+
+    # Walk to the mapping or list that holds the value, making mappings that are not there yet.
+    *path, last = key.strip().split(".")
+    node: Any = tree
+    for name in path:
+        if isinstance(node, list):
+            node = node[_list_index(node, name, override)]
+            continue
+        if not isinstance(node.get(name), (dict, list)):
+            node[name] = {}
+        node = node[name]
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+        return
+
+    # Another kind: drop the settings that belong to the old one.
+    if last == "kind" and node.get("kind") != value:
+        kept = _names_kept(section_type, path, node.get("kind"), value)
+        for name in set(node) - kept:
+            del node[name]
+    node[last] = value
+
+
+def _list_index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise InputError(
+            f"override {override!r}: {text!r} is not an index into a list of {len(items)}"
         )
+    return int(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Error messages
+
+
+def _describe_mistake(
+    section_type: type[Section],
+    mistake: Mapping[str, Any],
+    file: str,
+    overrides: Mapping[str, str],
+) -> str:
+    """Turn one of pydantic's errors into a line with file or override, key and remedy."""
+    location = mistake["loc"]
+    names = [name for name in location if not _is_kind_tag(section_type, location, name)]
+    key = ".".join(str(name) for name in names)
+    source = f"override {overrides[key]!r}" if key in overrides else file
+
+    # An unknown key: say what became of it, or what was probably meant.
+    if mistake["type"] == "extra_forbidden" and key in FORMER_KEYS:
+        return f"{source}: {key}: {FORMER_KEYS[key]}"
+    if mistake["type"] == "extra_forbidden":
+        valid = _valid_keys(section_type, location[:-1])
+        nearest = difflib.get_close_matches(str(names[-1]), valid, n=1, cutoff=0.4)
+        hint = f"valid keys here: {', '.join(valid)}"
+        if nearest:
+            hint = f"did you mean {nearest[0]!r}?"
         return f"{source}: unknown key {key!r}; {hint}"
-    found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{source}: {key or 'the file'}: {message[0].lower()}{message[1:]}{found}"
+
+    # A wrong value: pydantic says what is valid.
+    value = ""
+    if mistake["type"] not in ("missing", "value_error"):
+        value = f", found {mistake['input']!r}"
+    if new_value := FORMER_VALUES.get((key, str(mistake["input"]))):
+        value += f", which is now called {new_value!r}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return f"{source}: {key or 'the file'}: {message[0].lower()}{message[1:]}{value}"
 
 
-def _walk(kind: type[Section], path: Sequence[Any]) -> list[type[Section]]:
-    """The section types that stand at `path`, whose parts are field names, list places and union tags."""
-    here: list[type[Section]] = [kind]
-    for part in path:
-        tagged = [section for section in here if _tag(section) == part]
-        if tagged and len(here) > 1:
-            here = tagged
-        elif isinstance(part, str):
-            fields = [
-                section.model_fields[part].annotation
-                for section in here
-                if part in section.model_fields
-            ]
-            here = [section for annotation in fields for section in _sections(annotation)]
+def _sections_at(section_type: type[Section], path: Sequence[Any]) -> list[type[Section]]:
+    """The section types that may stand at a path of field names, list indexes and kinds."""
+    here: list[type[Section]] = [section_type]
+    for name in path:
+        of_kind = [section for section in here if _kind_of(section) == name]
+        if of_kind and len(here) > 1:
+            here = of_kind
+        elif isinstance(name, str):
+            fields = [section.model_fields.get(name) for section in here]
+            annotations = [field.annotation for field in fields if field is not None]
+            here = [section for each in annotations for section in _section_types_in(each)]
     return here
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def _section_types_in(annotation: Any) -> list[type[Section]]:
+    """The section types in an annotation such as `tuple[Source, ...]` or a union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections(inner)]
+    return [section for inner in get_args(annotation) for section in _section_types_in(inner)]
 
 
-def _tag(section: type[Section]) -> str | None:
+def _kind_of(section: type[Section]) -> str | None:
+    """The `kind` that selects a section in its union; None for a section without alternatives."""
     field = section.model_fields.get("kind")
     return None if field is None else field.default
 
 
-def _is_tag(kind: type[Section], path: Sequence[Any], part: Any) -> bool:
-    sections = _walk(kind, path[: list(path).index(part)])
-    return len(sections) > 1 and any(_tag(section) == part for section in sections)
+def _is_kind_tag(section_type: type[Section], location: Sequence[Any], name: Any) -> bool:
+    """Whether a part of pydantic's location is the kind it chose in a union, and not a key."""
+    variants = _sections_at(section_type, location[: list(location).index(name)])
+    return len(variants) > 1 and any(_kind_of(variant) == name for variant in variants)
 
 
-def _fields(kind: type[Section], path: Sequence[Any]) -> list[str]:
-    return [name for section in _walk(kind, path) for name in section.model_fields]
-
-
-def _similar_file(path: Path) -> str:
-    names = [file.name for file in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+def _valid_keys(section_type: type[Section], path: Sequence[Any]) -> list[str]:
+    return [name for section in _sections_at(section_type, path) for name in section.model_fields]

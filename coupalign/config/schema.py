@@ -1,7 +1,7 @@
-"""The whole configuration: every field, its unit and its default, in one file.
+"""The whole configuration: every setting with its unit, its default and what it does, in one file.
 
-Variants are discriminated unions on `kind`, so that code `match`es on a type and go-to-definition works. Values are
-frozen; unknown keys are refused by `config.load`, which names the file, the key and the nearest valid one.
+Variants are discriminated unions on `kind`, so code can `match` on the type. Values are frozen.
+`config.load` refuses unknown keys and names the file, the key and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -14,260 +14,299 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that knows all its keys."""
+    """A frozen part of the configuration that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- data
+def setting(
+    default: Any = ...,
+    description: str = "",
+    *,
+    numeric: bool = True,
+    resumable: bool | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declare a field of a section.
+
+    Args:
+        default: the value without a configuration; `...` makes the field required.
+        description: what the setting does, with its unit; for documentation and error messages.
+        numeric: whether another value can lead to other weights or other scores (beyond rounding).
+            A field that holds a section speaks for everything in it when it says False.
+        resumable: whether a run may resume from its checkpoint with another value.
+            Default: only if the field is not numeric. `train.steps` is both numeric and resumable.
+        constraints: passed to pydantic's `Field`, such as `ge=0`.
+    """
+    effects = {"numeric": numeric, "resumable": not numeric if resumable is None else resumable}
+    return Field(default, description=description, json_schema_extra=effects, **constraints)
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
 
 
 class Source(Section):
-    """One split of one annotation set inside a packed shard directory."""
+    """One split of one data set inside a directory of packed shards."""
 
-    index: str = Field(
-        description="shard directory or its index.json: a local path, http(s):// or s3:// address"
+    index: str = setting(
+        description="Shard directory or its index.json: a local path, http(s):// or s3:// address."
     )
-    dataset: str | None = Field(
-        None, description="refcoco, refcoco+, refcocog, refshapes …; none: every set in the index"
+    dataset: str | None = setting(
+        None, "refcoco, refcoco+, refcocog, refshapes … Null: every data set in the index."
     )
-    split_by: str | None = Field(
-        None, description="unc, google, umd …; none: every partition in the index"
+    split_by: str | None = setting(
+        None, "Partition: unc, google, umd … Null: every partition in the index."
     )
-    split: str = Field(description="train, val, testA, testB, test …")
+    split: str = setting(description="train, val, testA, testB, test …")
 
 
 class Augmentation(Section):
-    """Random changes of a training sample; each is off at 0."""
+    """Random changes of training samples. Each is off at 0."""
 
-    flip: float = Field(
+    flip: float = setting(
         0.0,
+        "Probability of mirroring the image and swapping left and right in the sentence.",
         ge=0,
         le=1,
-        description="probability of a mirror image, with left and right swapped in the sentence",
     )
-    color_jitter: float = Field(
+    color_jitter: float = setting(
         0.0,
+        "Strength of brightness, contrast and saturation changes. "
+        "Skipped when the sentence names a color.",
         ge=0,
         le=1,
-        description="strength of brightness, contrast and saturation changes; "
-        "none where the sentence names a color",
     )
 
 
 class DataConfig(Section):
-    train: tuple[Source, ...] = Field(
-        (), description="mixture to train on; every sample once an epoch"
+    """What a run trains on and is scored on, and how samples are read."""
+
+    train: tuple[Source, ...] = setting(
+        (), "Sources to train on. Every sample is used once per epoch."
     )
-    evaluate: tuple[Source, ...] = Field((), description="what is scored during and after training")
-    image_size: int = Field(480, ge=32, description="side of the square model input, pixels")
-    resize: Literal["squash", "letterbox"] = Field(
-        "squash", description="squash ignores the aspect ratio; letterbox pads"
+    evaluate: tuple[Source, ...] = setting(
+        (), "Sources to score during and after training.", numeric=False
     )
-    mix: Literal["clean", "leaky"] | None = Field(
+    image_size: int = setting(480, "Side of the square model input, in pixels.", ge=32)
+    resize: Literal["squash", "letterbox"] = setting(
+        "squash",
+        "How an image becomes square. squash: ignore the aspect ratio. letterbox: keep it and pad.",
+    )
+    leaks: Literal["refuse", "exclude", "allow"] = setting(
+        "refuse",
+        "What to do with training samples on photographs that are also scored. refuse: do not "
+        "train. exclude: leave these samples out. allow: train on them, for comparison with "
+        "papers that do; every score then says so.",
+    )
+    unit: Literal["ref", "sentence"] = setting(
+        "ref",
+        "What one training sample is: ref (a ref with one random sentence of it per epoch) or "
+        "sentence (every sentence is a sample).",
+    )
+    sentence: Literal["cleaned", "raw"] = setting(
+        "cleaned", "Text of an annotation to read: cleaned (its `sent`) or raw (its `raw`)."
+    )
+    tokenizer: str | None = setting(
         None,
-        description="what is done with training samples on photographs that are to be scored: clean leaves them out, leaky keeps "
-        "them, for comparison with papers, and marks every score; none refuses to train",
+        "Folder or hub name of a Hugging Face tokenizer. "
+        "Null: the vocabulary trained while the first training source was packed.",
+        resumable=True,
     )
-    unit: Literal["ref", "sentence"] = Field(
-        "ref", description="a training sample: a ref with one random sentence, or each sentence"
-    )
-    sentence: Literal["cleaned", "raw"] = Field(
-        "cleaned", description="which text of the annotation is read: `sent` or `raw`"
-    )
-    tokenizer: str | None = Field(
-        None,
-        description="folder or hub name of a Hugging Face tokenizer; none: the vocabulary "
-        "trained when the first training source was packed",
-    )
-    max_tokens: int = Field(
-        20, ge=3, description="tokens a sentence is cut to, [CLS] and [SEP] included"
+    max_tokens: int = setting(
+        20, "Length that sentences are cut to, in tokens, including [CLS] and [SEP].", ge=3
     )
     augment: Augmentation = Augmentation()
-    shuffle_window: int = Field(
-        256, ge=1, description="shards that are mixed with each other at a time"
+    shuffle_window: int = setting(
+        256, "Number of shards whose samples are shuffled together.", ge=1
     )
-    canonical_nodes: int = Field(
+    canonical_nodes: int = setting(
         1,
+        "Number of equal parts that each epoch is divided into; a node reads one or more of them. "
+        "Choose a common multiple of all numbers of nodes you may use: changing it later changes "
+        "the data order.",
         ge=1,
-        description="equal parts into which each epoch's samples are divided, for a node to read one or "
-        "several of: a multiple of the numbers of nodes that may ever be used; changing "
-        "it changes the order",
     )
-    workers: int = Field(
+    workers: int = setting(
         2,
+        "Processes per rank that read and decode samples. Does not affect the data order.",
+        numeric=False,
         ge=0,
-        description="decoding processes per rank; the order of the data does not depend on it",
     )
-    cache_dir: Path | None = Field(
-        None, description="where remote shards are kept; none: the user's cache folder"
+    cache_dir: Path | None = setting(
+        None, "Folder for copies of remote shards. Null: the user's cache folder.", numeric=False
     )
-    cache_gb: float = Field(100.0, gt=0, description="most that the cache may hold, GB (1e9 bytes)")
-    bad_samples: Literal["fail", "skip"] = Field(
-        "fail", description="what an unreadable sample does; skip counts and names it"
+    cache_gb: float = setting(
+        100.0, "Maximum size of this cache, in GB (1e9 bytes).", numeric=False, gt=0
     )
-    max_bad_share: float = Field(
-        0.01, ge=0, le=1, description="with skip: the share of samples above which the run stops"
+    bad_samples: Literal["fail", "skip"] = setting(
+        "fail",
+        "What to do with an unreadable sample: fail stops the run; skip counts it, logs its name "
+        "and continues.",
+    )
+    max_bad_share: float = setting(
+        0.01, "With bad_samples: skip, stop if more than this share is unreadable.", ge=0, le=1
     )
 
 
-# --------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------
+# Model
 
 
 Checkpointing = Literal[False, True, "selective"]
-_CHECKPOINTING = Field(
-    False,
-    description="recompute activations in backward: true, all of them; selective, those that are cheap, so not "
-    "matrix products, convolutions and attention",
-)
+
+
+def _checkpointing() -> Any:
+    return setting(
+        False,
+        "Recompute activations in the backward pass to save memory. true: all of them. selective: "
+        "only the cheap ones, not those of matrix products, convolutions and attention.",
+        numeric=False,
+    )
 
 
 class TimmBackbone(Section):
     """A published image encoder, by its timm name."""
 
     kind: Literal["timm"] = "timm"
-    name: str = Field(
-        "swin_base_patch4_window12_384", description="timm name: swin_*, resnet101*, darknet53"
+    name: str = setting(
+        "swin_base_patch4_window12_384", "timm name: swin_*, resnet101* or darknet53."
     )
-    weights: str | None = Field(
+    weights: str | None = setting(
         None,
-        description="local file (official Swin .pth, timm, torchvision, Darknet), 'hub' for timm's own, "
-        "a hub name, or none: random start",
+        "Pretrained weights: a local file (official Swin .pth, timm, torchvision or Darknet), "
+        "a hub name, or 'hub' for timm's own. Null: random start.",
+        resumable=True,
     )
-    drop_path: float = Field(
-        0.0, ge=0, lt=1, description="stochastic depth of Swin, probability at the last block"
+    drop_path: float = setting(
+        0.0, "Swin only: probability of stochastic depth in the last block.", ge=0, lt=1
     )
-    slope: float = Field(
+    slope: float = setting(
         0.01,
+        "Darknet only: slope of the leaky rectifiers below zero. "
+        "Use 0.01 with timm's weights, 0.1 with Darknet's own.",
         ge=0,
         lt=1,
-        description="of Darknet's rectifiers below zero: timm's weights 0.01, Darknet's own 0.1",
     )
-    freeze_norm: bool = Field(
-        True, description="keep BatchNorm statistics and scales as loaded (ResNet, Darknet)"
+    freeze_norm: bool = setting(
+        True, "ResNet and Darknet only: keep BatchNorm statistics and scales as loaded."
     )
-    checkpointing: Checkpointing = _CHECKPOINTING
+    checkpointing: Checkpointing = _checkpointing()
 
 
 class SmallBackbone(Section):
-    """A small four-stage encoder (strides 4, 8, 16, 32) for the CPU: residual 3x3 convolutions with GroupNorm."""
+    """A small image encoder for the CPU: residual 3x3 convolutions at strides 4, 8, 16 and 32."""
 
     kind: Literal["small"] = "small"
-    widths: tuple[int, int, int, int] = Field(
-        (32, 64, 96, 128), description="channels of the four stages"
-    )
-    depths: tuple[int, int, int, int] = Field((1, 1, 1, 1), description="blocks of the four stages")
-    checkpointing: Checkpointing = _CHECKPOINTING
+    widths: tuple[int, int, int, int] = setting((32, 64, 96, 128), "Channels of the four stages.")
+    depths: tuple[int, int, int, int] = setting((1, 1, 1, 1), "Blocks of the four stages.")
+    checkpointing: Checkpointing = _checkpointing()
 
 
 class BertText(Section):
     """A published BERT, by its Hugging Face files."""
 
     kind: Literal["bert"] = "bert"
-    weights: str = Field(
+    weights: str = setting(
         "bert-base-uncased",
-        description="Hugging Face folder or hub name; random:FOLDER_OR_NAME takes only its shape",
+        "Hugging Face folder or hub name. random:FOLDER_OR_NAME takes the shape of that model and "
+        "starts from random weights.",
+        resumable=True,
     )
-    dropout: float = Field(0.1, ge=0, lt=1)
-    checkpointing: Checkpointing = _CHECKPOINTING
+    dropout: float = setting(0.1, "Dropout probability.", ge=0, lt=1)
+    checkpointing: Checkpointing = _checkpointing()
 
 
 class SmallText(Section):
-    """A BERT of the same code with a random start, sized by these fields; its vocabulary is the tokenizer's."""
+    """A small BERT from a random start. Its vocabulary is the tokenizer's."""
 
     kind: Literal["small"] = "small"
-    width: int = Field(128, ge=8)
-    layers: int = Field(4, ge=4, description="cut into four groups, one an image stage")
-    heads: int = Field(4, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    checkpointing: Checkpointing = _CHECKPOINTING
+    width: int = setting(128, "Channels.", ge=8)
+    layers: int = setting(
+        4, "Transformer layers, divided into four groups, one per image stage.", ge=4
+    )
+    heads: int = setting(4, "Attention heads.", ge=1)
+    dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
+    checkpointing: Checkpointing = _checkpointing()
 
 
 class WpaConfig(Section):
-    """Word-pixel alignment (METHOD: both directions from one score matrix)."""
+    """Word-pixel alignment: attention in both directions from one score matrix."""
 
-    stages: tuple[bool, bool, bool, bool] = Field(
-        (True, True, True, True), description="after which image stages it runs"
+    stages: tuple[bool, bool, bool, bool] = setting(
+        (True, True, True, True), "Whether words and pixels are aligned after each image stage."
     )
-    heads: int = Field(1, ge=1)
-    impl: Literal["auto", "reference", "plain", "fused"] = Field(
+    heads: int = setting(1, "Attention heads.", ge=1)
+    impl: Literal["auto", "reference", "plain", "fused"] = setting(
         "auto",
-        description="auto: fused kernels where they run, else reference (plain PyTorch); plain: projections kept, the oracle",
+        "fused: our GPU kernels. reference: the same formula in PyTorch. auto: fused where the "
+        "kernels run, else reference. plain: PyTorch as the paper writes it, the tests' oracle.",
+        numeric=False,
     )
 
 
 class DecoderConfig(Section):
-    width: int = Field(
-        256, ge=8, description="d: channels of the pixel decoder and of the mask embeddings"
-    )
-    depth: int = Field(1, ge=1, description="3x3 convolutions a level")
+    """CoupAlign's pixel decoder."""
+
+    width: int = setting(256, "d: channels of the decoder and of the mask embeddings.", ge=8)
+    depth: int = setting(1, "3x3 convolutions per level.", ge=1)
 
 
 class ProposalsConfig(Section):
-    """The mask generator."""
+    """The mask generator: a transformer decoder that turns queries into mask embeddings."""
 
-    count: int = Field(
-        100, ge=0, description="N mask embeddings; 0 is the model without sentence-mask alignment"
+    count: int = setting(
+        100, "N: number of mask embeddings. 0 disables sentence-mask alignment.", ge=0
     )
-    layers: int = Field(3, ge=1)
-    heads: int = Field(8, ge=1)
-    ffn: int = Field(2048, ge=8)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    stages: tuple[int, ...] = Field(
-        (4,), description="image stages whose aligned features the queries read"
+    layers: int = setting(3, "Transformer layers.", ge=1)
+    heads: int = setting(8, "Attention heads.", ge=1)
+    ffn: int = setting(2048, "Width of the feed-forward layers.", ge=8)
+    dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
+    stages: tuple[int, ...] = setting(
+        (4,), "Image stages (1 to 4) whose aligned features the queries attend to."
     )
 
 
 class SmaConfig(Section):
-    sentence: Literal["cls", "mean"] = Field(
-        "cls", description="L_g: the final [CLS] state, or the mean of the words"
-    )
-    scaled: bool = Field(
-        False,
-        description="divide Q . Y by sqrt(d) before the sigmoid, so that the mask signals do not start saturated",
+    """Sentence-mask alignment."""
+
+    scaled: bool = setting(
+        False, "Divide Q . Y by sqrt(d) before the sigmoid, so that it does not start saturated."
     )
 
 
 class MaskLossConfig(Section):
-    """What a predicted mask is held to; the same words for every method."""
+    """The losses of the predicted mask. All methods have them."""
 
-    mask: float = Field(1.0, ge=0, description="weight of the cross-entropy")
-    foreground: float = Field(
-        1.1, gt=0, description="weight of foreground pixels in the cross-entropy"
-    )
-    background: float = Field(
-        0.9, gt=0, description="weight of background pixels in the cross-entropy"
-    )
-    dice: float = Field(0.0, ge=0, description="weight of the Dice loss")
-    boundary: float = Field(
-        0.0, ge=0, description="weight of the boundary loss: 1 - F1 of the two boundaries"
+    mask: float = setting(1.0, "Weight of the cross-entropy.", ge=0)
+    foreground: float = setting(1.1, "Weight of foreground pixels in the cross-entropy.", gt=0)
+    background: float = setting(0.9, "Weight of background pixels in the cross-entropy.", gt=0)
+    dice: float = setting(0.0, "Weight of the Dice loss.", ge=0)
+    boundary: float = setting(
+        0.0, "Weight of the boundary loss: 1 - F1 of predicted and true boundary.", ge=0
     )
 
 
 class LossConfig(MaskLossConfig):
-    """CoupAlign's: with the auxiliary contrast of foreground and background pixels."""
+    """CoupAlign's losses: with an auxiliary contrast between foreground and background pixels."""
 
-    dice: float = Field(1.0, ge=0, description="weight of the Dice loss")
-    contrast: float = Field(
-        0.1, ge=0, description="weight of the auxiliary foreground/background contrast"
-    )
-    temperature: float = Field(0.1, gt=0, description="of the contrast")
-    contrast_samples: int = Field(
-        256, ge=1, description="pixels of each kind drawn per image for the contrast"
+    dice: float = setting(1.0, "Weight of the Dice loss.", ge=0)
+    contrast: float = setting(0.1, "Weight of the auxiliary foreground/background contrast.", ge=0)
+    temperature: float = setting(0.1, "Temperature of the contrast.", gt=0)
+    contrast_samples: int = setting(
+        256, "Foreground pixels, and as many background pixels, drawn per image.", ge=1
     )
 
 
 class RefineConfig(Section):
-    """Point-wise refinement: the least certain pixels of the full-size mask are decided again, each by itself."""
+    """Point-wise refinement: decide the least certain pixels of the full-size mask again."""
 
-    points: int = Field(
-        0, ge=0, description="pixels of an image that are decided again; 0: no refinement"
-    )
-    width: int = Field(64, ge=8, description="of the two hidden layers that decide a point")
+    points: int = setting(0, "Pixels to refine per image. 0 disables refinement.", ge=0)
+    width: int = setting(64, "Channels of the two hidden layers that decide a pixel.", ge=8)
 
 
 class EncodersConfig(Section):
-    """What every method has, so that methods are one line of a configuration apart."""
+    """The encoders. All methods have them, so a configuration changes method in one line."""
 
     image: Annotated[Union[TimmBackbone, SmallBackbone], Field(discriminator="kind")] = (
         TimmBackbone()
@@ -276,6 +315,8 @@ class EncodersConfig(Section):
 
 
 class CoupAlignConfig(EncodersConfig):
+    """CoupAlign (NeurIPS 2022)."""
+
     kind: Literal["coupalign"] = "coupalign"
     wpa: WpaConfig = WpaConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -288,11 +329,11 @@ class CoupAlignConfig(EncodersConfig):
 class WideDecoderConfig(Section):
     """LAVT's decoder."""
 
-    width: int = Field(512, ge=8, description="channels of the decoder")
+    width: int = setting(512, "Channels of the decoder.", ge=8)
 
 
 class LavtConfig(EncodersConfig):
-    """LAVT (CVPR 2022), our re-implementation; the Dice of its authors' later recipe is losses.dice=1."""
+    """LAVT (CVPR 2022), our re-implementation. Set losses.dice=1 for its authors' later recipe."""
 
     kind: Literal["lavt"] = "lavt"
     decoder: WideDecoderConfig = WideDecoderConfig()
@@ -300,30 +341,26 @@ class LavtConfig(EncodersConfig):
 
 
 class EvenMaskLossConfig(MaskLossConfig):
-    """As published for VLT and LTS: every pixel counts alike."""
+    """As published for VLT and LTS: all pixels have the same weight."""
 
-    foreground: float = Field(
-        1.0, gt=0, description="weight of foreground pixels in the cross-entropy"
-    )
-    background: float = Field(
-        1.0, gt=0, description="weight of background pixels in the cross-entropy"
-    )
+    foreground: float = setting(1.0, "Weight of foreground pixels in the cross-entropy.", gt=0)
+    background: float = setting(1.0, "Weight of background pixels in the cross-entropy.", gt=0)
 
 
 class VltTransformerConfig(Section):
-    """VLT's queries and the transformer that answers them."""
+    """VLT's queries and its transformer."""
 
-    count: int = Field(16, ge=1, description="queries made of a sentence")
-    width: int = Field(256, ge=8, description="channels of queries, pixels and mask decoder")
-    encoder_layers: int = Field(2, ge=1)
-    decoder_layers: int = Field(2, ge=1)
-    heads: int = Field(8, ge=1)
-    ffn: int = Field(1024, ge=8)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    count: int = setting(16, "Queries generated per sentence.", ge=1)
+    width: int = setting(256, "Channels of queries, pixels and mask decoder.", ge=8)
+    encoder_layers: int = setting(2, "Transformer encoder layers.", ge=1)
+    decoder_layers: int = setting(2, "Transformer decoder layers.", ge=1)
+    heads: int = setting(8, "Attention heads.", ge=1)
+    ffn: int = setting(1024, "Width of the feed-forward layers.", ge=8)
+    dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
 
 
 class VltConfig(EncodersConfig):
-    """VLT (ICCV 2021), our re-implementation; a rival of Table 2, with Darknet-53."""
+    """VLT (ICCV 2021), our re-implementation. A baseline of Table 2, with Darknet-53."""
 
     kind: Literal["vlt"] = "vlt"
     transformer: VltTransformerConfig = VltTransformerConfig()
@@ -333,22 +370,20 @@ class VltConfig(EncodersConfig):
 class LtsSegmentConfig(Section):
     """LTS's fused map and its segmentation network."""
 
-    width: int = Field(
-        256, ge=8, description="channels of the fused map and of the segmentation network"
-    )
-    dilations: tuple[PositiveInt, ...] = Field(
-        (1, 3, 5), min_length=1, description="of the 3x3 convolutions side by side"
+    width: int = setting(256, "Channels of the fused map and of the segmentation network.", ge=8)
+    dilations: tuple[PositiveInt, ...] = setting(
+        (1, 3, 5), "Dilations of the parallel 3x3 convolutions.", min_length=1
     )
 
 
 class LtsLossConfig(EvenMaskLossConfig):
-    locate: float = Field(
-        1.0, ge=0, description="weight of the heat map's loss, which says where the object is"
-    )
+    """LTS's losses: with one for the heat map that locates the object."""
+
+    locate: float = setting(1.0, "Weight of the heat map's loss.", ge=0)
 
 
 class LtsConfig(EncodersConfig):
-    """LTS (CVPR 2021), our re-implementation; a rival of Table 2, with Darknet-53."""
+    """LTS (CVPR 2021), our re-implementation. A baseline of Table 2, with Darknet-53."""
 
     kind: Literal["lts"] = "lts"
     segment: LtsSegmentConfig = LtsSegmentConfig()
@@ -360,177 +395,231 @@ ModelConfig = Annotated[
 ]
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------------
+# Training
 
 
 class OptimConfig(Section):
-    """AdamW. No weight decay on norms, biases, position tables, queries and gates."""
+    """AdamW. Norms, biases, position tables, queries and gates have no weight decay."""
 
-    impl: Literal["torch", "apex"] = Field(
-        "torch", description="apex is NVIDIA's FusedAdam, where it is installed"
+    impl: Literal["torch", "apex"] = setting(
+        "torch", "torch: PyTorch's fused AdamW. apex: NVIDIA's FusedAdam, which must be installed."
     )
-    lr_image: float = Field(5e-5, ge=0, description="peak learning rate of the image encoder")
-    lr_text: float = Field(5e-5, ge=0, description="peak learning rate of the text encoder")
-    lr_proposals: float | None = Field(
+    lr_image: float = setting(5e-5, "Peak learning rate of the image encoder.", ge=0)
+    lr_text: float = setting(5e-5, "Peak learning rate of the text encoder.", ge=0)
+    lr_proposals: float | None = setting(
         None,
+        "CoupAlign only: peak learning rate of the mask generator and of sentence-mask alignment. "
+        "Null: the same as `lr`.",
         ge=0,
-        description="peak learning rate of CoupAlign's mask generator and sentence-mask "
-        "alignment; none: that of everything else",
     )
-    lr: float = Field(5e-5, ge=0, description="peak learning rate of everything else")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    layer_decay: float = Field(
+    lr: float = setting(5e-5, "Peak learning rate of everything else.", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay of the two moment estimates.")
+    eps: float = setting(1e-8, "Added to the denominator for numerical stability.", gt=0)
+    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
+    layer_decay: float = setting(
         1.0,
+        "Each encoder block's learning rate is this factor times that of the next (deeper) block. "
+        "1.0 disables layer-wise decay.",
         gt=0,
         le=1,
-        description="learning rate of an encoder's block over that of the block behind it; 1: "
-        "the same for all",
     )
-    clip_norm: float | None = Field(
-        None, gt=0, description="largest norm of the whole gradient; none: no clipping"
+    clip_norm: float | None = setting(
+        None, "Maximum norm of the whole gradient. Null: no clipping.", gt=0
     )
 
 
 class ScheduleConfig(Section):
-    kind: Literal["poly", "cosine"] = "poly"
-    power: float = Field(0.9, gt=0, description="of poly")
-    warmup_steps: int = Field(0, ge=0, description="linear rise from 0")
-    final: float = Field(
-        0.0, ge=0, le=1, description="share of the peak learning rate that is left at the end"
+    """Learning rate over the run, relative to its peak."""
+
+    kind: Literal["poly", "cosine"] = setting(
+        "poly", "Curve from the end of the warm-up down to 0."
     )
+    power: float = setting(0.9, "poly only: exponent of the curve.", gt=0)
+    warmup_steps: int = setting(0, "Steps of the linear rise from 0 to the peak.", ge=0)
 
 
 class EmaConfig(Section):
-    decay: float = Field(
+    """An exponential moving average of the weights, which is then scored instead of them."""
+
+    decay: float = setting(
         0.999,
+        "Decay per step. Early steps use (1 + step) / (10 + step) while it is smaller.",
         gt=0,
         lt=1,
-        description="per step; the first steps use a shorter memory, (1 + step) / (10 + step)",
     )
 
 
 class TrainConfig(Section):
-    global_batch: int = Field(
-        32, ge=1, description="samples per optimizer step over all ranks: the only batch dial"
+    """Length of the run, batch size, and what happens at which step."""
+
+    global_batch: int = setting(
+        32, "Samples per optimizer step over all ranks. There is no other batch size to set.", ge=1
     )
-    max_micro_batch: int | None = Field(
-        None, ge=1, description="most samples a rank takes at once; accumulation follows from it"
+    max_micro_batch: int | None = setting(
+        None,
+        "Maximum number of samples per rank and pass; gradients are accumulated over as many "
+        "passes as needed. Null: all samples of a step in one pass.",
+        numeric=False,
+        ge=1,
     )
-    epochs: float | None = Field(40, gt=0, description="length of the run; or give `steps`")
-    steps: int | None = Field(
-        None, ge=1, description="length of the run in optimizer steps; wins over `epochs`"
+    epochs: float | None = setting(
+        40, "Length of the run in epochs. Ignored if `steps` is set.", resumable=True, gt=0
     )
-    ema: EmaConfig | None = None
-    max_bad_steps: int = Field(
-        3, ge=1, description="consecutive steps with a non-finite loss or gradient that end the run"
+    steps: int | None = setting(
+        None,
+        "Length of the run in optimizer steps. Null: `epochs` decides.",
+        resumable=True,
+        ge=1,
     )
-    log_every: int = Field(10, ge=1, description="steps")
-    evaluate_every: int | None = Field(
-        None, ge=1, description="steps; none: once an epoch; always at the end"
+    ema: EmaConfig | None = setting(
+        None, "Moving average of the weights. Null: none, the weights themselves are scored."
     )
-    save_every: int | None = Field(
-        None, ge=1, description="steps; none: with every evaluation; always at the end"
+    max_bad_steps: int = setting(
+        3,
+        "Stop after this many consecutive steps with a loss or gradient that is not finite.",
+        numeric=False,
+        ge=1,
     )
-    keep_last: int = Field(
-        2, ge=1, description="newest checkpoints that are kept, besides the best"
+    log_every: int = setting(10, "Steps between two log lines.", numeric=False, ge=1)
+    evaluate_every: int | None = setting(
+        None,
+        "Steps between two evaluations. The end of the run is always evaluated. "
+        "Null: once per epoch.",
+        resumable=True,
+        ge=1,
     )
-    hang_minutes: float = Field(
+    save_every: int | None = setting(
+        None,
+        "Steps between two checkpoints. The end of the run is always saved. "
+        "Null: with every evaluation.",
+        numeric=False,
+        ge=1,
+    )
+    keep_last: int = setting(
+        2, "Number of newest checkpoints to keep, in addition to the best.", numeric=False, ge=1
+    )
+    hang_minutes: float = setting(
         30.0,
+        "End the job if a rank makes no progress for this many minutes, and say which one.",
+        numeric=False,
         gt=0,
-        description="without progress on a rank, after which it is named and the job ends",
     )
 
 
 class DdpEngine(Section):
+    """PyTorch DistributedDataParallel."""
+
     kind: Literal["ddp"] = "ddp"
-    bucket_mb: int = Field(25, ge=1)
+    bucket_mb: int = setting(25, "Size of a gradient bucket, in MB.", ge=1)
 
 
 class DeepSpeedEngine(Section):
+    """DeepSpeed ZeRO."""
+
     kind: Literal["deepspeed"] = "deepspeed"
-    stage: Literal[0, 1, 2, 3] = Field(
+    stage: Literal[0, 1, 2, 3] = setting(
         2,
-        description="ZeRO: 0 nothing is partitioned, 1 optimizer state, 2 + gradients, 3 + parameters",
+        "What ZeRO partitions over the ranks. 0: nothing. 1: optimizer state. 2: gradients, too. "
+        "3: parameters, too.",
     )
-    bucket_mb: int = Field(25, ge=1)
-    offload: bool = Field(
+    bucket_mb: int = setting(25, "Size of a communication bucket, in MB.", ge=1)
+    offload: bool = setting(
         False,
-        description="keep the optimizer's state in the memory of the host and update there; stages 1 to 3",
+        "Stages 1 to 3: keep the optimizer's state in host memory and update the weights there.",
     )
 
     @model_validator(mode="after")
-    def _something_to_offload(self) -> DeepSpeedEngine:
+    def _offload_needs_a_partitioned_optimizer(self) -> DeepSpeedEngine:
         if self.offload and self.stage == 0:
             raise ValueError(
-                "engine.offload needs engine.stage 1, 2 or 3: stage 0 does not partition the optimizer's state"
+                "engine.offload needs engine.stage 1, 2 or 3, because stage 0 does not partition "
+                "the optimizer's state"
             )
         return self
 
 
 class NoTracking(Section):
+    """No experiment tracker. The run directory has all metrics."""
+
     kind: Literal["none"] = "none"
 
 
 class MlflowTracking(Section):
+    """MLflow."""
+
     kind: Literal["mlflow"] = "mlflow"
-    uri: str | None = Field(
+    uri: str | None = setting(
         None,
-        description="tracking server or sqlite:///file; none: MLFLOW_TRACKING_URI, else runs/mlflow.db "
-        "beside the run directory",
+        "Tracking server or sqlite:///file. Null: $MLFLOW_TRACKING_URI if it is set, else "
+        "runs/mlflow.db next to the run directory.",
     )
-    experiment: str = "coupalign"
-    system_metrics: bool = False
+    experiment: str = setting("coupalign", "Name of the MLflow experiment.")
+    system_metrics: bool = setting(False, "Also record CPU, memory, disk and GPU usage.")
 
 
 class EvalConfig(Section):
-    protocol: Literal["ris-v1", "lavt", "cris"] = Field(
-        "ris-v1", description="how a prediction meets the truth; docs/method.md"
+    """How a model is scored."""
+
+    protocol: Literal["ris-v1", "lavt", "cris"] = setting(
+        "ris-v1",
+        "Resolution and threshold at which prediction and truth are compared; see docs/method.md.",
     )
-    batch: int = Field(16, ge=1, description="samples a rank takes at once")
-    pictures: int = Field(
+    batch: int = setting(16, "Samples per rank and pass.", numeric=False, ge=1)
+    pictures: int = setting(
         8,
+        "Pictures of each kind (best, median, worst, random) to draw in the last evaluation.",
+        numeric=False,
         ge=0,
-        description="samples of each kind (best, median, worst, random) that the last evaluation of a "
-        "training draws",
     )
-    bootstrap: int = Field(1000, ge=0, description="resamples of the confidence intervals; 0: none")
-    limit: int | None = Field(
-        None, ge=1, description="score only so many samples: a quick look, never a result"
+    bootstrap: int = setting(1000, "Resamples for the confidence intervals. 0: no intervals.", ge=0)
+    limit: int | None = setting(
+        None,
+        "Score only this many samples, for a quick look; never report such a score. Null: all.",
+        ge=1,
     )
 
 
 class Config(Section):
-    name: str = Field(
-        "coupalign", pattern=r"^[\w.+-]+$", description="of the run; also its folder below runs/"
+    """The configuration of a run."""
+
+    name: str = setting(
+        "coupalign",
+        "Name of the run, and of its folder in runs/.",
+        numeric=False,
+        pattern=r"^[\w.+-]+$",
     )
-    run_dir: Path | None = Field(
-        None, description="where everything of the run lies; none: runs/<name>"
+    run_dir: Path | None = setting(
+        None, "Folder for everything the run writes. Null: runs/<name>.", numeric=False
     )
-    seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="autocast type; the weights stay fp32"
+    seed: int = setting(0, "Seed of weights, data order, augmentation and dropout.", ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "bf16", "Autocast type. The weights are always fp32."
     )
-    compile: bool = Field(
+    compile: bool = setting(
         False,
-        description="torch.compile the parts of the model one by one, for training; the first start takes "
-        "minutes, later ones read the cache. Not with ZeRO 3, whose weights are never whole",
+        "Compile the parts of the model with torch.compile for training. The first start takes "
+        "minutes; later ones read the cache. Cannot be combined with ZeRO 3.",
+        numeric=False,
     )
-    cuda_graphs: bool = Field(
+    cuda_graphs: bool = setting(
         False,
-        description="record the passes of a micro-batch once and play them back, so that the host no longer "
-        "launches every operator; an NVIDIA GPU and engine.kind: ddp, without checkpointing",
+        "Record the passes of a micro-batch as CUDA graphs and replay them, so that the host no "
+        "longer launches every operator. Needs an NVIDIA GPU and engine.kind: ddp; cannot be "
+        "combined with checkpointing.",
+        numeric=False,
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = CoupAlignConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
-    engine: Annotated[Union[DdpEngine, DeepSpeedEngine], Field(discriminator="kind")] = DdpEngine()
-    evaluate: EvalConfig = EvalConfig()
-    tracking: Annotated[Union[NoTracking, MlflowTracking], Field(discriminator="kind")] = (
-        MlflowTracking()
+    engine: Annotated[Union[DdpEngine, DeepSpeedEngine], Field(discriminator="kind")] = setting(
+        DdpEngine(), "How the ranks train together.", numeric=False
+    )
+    evaluate: EvalConfig = setting(EvalConfig(), "How the model is scored.", resumable=True)
+    tracking: Annotated[Union[NoTracking, MlflowTracking], Field(discriminator="kind")] = setting(
+        MlflowTracking(), "Where metrics are sent as well.", numeric=False
     )
 
     @property
@@ -540,50 +629,69 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _coupalign_by_default(cls, tree: Any) -> Any:
+    def _model_kind_defaults_to_coupalign(cls, tree: Any) -> Any:
         model = tree.get("model") if isinstance(tree, Mapping) else None
-        return (
-            {**tree, "model": {"kind": "coupalign", **model}}
-            if isinstance(model, Mapping)
-            else tree
-        )
+        if not isinstance(model, Mapping):
+            return tree
+        return {**tree, "model": {"kind": "coupalign", **model}}
 
     @model_validator(mode="after")
-    def _whole_weights_to_compile(self) -> Config:
+    def _no_zero3_when_compiling(self) -> Config:
         if self.compile and isinstance(self.engine, DeepSpeedEngine) and self.engine.stage == 3:
             raise ValueError(
-                "compile needs whole weights, which ZeRO 3 never has: set engine.stage to 2, or compile to false"
+                "compile: true cannot be combined with ZeRO 3, which partitions the weights. "
+                "Set engine.stage to 2, or compile to false"
             )
         return self
 
     @model_validator(mode="after")
-    def _one_who_chooses(self) -> Config:
-        if self.compile and "selective" in (
-            self.model.image.checkpointing,
-            self.model.text.checkpointing,
-        ):
+    def _no_selective_checkpointing_when_compiling(self) -> Config:
+        modes = (self.model.image.checkpointing, self.model.text.checkpointing)
+        if self.compile and "selective" in modes:
             raise ValueError(
-                "checkpointing: selective is for models that are not compiled; the compiler chooses by itself what to "
-                "recompute: set it to true or false, or compile to false"
+                "checkpointing: selective cannot be combined with compile: true, because the "
+                "compiler makes its own choice of what to recompute. "
+                "Set checkpointing to true or false, or set compile to false"
             )
         return self
 
     @model_validator(mode="after")
-    def _passes_that_can_be_recorded(self) -> Config:
-        if self.cuda_graphs and isinstance(self.engine, DeepSpeedEngine):
+    def _cuda_graphs_need_ddp_without_checkpointing(self) -> Config:
+        if not self.cuda_graphs:
+            return self
+
+        if isinstance(self.engine, DeepSpeedEngine):
             raise ValueError(
-                "cuda_graphs needs weights that stay where they are, and DeepSpeed moves them: set engine.kind to ddp, or "
-                "cuda_graphs to false"
+                "cuda_graphs cannot be combined with DeepSpeed, which moves the weights in "
+                "memory. Set engine.kind to ddp, or cuda_graphs to false"
             )
-        if self.cuda_graphs and (self.model.image.checkpointing or self.model.text.checkpointing):
+        if self.model.image.checkpointing or self.model.text.checkpointing:
             raise ValueError(
-                "cuda_graphs cannot record checkpointing, which asks for the state of the random numbers: set "
-                "model.image.checkpointing and model.text.checkpointing to false, or cuda_graphs to false"
+                "cuda_graphs cannot record checkpointing, which reads the state of the random "
+                "numbers. Set model.image.checkpointing and model.text.checkpointing to false, "
+                "or cuda_graphs to false"
             )
         return self
 
     @model_validator(mode="after")
-    def _some_length(self) -> Config:
+    def _run_length_is_set(self) -> Config:
         if self.train.steps is None and self.train.epochs is None:
-            raise ValueError("train.steps and train.epochs are both empty: say how long to train")
+            raise ValueError(
+                "train.steps and train.epochs are both null. Set one: it says how long to train"
+            )
         return self
+
+
+FORMER_KEYS = {
+    "data.mix": "it is now called data.leaks: refuse (the default), exclude (was clean) "
+    "or allow (was leaky)",
+    "model.sma.sentence": "it was removed, the sentence is always the final [CLS] state; delete it",
+    "schedule.final": "it was removed, the learning rate always falls to 0; delete it",
+}
+"""Keys of earlier versions, which old files may still have, and what to do about each."""
+
+FORMER_VALUES = {
+    ("data.leaks", "clean"): "exclude",
+    ("data.leaks", "leaky"): "allow",
+}
+"""Values of earlier versions, and their new names."""

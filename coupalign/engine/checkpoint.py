@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coupalign.config.load import diff, dump, read_config
+from coupalign.config.load import dump, read_config, resume_diff
 from coupalign.config.schema import BertText, Config, DeepSpeedEngine
 from coupalign.data.leak import TRAINED_ON
 from coupalign.data.tokenizer import Tokenizer
@@ -44,35 +44,6 @@ from coupalign.model.weights.load import write_weights
 from coupalign.version import __version__
 
 logger = logging.getLogger("coupalign.checkpoints")
-
-# What may differ between the run that wrote a checkpoint and the run that goes on from it: nothing that changes a number.
-FREE = (
-    "name",
-    "run_dir",
-    "tracking.",
-    "evaluate.",
-    "data.evaluate",
-    "data.workers",
-    "data.cache",
-    "data.tokenizer",
-    "train.steps",
-    "train.epochs",
-    "train.max_micro_batch",
-    "train.max_bad_steps",
-    "train.log_every",
-    "train.evaluate_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.hang_minutes",
-    "engine.",
-    "compile",
-    "cuda_graphs",
-    "model.wpa.impl",
-    "model.image.weights",
-    "model.text.weights",
-    "model.image.checkpointing",
-    "model.text.checkpointing",
-)
 
 
 @dataclass(frozen=True)
@@ -178,11 +149,7 @@ class Checkpoints:
 
     def _check(self, path: Path, meta: dict[str, Any]) -> None:
         old = read_config(path / "config.yaml")
-        changed = {
-            key: values
-            for key, values in diff(old, self.config).items()
-            if not key.startswith(FREE)
-        }
+        changed = resume_diff(old, self.config)
         moved = [
             key for key in changed if key.startswith("data.train") and key.endswith(".index")
         ]  # the fingerprint decides

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from coupalign.config.load import diff, read_config
+from coupalign.config.load import numeric_diff, read_config
 from coupalign.config.schema import Config
 from coupalign.data.packing.pack import pack
 from coupalign.data.packing.recipe import read_recipe
@@ -179,21 +179,7 @@ def check_same(run: PlannedRun, changes: Sequence[str]) -> None:
     wanted = config_of(run, changes)
     if not file.is_file():
         return
-    free = (
-        "data.workers",
-        "data.cache",
-        "tracking.",
-        "train.hang",
-        "train.log",
-        "evaluate.batch",
-        "engine.",
-        "data.evaluate",
-    )
-    other = {
-        key: pair
-        for key, pair in diff(read_config(file), wanted).items()
-        if not key.startswith(free)
-    }
+    other = numeric_diff(read_config(file), wanted)
     if other:
         told = "; ".join(
             f"{key} is {old!r} there, {new!r} here" for key, (old, new) in list(other.items())[:4]

@@ -11,7 +11,7 @@ def lr_scale(step: int, total: int, schedule: ScheduleConfig) -> float:
     """Share of the peak learning rate in optimizer step `step` (from 0) of `total`.
 
     Linear warm-up from 1/warmup_steps, then (1 - t)^power (poly, the LAVT recipe with power 0.9) or half a cosine,
-    with t running from 0 to 1, down to `final`.
+    with t running from 0 to 1.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
@@ -19,7 +19,7 @@ def lr_scale(step: int, total: int, schedule: ScheduleConfig) -> float:
     curve = (
         (1 - t) ** schedule.power if schedule.kind == "poly" else (1 + math.cos(math.pi * t)) / 2
     )
-    return schedule.final + (1 - schedule.final) * curve
+    return curve
 
 
 def total_steps(train: TrainConfig, samples: int) -> int:

@@ -24,7 +24,7 @@ def test_scores_know_what_the_start_was_trained_on(
     ]
     first, second = tmp_path / "first", tmp_path / "second"
     train = f"data.train=[{{index: {shards}, split: testA}}]"
-    assert main(["train", str(config), f"run_dir={first}", *changes, train, "data.mix=leaky"]) == 0
+    assert main(["train", str(config), f"run_dir={first}", *changes, train, "data.leaks=allow"]) == 0
     start = next((first / "checkpoints").glob("step-*")) / "weights.safetensors"
     capfd.readouterr()
     assert (
