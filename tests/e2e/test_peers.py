@@ -12,6 +12,7 @@ import pickle
 import shutil
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.index import read_index
 from coupalign.data.loader import EvalLoader, TrainLoader
-from coupalign.data.packing.refer import read_set
+from coupalign.data.packing.refer import read_annotation_set
 from coupalign.data.table import Rule
 from coupalign.distributed.launcher import read_ranks
 from coupalign.distributed.world import World
@@ -109,12 +110,11 @@ def engine_of(config: Config, seed: int = 99) -> Engine:
 def train_loader(config: Config) -> TrainLoader:
     return build_train_loader(
         config.data,
-        config.seed,
-        config.train.global_batch,
-        config.train.max_micro_batch,
-        0,
-        1,
-        open_tokenizer(config.data),
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        max_micro_batch=config.train.max_micro_batch,
+        world=ALONE,
+        tokenizer=open_tokenizer(config.data),
     )
 
 
@@ -128,7 +128,12 @@ def eval_loader(
 ) -> EvalLoader:
     source = config.data.evaluate[0].model_copy(update={"split": split})
     return build_eval_loader(
-        config.data, [source], batch, rank, ranks, open_tokenizer(config.data), rules=[rule]
+        config.data,
+        [source],
+        batch=batch,
+        world=World(rank, ranks, rank, ranks, torch.device("cpu")),
+        tokenizer=open_tokenizer(config.data),
+        rules=[rule],
     )
 
 
@@ -145,29 +150,23 @@ def score_over(run: Path, ranks: int, batch: int = 8) -> tuple[Evaluation, list[
         with torch.no_grad():
             return model.eval()(part.image, part.words, part.word_mask).float()
 
-    def gather(rows: np.ndarray) -> np.ndarray:
+    def gather(rows: np.ndarray, world: World) -> np.ndarray:
         shares.insert(0, rows)
         if len(shares) < ranks:
             raise Gathered
         return np.concatenate(shares)
 
-    for rank in range(ranks - 1, 0, -1):
-        with pytest.raises(Gathered):
-            evaluate(
-                infer,
-                eval_loader(config, rank, ranks, batch),
-                [find_protocol("cris")],
-                gather=gather,
-                rank=rank,
-            )
-    results = evaluate(
-        infer,
-        eval_loader(config, 0, ranks, batch),
-        [find_protocol("cris")],
-        gather=gather,
-        bootstrap=0,
-    )
-    return results["cris", "each"], shares
+    def score(rank: int) -> Evaluation:
+        loader = eval_loader(config, rank, ranks, batch)
+        world = World(rank, ranks, rank, ranks, torch.device("cpu"))
+        results = evaluate(infer, loader, [find_protocol("cris")], world=world, bootstrap=0)
+        return results["cris", "each"]
+
+    with patch("coupalign.evaluation.evaluator.gather_rows", gather):
+        for rank in range(ranks - 1, 0, -1):
+            with pytest.raises(Gathered):
+                score(rank)
+        return score(0), shares
 
 
 def test_01_resume_loads_the_weights(trained: Path) -> None:
@@ -340,17 +339,17 @@ def test_09_every_sample_of_a_mixture_can_be_read_and_no_held_out_image_is_train
     mixture = tuple(Source(index=str(shards), split=split) for split in ("train", "val", "testA"))
     counts, config = read_index(shards).counts["refshapes/unc"], config_of(trained)
 
-    def mixed(mix: str | None) -> TrainLoader:
+    def mixed(leaks: str) -> TrainLoader:
         return train_loader(
             config.model_copy(
-                update={"data": config.data.model_copy(update={"train": mixture, "mix": mix})}
+                update={"data": config.data.model_copy(update={"train": mixture, "leaks": leaks})}
             )
         )
 
     with pytest.raises(InputError, match="photographs that are to be scored"):
-        mixed(None)
-    assert mixed("clean").samples == counts["train"]["refs"]
-    loader = mixed("leaky")
+        mixed("refuse")
+    assert mixed("exclude").samples == counts["train"]["refs"]
+    loader = mixed("allow")
     assert loader.samples == sum(counts[source.split]["refs"] for source in mixture)
     steps = islice(loader.steps_from(0), -(-loader.samples // 8))
     numbers = [info.number for _, batches in steps for batch in batches for info in batch.info]
@@ -410,9 +409,9 @@ def test_12_sentences_are_drawn_each_epoch_joined_with_a_space_and_refs_share_no
         "three epochs, two or three sentences a ref"
     )
     own: dict[str, list[str]] = {}
-    for name, sentence in eval_loader(config).words:
+    for name, sentence in eval_loader(config).names_and_sentences:
         own.setdefault(name.rpartition("/")[0], []).append(sentence)
-    assert [sentence for _, sentence in eval_loader(config, rule="concatenated").words] == [
+    assert [sentence for _, sentence in eval_loader(config, rule="concatenated").names_and_sentences] == [
         " ".join(texts) for texts in own.values()
     ]
     folder = shutil.copytree(shards.parent / "refer" / "refcoco", tmp_path / "refcoco")
@@ -424,7 +423,7 @@ def test_12_sentences_are_drawn_each_epoch_joined_with_a_space_and_refs_share_no
         "sentences": [{"sent_id": 10**6, "raw": "Another.", "sent": "another"}],
     }
     (folder / "refs(unc).p").write_bytes(pickle.dumps([*refs, twin], protocol=2))
-    found = {referral.ref_id: referral for referral in read_set(tmp_path, "refcoco", "unc")[0]}
+    found = {referral.ref_id: referral for referral in read_annotation_set(tmp_path, "refcoco", "unc")[0]}
     first, second = found[refs[0]["ref_id"]], found[10**6]
     assert first.ann_id == second.ann_id and (first.split, second.split) == (
         refs[0]["split"],

@@ -1,63 +1,72 @@
-"""What `pack` will write, decided before it writes: which refs and photographs there are, and which tar each lands in."""
+"""Decide the contents of every shard before `pack` writes anything."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from coupalign.data.index import FORMAT_VERSION
-from coupalign.data.packing import refer
+from coupalign.data.packing.counts import Counts, count_refs
+from coupalign.data.packing.images import IMAGE_FOLDERS, ImageFile, find_images
 from coupalign.data.packing.recipe import Recipe
+from coupalign.data.packing.refer import Referral, read_annotation_set
 from coupalign.errors import InputError
 from coupalign.version import __version__
 
 TOOL = f"coupalign {__version__}"
+MAX_LISTED = 5  # file names in a message
 
 
 @dataclass(frozen=True)
 class Sources:
-    """All that the recipe names, found or missing."""
+    """Everything that the recipe names, found or missing."""
 
-    referrals: tuple[refer.Referral, ...]
-    images: dict[int, refer.FoundImage]  # by image_id
+    referrals: tuple[Referral, ...]
+    images: dict[int, ImageFile]  # by image_id
     missing_images: dict[int, str]  # expected file names by image_id
-    missing_annotations: tuple[str, ...]  # a line a ref
+    missing_annotations: tuple[str, ...]  # one line per ref
 
 
 @dataclass(frozen=True)
 class Sample:
+    """An image with its refs."""
+
     image_id: int
-    image: refer.FoundImage
-    referrals: tuple[refer.Referral, ...]  # sorted by data set, partition, ref_id
+    image: ImageFile
+    referrals: tuple[Referral, ...]  # sorted by data set, partition and ref_id
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardLayout:
+    """The samples of one tar."""
+
     url: str
     samples: tuple[Sample, ...]
 
     def fingerprint(self) -> str:
-        """Of all that decides the tar's bytes, and of the image files as they lie there now."""
-        files = (
-            [str(s.image.path), s.image.bytes, s.image.mtime_ns, _contents(s)] for s in self.samples
+        """Digest everything that decides the bytes of the tar, and the state of the image files."""
+        samples = (
+            [str(s.image.path), s.image.bytes, s.image.mtime_ns, _plain_refs(s)]
+            for s in self.samples
         )
-        return _digest([TOOL, FORMAT_VERSION, *files])
+        return _digest([TOOL, FORMAT_VERSION, *samples])
 
 
 @dataclass(frozen=True)
 class PackingLayout:
-    shards: tuple[ShardPlan, ...]
-    counts: dict[str, dict[str, dict[str, int]]]
-    fingerprint: str  # of the source: refs, image names and sizes, the recipe's dials
-    sentences: tuple[str, ...] = field(
-        default=(), repr=False
-    )  # cleaned, of the train splits, or of all where there is none
+    """All shards of a set."""
+
+    shards: tuple[ShardLayout, ...]
+    counts: Counts
+    fingerprint: str  # of the source: refs, image names and sizes, the recipe's settings
+    # Cleaned sentences for the vocabulary: of the train splits, or all if there is none.
+    sentences: tuple[str, ...] = field(default=(), repr=False)
 
 
-class NothingLeft(InputError):
+class NothingToPack(InputError):
     """No ref of the recipe has its image."""
 
 
@@ -65,92 +74,117 @@ def read_sources(recipe: Recipe, skip_missing: bool) -> Sources:
     """Read the annotation files and look for the photographs.
 
     Raises:
-        InputError: an annotation file is missing or malformed; an annotation is missing, unless `skip_missing`.
+        InputError: an annotation file is missing or malformed, or an annotation is missing and
+            `skip_missing` is false.
     """
-    referrals: list[refer.Referral] = []
-    gaps: list[str] = []
-    for part in recipe.sets:
-        found, missing = refer.read_set(
-            recipe.root, part.dataset, part.split_by, part.folder, skip_missing
+    referrals: list[Referral] = []
+    missing_annotations: list[str] = []
+    for annotation_set in recipe.sets:
+        found, missing = read_annotation_set(
+            recipe.root,
+            annotation_set.dataset,
+            annotation_set.split_by,
+            folder=annotation_set.folder,
+            skip_missing=skip_missing,
         )
         referrals += found
-        gaps += missing
-    images, missing_images = refer.find_images(recipe.root, referrals, recipe.images)
-    return Sources(tuple(referrals), images, missing_images, tuple(gaps))
+        missing_annotations += missing
+
+    images, missing_images = find_images(recipe.root, referrals, recipe.images)
+    return Sources(
+        referrals=tuple(referrals),
+        images=images,
+        missing_images=missing_images,
+        missing_annotations=tuple(missing_annotations),
+    )
 
 
 def lay_out(recipe: Recipe, sources: Sources) -> PackingLayout:
-    """Group the refs by image, sort the images by id and cut them into tars. Refs without an image are left out.
+    """Group the refs by image, sort the images by id and distribute them over tars.
+
+    Refs without an image are left out.
 
     Raises:
-        InputError: the data sets disagree on the size of an image, or nothing is left.
+        InputError: the data sets disagree on the size of an image, or there is nothing to pack.
     """
-    kept: dict[int, list[refer.Referral]] = {}
-    for referral in sources.referrals:
-        if referral.image_id in sources.images:
-            kept.setdefault(referral.image_id, []).append(referral)
-    if not kept:
-        raise NothingLeft(f"{recipe.root}: nothing to pack: no ref has its image")
-    samples = []
-    for image_id in sorted(kept):
-        refs = tuple(sorted(kept[image_id], key=lambda r: (r.dataset, r.split_by, r.ref_id)))
-        if len(sizes := {(r.width, r.height) for r in refs}) > 1:
-            raise InputError(
-                f"{recipe.root}: the instances.json files give image_id {image_id} different sizes: {sorted(sizes)}"
-            )
-        samples.append(Sample(image_id, sources.images[image_id], refs))
-    used = [referral for sample in samples for referral in sample.referrals]
-    trained = [r for r in used if r.split == "train"] or used
-    dials = [recipe.name, recipe.shard_mb, recipe.max_images, recipe.vocabulary_size]
-    fingerprint = _digest(
-        [FORMAT_VERSION, dials, *([s.image.bytes, _contents(s)] for s in samples)]
-    )
+    samples = _group_by_image(recipe, sources)
+    packed = [referral for sample in samples for referral in sample.referrals]
+    training = [referral for referral in packed if referral.split == "train"] or packed
+
+    settings = [recipe.name, recipe.shard_mb, recipe.max_images, recipe.vocabulary_size]
+    contents = ([sample.image.bytes, _plain_refs(sample)] for sample in samples)
     return PackingLayout(
-        _cut(samples, recipe),
-        refer.count_refs(used),
-        fingerprint,
-        tuple(s.cleaned for r in trained for s in r.sentences),
+        shards=_cut_into_shards(samples, recipe),
+        counts=count_refs(packed),
+        fingerprint=_digest([FORMAT_VERSION, settings, *contents]),
+        sentences=tuple(s.cleaned for referral in training for s in referral.sentences),
     )
 
 
 def describe_missing(recipe: Recipe, sources: Sources) -> str:
-    """How many, the first five, and where they were looked for."""
+    """Say how many images are missing, which ones come first, and where they were looked for."""
     names = list(sources.missing_images.values())
+    total = len(names) + len(sources.images)
     refs = sum(referral.image_id in sources.missing_images for referral in sources.referrals)
-    places = (
-        str(recipe.images)
-        if recipe.images
-        else f"{recipe.root}/{{{', '.join(refer.IMAGE_FOLDERS)}}}"
-    )
+
+    listed = ", ".join(names[:MAX_LISTED])
+    if len(names) > MAX_LISTED:
+        listed += ", …"
+    searched = recipe.images or f"{recipe.root}/{{{', '.join(IMAGE_FOLDERS)}}}"
     return (
-        f"{len(names):,} of {len(names) + len(sources.images):,} images are missing ({refs:,} refs need them): "
-        f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''}; looked in {places}, also for names like %012d.jpg"
+        f"{len(names):,} of {total:,} images are missing ({refs:,} refs need them): {listed}; "
+        f"looked in {searched}, also for names like %012d.jpg"
     )
 
 
-def _cut(samples: Sequence[Sample], recipe: Recipe) -> tuple[ShardPlan, ...]:
+def _group_by_image(recipe: Recipe, sources: Sources) -> list[Sample]:
+    refs_of_image: dict[int, list[Referral]] = {}
+    for referral in sources.referrals:
+        if referral.image_id in sources.images:
+            refs_of_image.setdefault(referral.image_id, []).append(referral)
+    if not refs_of_image:
+        raise NothingToPack(f"{recipe.root}: nothing to pack: no ref has its image")
+
+    samples = []
+    for image_id, refs in sorted(refs_of_image.items()):
+        sizes = {(ref.width, ref.height) for ref in refs}
+        if len(sizes) > 1:
+            raise InputError(
+                f"{recipe.root}: the instances.json files give image_id {image_id} different "
+                f"sizes: {sorted(sizes)}"
+            )
+        refs.sort(key=lambda ref: (ref.dataset, ref.split_by, ref.ref_id))
+        samples.append(Sample(image_id, sources.images[image_id], tuple(refs)))
+    return samples
+
+
+def _cut_into_shards(samples: Sequence[Sample], recipe: Recipe) -> tuple[ShardLayout, ...]:
     groups: list[list[Sample]] = []
-    room = places = 0.0
+    free_bytes = free_images = 0.0
     for sample in samples:
-        if not groups or sample.image.bytes > room or places < 1:
+        if not groups or sample.image.bytes > free_bytes or free_images < 1:
             groups.append([])
-            room, places = recipe.shard_mb * 1e6, recipe.max_images or float("inf")
+            free_bytes = recipe.shard_mb * 1e6
+            free_images = recipe.max_images or float("inf")
         groups[-1].append(sample)
-        room, places = room - sample.image.bytes, places - 1
+        free_bytes -= sample.image.bytes
+        free_images -= 1
+
     return tuple(
-        ShardPlan(f"shard-{number:06d}.tar", tuple(group)) for number, group in enumerate(groups)
+        ShardLayout(f"shard-{number:06d}.tar", tuple(group)) for number, group in enumerate(groups)
     )
 
 
-def _contents(sample: Sample) -> list[dict[str, Any]]:
+def _plain_refs(sample: Sample) -> list[dict[str, Any]]:
+    """Return the refs of a sample as JSON values; the field names are part of the fingerprints."""
     return [
         {**vars(referral), "sentences": [vars(sentence) for sentence in referral.sentences]}
         for referral in sample.referrals
     ]
 
 
-def _digest(values: Sequence[Any]) -> str:
-    """SHA-256 of JSON lines; line by line, as the whole of a real set is large."""
+def _digest(values: Iterable[Any]) -> str:
+    """SHA-256 of the values as JSON lines, one at a time: all of a real set at once is large."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")

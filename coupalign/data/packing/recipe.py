@@ -1,4 +1,4 @@
-"""What `coupalign pack` reads: a small YAML file that names annotation sets and where they lie."""
+"""The recipe of `coupalign pack`: a small YAML file that names annotation sets and folders."""
 
 from __future__ import annotations
 
@@ -19,55 +19,69 @@ class AnnotationSet(Section):
     """One refs file: `<root>/<folder>/refs(<split_by>).p`."""
 
     dataset: Name = Field(
-        description="refcoco, refcoco+, refcocog, refshapes …: its name in the index"
+        description="Name of the data set in the index: refcoco, refcoco+, refcocog, refshapes, …"
     )
-    split_by: Name = Field(description="unc, google, umd …")
+    split_by: Name = Field(description="Name of the partition: unc, google, umd, …")
     folder: str | None = Field(
-        None, description="folder below root; none: the name of the data set"
+        None, description="Folder below root. Default: the name of the data set."
     )
 
 
 class Recipe(Section):
-    name: Name = Field(description="of the shard set")
+    """Which annotation sets to pack into one shard set, and how."""
+
+    name: Name = Field(description="Name of the shard set.")
     out: HomePath | None = Field(
-        None, description="where the shards go; none: given on the command line"
+        None,
+        description="Directory for the shards. Null: give it on the command line with --out.",
     )
     root: HomePath = Field(
-        description="folder that holds refcoco/, images/ …; relative to the current directory"
+        description="Folder that contains refcoco/, images/ and so on. "
+        "A relative path starts at the current directory."
     )
     sets: tuple[AnnotationSet, ...] = Field(
-        min_length=1, description="packed together: an image once, with the refs of all"
+        min_length=1,
+        description="Annotation sets to pack together. "
+        "An image is stored once, with the refs of all sets.",
     )
     images: HomePath | None = Field(
-        None, description="folder of the photographs; none: the customary places below root"
+        None,
+        description="Folder of the photographs. Null: search the customary folders below root.",
     )
     shard_mb: float = Field(
         256,
         gt=0,
-        description="most image bytes in one tar, MB (1e6 bytes); a larger image has its own",
+        description="Maximum image bytes per tar, in MB (1e6 bytes). "
+        "A larger image gets a tar of its own.",
     )
     max_images: int | None = Field(
-        None, ge=1, description="most images in one tar; none: only shard_mb counts"
+        None, ge=1, description="Maximum number of images per tar. Null: only shard_mb limits it."
     )
     vocabulary_size: int | None = Field(
-        8000, ge=10, description="of the WordPiece vocabulary trained here; none: none"
+        8000,
+        ge=10,
+        description="Size of the WordPiece vocabulary to train while packing. "
+        "Null: do not train one.",
     )
     missing: Literal["fail", "skip"] = Field(
-        "fail", description="a ref without its image or annotation; skip counts and reports"
+        "fail",
+        description="What to do with a ref without its image or annotation: "
+        "fail, or skip it and report the number of skipped refs.",
     )
 
     @model_validator(mode="after")
-    def _each_set_once(self) -> Recipe:
-        names = [f"{part.dataset}/{part.split_by}" for part in self.sets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"sets name {', '.join(twice)} more than once")
+    def _no_set_listed_twice(self) -> Recipe:
+        names = [f"{item.dataset}/{item.split_by}" for item in self.sets]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"sets lists {', '.join(repeated)} more than once")
         return self
 
 
 def read_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, changed by `key=value` overrides; $VARIABLES and ~ are expanded.
+    """Read a recipe and apply `key=value` overrides; $VARIABLES and ~ are expanded.
 
     Raises:
-        InputError: names the file, the key, what is wrong and the nearest valid key.
+        InputError: the message names the file, the key, the problem and the nearest valid key.
     """
     return read_section(Recipe, Path(path), overrides)

@@ -390,7 +390,7 @@ def test_the_pickle_has_protocol_2_and_no_globals(made: Made) -> None:
 
 
 def test_the_reader_of_real_sets_reads_it(made: Made) -> None:
-    referrals, missing = refer.read_set(made.root, "refcoco", "unc")
+    referrals, missing = refer.read_annotation_set(made.root, "refcoco", "unc")
     assert len(referrals) == len(made.refs) and not missing
     assert {r.split for r in referrals} == set(synthetic.SPLITS)
     for referral in referrals:

@@ -1,0 +1,208 @@
+"""Write the shards of a set. The only user of webdataset."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from coupalign.data.index import (
+    ImageEntry,
+    RefEntry,
+    Shard,
+    image_entry,
+    image_record,
+    sample_key,
+    tar_spans,
+)
+from coupalign.data.masks import area, rle_from_segmentation
+from coupalign.data.packing.layout import PackingLayout, Sample, ShardLayout
+from coupalign.data.packing.output import receipt_path
+from coupalign.data.packing.refer import Referral
+from coupalign.data.packing.verify import check_jpeg
+from coupalign.errors import InputError
+from coupalign.files import sha256_of, whole_file, write_json
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    shard: Shard
+    images: tuple[ImageEntry, ...]  # in the order of the tar
+    reused: bool  # finished by an earlier run that was interrupted
+
+
+def write_shards(
+    layout: PackingLayout, out: Path, workers: int, progress: bool
+) -> list[WrittenShard]:
+    """Write all shards and return them in the order of the layout.
+
+    Raises:
+        InputError: an image does not decode or does not have its annotated size.
+    """
+    written: dict[int, WrittenShard] = {}
+    images = sum(len(shard.samples) for shard in layout.shards)
+    processes = min(workers, len(layout.shards))
+    with tqdm(total=images, unit="image", disable=not progress) as bar:
+        for number, result in _write_in_any_order(layout, out, processes):
+            written[number] = result
+            bar.update(result.shard.samples)
+    return [written[number] for number in range(len(layout.shards))]
+
+
+def _write_in_any_order(
+    layout: PackingLayout, out: Path, processes: int
+) -> Iterator[tuple[int, WrittenShard]]:
+    if processes <= 1:
+        for number, shard in enumerate(layout.shards):
+            yield number, _write_shard(number, shard, out)
+        return
+
+    # A plain fork would break if this process has threads. The fork server imports webdataset once;
+    # importing it in each worker would take seconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "webdataset"])
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_exit_with_parent) as pool:
+        jobs = {
+            pool.submit(_write_shard, number, shard, out): number
+            for number, shard in enumerate(layout.shards)
+        }
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _exit_with_parent() -> None:
+    """End this worker when its parent is killed; it would wait for work forever otherwise."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
+    """Write one tar and its receipt, unless a receipt proves that the tar is finished."""
+    file = out / layout.url
+    receipt = receipt_path(out, layout.url)
+    fingerprint = layout.fingerprint()
+    finished = _read_finished(file, receipt, fingerprint)
+    if finished is not None:
+        return finished
+
+    from webdataset import TarWriter  # not at the top: it imports torch
+
+    # Owner, mode and time are fixed, so that the same input gives the same bytes.
+    with whole_file(file) as stream:
+        with TarWriter(
+            stream, encoder=False, mtime=0, user="coupalign", group="coupalign", mode=0o444
+        ) as tar:
+            for sample in layout.samples:
+                key = sample_key(sample.image_id)
+                jpg = _read_jpeg(sample)
+                tar.write({"__key__": key, "jpg": jpg, "json": _sample_json(sample)})
+        stream.flush()
+
+        partial = Path(stream.name)
+        spans = [(offset, length) for _, offset, length in tar_spans(partial)]
+        shard = Shard(
+            url=layout.url,
+            samples=len(layout.samples),
+            bytes=partial.stat().st_size,
+            sha256=sha256_of(partial),
+        )
+
+    images = tuple(
+        _image_entry(sample, number, jpg, text)
+        for sample, jpg, text in zip(layout.samples, spans[::2], spans[1::2], strict=True)
+    )
+    records = [image_record(image) for image in images]
+    write_json(receipt, {"plan": fingerprint, "shard": vars(shard), "images": records})
+    return WrittenShard(shard, images, reused=False)
+
+
+def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard | None:
+    """Return the finished shard that the receipt proves; None if it does not prove any."""
+    if not receipt.is_file() or not file.is_file():
+        return None
+    record = json.loads(receipt.read_text(encoding="utf-8"))
+    if record["plan"] != fingerprint or record["shard"]["sha256"] != sha256_of(file):
+        return None
+    images = tuple(image_entry(image) for image in record["images"])
+    return WrittenShard(Shard(**record["shard"]), images, reused=True)
+
+
+def _image_entry(
+    sample: Sample, shard_number: int, jpg: tuple[int, int], text: tuple[int, int]
+) -> ImageEntry:
+    refs = tuple(
+        RefEntry(
+            set=f"{referral.dataset}/{referral.split_by}",
+            split=referral.split,
+            ref_id=referral.ref_id,
+            sentences=len(referral.sentences),
+        )
+        for referral in sample.referrals
+    )
+    return ImageEntry(image_id=sample.image_id, shard=shard_number, jpg=jpg, json=text, refs=refs)
+
+
+def _read_jpeg(sample: Sample) -> bytes:
+    path, referral = sample.image.path, sample.referrals[0]
+    try:
+        data = path.read_bytes()
+        if len(data) != sample.image.bytes:
+            raise ValueError("the file changed while it was being packed")
+        check_jpeg(data, referral.height, referral.width)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: {error}; fetch the image again, or remove it and set `missing: skip` in "
+            "the recipe"
+        ) from None
+    return data
+
+
+def _sample_json(sample: Sample) -> bytes:
+    referral = sample.referrals[0]
+    record = {
+        "image_id": sample.image_id,
+        "file_name": referral.file_name,
+        "height": referral.height,
+        "width": referral.width,
+        "refs": [_ref_record(referral) for referral in sample.referrals],
+    }
+    return json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _ref_record(referral: Referral) -> dict[str, Any]:
+    rle = rle_from_segmentation(referral.segmentation, referral.height, referral.width)
+    sentences = [
+        {"sent_id": sentence.sent_id, "raw": sentence.raw, "sent": sentence.cleaned}
+        for sentence in referral.sentences
+    ]
+    return {
+        "dataset": referral.dataset,
+        "split_by": referral.split_by,
+        "split": referral.split,
+        "ref_id": referral.ref_id,
+        "ann_id": referral.ann_id,
+        "category": referral.category,
+        "crowd": referral.crowd,
+        "same_class": referral.same_class,
+        "area": area(rle),
+        "rle": rle,
+        "sentences": sentences,
+    }
