@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader, open_tokenizer
 from coupalign.data.loader import EvalLoader
-from coupalign.distributed.world import World, gather_rows
+from coupalign.distributed.world import World
 from coupalign.engine.base import MixedPrecision, Phases
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import evaluate
@@ -98,7 +97,7 @@ def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5)
     batch, source = config.evaluate.batch, config.data.evaluate[:1]
     wanted = (batches + warmup) * batch * world.size
     loader = build_eval_loader(
-        config.data, source, batch, world.rank, world.size, tokenizer, limit=wanted
+        config.data, source, batch=batch, world=world, tokenizer=tokenizer, limit=wanted
     )
     if loader.samples < wanted:
         raise InputError(
@@ -115,10 +114,9 @@ def bench_eval(config: Config, world: World, batches: int = 20, warmup: int = 5)
     few = build_eval_loader(
         config.data,
         source,
-        batch,
-        world.rank,
-        world.size,
-        tokenizer,
+        batch=batch,
+        world=world,
+        tokenizer=tokenizer,
         limit=_PROFILED * batch * world.size,
     )
     return EvalBench(
@@ -140,8 +138,7 @@ def _score(watched: _Watched, config: Config, world: World) -> None:
         watched.infer,
         watched,
         [find_protocol(config.evaluate.protocol)],
-        gather=partial(gather_rows, world=world),
-        rank=world.rank,
+        world=world,
         bootstrap=0,
         title="bench eval",
     )

@@ -1,7 +1,7 @@
-"""Counts the pixels of a batch on the device of its logits, and hands out integers that nobody has to wait for.
+"""Count the pixels of a batch on the device of its logits, without waiting for the device.
 
-Samples of one frame are counted together: the sentences about a photograph stand side by side in the order of scoring, and many
-photographs have the same size, so a batch takes few launches.
+Samples with the same frame are counted together. Sentences about one image are neighbors in the
+order of scoring, and many images have the same size, so a batch needs few kernel launches.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from coupalign.evaluation.transfer import PendingCopy, start_copy
 if TYPE_CHECKING:
     from coupalign.data.batch import Frame, SampleInfo
 
-_COUNTED = 4  # integers of a sample under one protocol: I, U, bI, bU
-_TOGETHER = 8  # samples at most: more would save hardly a launch, and the masks of more leave the cache of a CPU
-_KNOWN = (
-    6  # integers of a sample under all of them: image id, area, pixels, same class, cut, broken
-)
+# Columns of a counted row: the number, what does not depend on the protocol (image id, area,
+# pixels, same class, cut, broken), then I, U, bI, bU under each protocol.
+_SAMPLE_COLUMNS = 6
+_COUNT_COLUMNS = 4
+
+# More samples would hardly save a launch, and their masks would not fit into a CPU's cache.
+_MAX_GROUP = 8
 
 
 @dataclass(frozen=True)
-class Counted:
-    """A batch whose pixels have been counted, or will have been once somebody looks.
+class CountedBatch:
+    """A batch whose pixels are being counted. Reading the counts waits for the device.
 
     Attributes:
-        infos: its samples, those of one frame side by side.
-        counts: int32 [B, 1 + 4 * protocols], in that order: whether the logits are broken, then I, U, bI, bU under each protocol.
-        predictions: bool [H, W] by place among `infos`, of the samples that were to be shown.
-        on_gpu: where it was counted.
+        infos: its samples, grouped by frame.
+        counts: int32 [B, 1 + 4 * protocols] in the order of `infos`: whether the logits are
+            broken, then I, U, bI, bU under each protocol.
+        predictions: bool [H, W] by index into `infos`, for the samples that were asked for.
+        on_gpu: whether a GPU counted.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -44,90 +47,101 @@ class Counted:
     on_gpu: bool
 
     def rows(self) -> np.ndarray:
-        """int64 [B, `row_width`]: number, image id, area, pixels, same class, whether the sentence was cut, whether the logits are
-        broken, then I, U, bI, bU under each protocol."""
-        known = [
-            (
-                info.number,
-                info.image_id,
-                int(np.count_nonzero(info.truth)),
-                info.truth.size,
-                info.same_class,
-                int(info.cut),
+        """Wait for the counts and return one row per sample, int64 [B, `counted_width`].
+
+        Columns: number, image id, area, pixels, same class, whether the sentence was cut, whether
+        the logits are broken, then I, U, bI, bU under each protocol.
+        """
+        on_host = []
+        for info in self.infos:
+            area = int(np.count_nonzero(info.truth))
+            on_host.append(
+                (info.number, info.image_id, area, info.truth.size, info.same_class, int(info.cut))
             )
-            for info in self.infos
-        ]
-        return np.hstack([np.asarray(known, np.int64), self.counts.numpy().astype(np.int64)])
+        return np.hstack([np.asarray(on_host, np.int64), self.counts.numpy().astype(np.int64)])
 
 
 def count_batch(
     logits: Tensor,
     infos: Sequence[SampleInfo],
     protocols: Sequence[Protocol],
-    shown: Collection[int] = (),
-) -> Counted:
+    keep_predictions: Collection[int] = (),
+) -> CountedBatch:
     """Count the pixels of a batch under all protocols.
 
     Args:
         logits: float [B, S, S], on any device.
         infos: of the samples, with their truths.
-        shown: numbers of the samples whose predictions at the original size are wanted, too.
+        keep_predictions: numbers of the samples whose predictions at the original size are kept.
     """
     counts: list[Tensor] = []
     ordered: list[SampleInfo] = []
     predictions: dict[int, PendingCopy] = {}
-    for frame, places in _groups(infos):
-        members = [infos[place] for place in places]
-        squares = torch.stack(
-            [logits[place] for place in places]
-        )  # an index made by the host would be waited for
+
+    for frame, indexes in _group_by_frame(infos):
+        members = [infos[index] for index in indexes]
+        # Not logits[indexes]: the device would wait for the host's index.
+        squares = torch.stack([logits[index] for index in indexes])
         counts.append(_count_group(squares, frame, [info.truth for info in members], protocols))
-        wanted = [place for place, info in enumerate(members) if info.number in shown]
-        if wanted:
+
+        kept = [place for place, info in enumerate(members) if info.number in keep_predictions]
+        if kept:
             masks = logits_at_original_size(squares, frame) > 0
-            predictions |= {len(ordered) + place: PendingCopy(masks[place]) for place in wanted}
+            for place in kept:
+                predictions[len(ordered) + place] = PendingCopy(masks[place])
         ordered += members
-    return Counted(tuple(ordered), PendingCopy(torch.cat(counts)), predictions, logits.is_cuda)
+
+    return CountedBatch(
+        infos=tuple(ordered),
+        counts=PendingCopy(torch.cat(counts)),
+        predictions=predictions,
+        on_gpu=logits.is_cuda,
+    )
 
 
-def row_width(protocols: int) -> int:
-    """Columns of a row for so many protocols."""
-    return 1 + _KNOWN + _COUNTED * protocols
+def counted_width(protocols: int) -> int:
+    """Number of columns of a counted row under so many protocols."""
+    return 1 + _SAMPLE_COLUMNS + _COUNT_COLUMNS * protocols
 
 
-def rows_under(rows: np.ndarray, place: int) -> np.ndarray:
-    """The rows of the protocol at that place, [n, 11]: number, I, U, bI, bU, then what is known of the sample."""
-    first = row_width(place)
-    return np.hstack([rows[:, :1], rows[:, first : first + _COUNTED], rows[:, 1 : 1 + _KNOWN]])
+def rows_for_protocol(rows: np.ndarray, protocol: int) -> np.ndarray:
+    """Select the columns of one protocol, by its index, from counted rows.
+
+    Returns:
+        int64 [n, 11]: number, I, U, bI, bU, image id, area, pixels, same class, cut, broken.
+    """
+    first = counted_width(protocol)
+    number = rows[:, :1]
+    counts = rows[:, first : first + _COUNT_COLUMNS]
+    of_sample = rows[:, 1 : 1 + _SAMPLE_COLUMNS]
+    return np.hstack([number, counts, of_sample])
 
 
-def _groups(infos: Sequence[SampleInfo]) -> Iterator[tuple[Frame, list[int]]]:
-    """Places of samples that are counted together, with the frame that they share."""
+def _group_by_frame(infos: Sequence[SampleInfo]) -> Iterator[tuple[Frame, list[int]]]:
+    """Indexes of the samples that are counted together, with the frame that they share."""
     groups: dict[Frame, list[int]] = {}
-    for place, info in enumerate(infos):
+    for index, info in enumerate(infos):
         assert info.truth is not None, f"{info.name}: the loader gave no truth"
-        groups.setdefault(info.frame, []).append(place)
-    for frame, places in groups.items():
-        for first in range(0, len(places), _TOGETHER):
-            yield frame, places[first : first + _TOGETHER]
+        groups.setdefault(info.frame, []).append(index)
+
+    for frame, indexes in groups.items():
+        for first in range(0, len(indexes), _MAX_GROUP):
+            yield frame, indexes[first : first + _MAX_GROUP]
 
 
 def _count_group(
     squares: Tensor, frame: Frame, truths: Sequence[np.ndarray], protocols: Sequence[Protocol]
 ) -> Tensor:
-    """int32 [n, 1 + 4 * protocols] of samples of one frame: whether broken, and the pixels."""
-    placed = {
-        place: start_copy(np.stack([place(truth, frame) for truth in truths]), squares.device)
-        for place in dict.fromkeys(protocol.place for protocol in protocols)
-    }
-    broken = ~torch.isfinite(squares).flatten(1).all(dim=1)
-    return torch.cat(
-        [
-            broken.int()[:, None],
-            *(
-                count_pixels(protocol.predict(squares, frame), placed[protocol.place])
-                for protocol in protocols
-            ),
-        ],
-        dim=1,
-    )
+    """Count samples of one frame, int32 [n, 1 + 4 * protocols]: whether broken, then the pixels."""
+    # Protocols that resize the truth in the same way share one copy of it.
+    truths_by_size = {}
+    for resize_truth in dict.fromkeys(protocol.resize_truth for protocol in protocols):
+        resized = np.stack([resize_truth(truth, frame) for truth in truths])
+        truths_by_size[resize_truth] = start_copy(resized, squares.device)
+
+    is_broken = ~torch.isfinite(squares).flatten(1).all(dim=1)
+    columns = [is_broken.int()[:, None]]
+    for protocol in protocols:
+        prediction = protocol.predict(squares, frame)
+        columns.append(count_pixels(prediction, truths_by_size[protocol.resize_truth]))
+    return torch.cat(columns, dim=1)

@@ -1,7 +1,9 @@
-"""Scores a model on a data set over any number of ranks, in one pass for all protocols and sentence rules.
+"""Score a model on a data set over any number of ranks.
 
-Each rank counts pixels where the logits lie (`counting`); the integers of a batch are read once the next batch is under way, so that
-nobody waits for the device. They are gathered, repeats removed, and one rank does the sums.
+One pass over the data serves all protocols and sentence rules. Each rank counts pixels on the
+device of the logits (`counting`) and reads the counts of a batch while the next one is running, so
+nobody waits for the device. Then the rows of all ranks are gathered, repeated samples are removed,
+and rank 0 computes the scores.
 """
 
 from __future__ import annotations
@@ -11,17 +13,29 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from coupalign.distributed.watchdog import doing
+from coupalign.distributed.world import World, gather_rows
 from coupalign.errors import InputError
-from coupalign.evaluation.counting import Counted, count_batch, row_width, rows_under
-from coupalign.evaluation.metrics import Score, boundary_ious, deduplicate, ious, summarize
+from coupalign.evaluation.counting import (
+    CountedBatch,
+    count_batch,
+    counted_width,
+    rows_for_protocol,
+)
+from coupalign.evaluation.metrics import (
+    METRICS,
+    Score,
+    boundary_ious,
+    deduplicate,
+    ious,
+    summarize,
+)
 from coupalign.evaluation.protocols import Protocol
-from coupalign.evaluation.rows import WIDTH
-from coupalign.evaluation.shelf import Picture, prune
+from coupalign.evaluation.rows import ROW_WIDTH
+from coupalign.evaluation.shelf import Picture, prune_shelf
 from coupalign.evaluation.transfer import lag_by_one
 
 if TYPE_CHECKING:
@@ -29,7 +43,8 @@ if TYPE_CHECKING:
     from coupalign.data.loader import EvalLoader
     from coupalign.data.table import Rule
 
-_GPU_SLACK = 0.01  # share of the union by which a sample that two ranks scored may differ on a GPU
+# Share of the union by which the counts of a sample that two ranks scored may differ on a GPU.
+_GPU_SLACK = 0.01
 
 
 class Stopped(Exception):
@@ -38,12 +53,13 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a scoring gives under one protocol and sentence rule.
+    """The result of a scoring under one protocol and sentence rule.
 
     Attributes:
-        score: on rank 0; none elsewhere.
-        rows: int64 [n, 9] of all ranks, sorted: number, I, U, bI, bU, image id, area, pixels, same class; see `facts`.
-        pictures: of this rank, with the first protocol and rule only.
+        score: on rank 0; None on the other ranks.
+        rows: int64 [n, 9] of all ranks, sorted by number: number, I, U, bI, bU, image id, area,
+            pixels, same class; see `rows`.
+        pictures: kept by this rank, with the first protocol and rule only.
     """
 
     score: Score | None
@@ -56,162 +72,182 @@ def evaluate(
     loader: EvalLoader,
     protocols: Sequence[Protocol],
     *,
-    gather: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-    rank: int = 0,
-    device: torch.device | str | None = None,
+    world: World | None = None,
     bootstrap: int = 1000,
-    seed: int = 0,
     pictures: int = 0,
     conditions: Callable[[Protocol, Rule], Mapping[str, str]] = lambda protocol, rule: {},
     title: str = "scoring",
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, Rule], Evaluation]:
-    """Score every sample of `loader` once under all protocols; collective over the ranks whose rows `gather` brings together.
+    """Score every sample of `loader` once under all protocols; collective over `world`.
 
     Args:
-        infer: batch -> logits float [B, S, S], in the model's evaluation mode, without gradients.
-        loader: this rank's share; built with images=True where pictures are wanted.
-        protocols: each counts on the same logits; at least one.
-        gather: int64 [n, k] of this rank -> the rows of all ranks, on every rank.
-        device: where batches are sent first; none: `infer` does it.
-        bootstrap: resamples of whole images for the intervals; 0: none.
-        pictures: how many samples of each kind (see `pictures.choose_pictures`) this rank keeps.
-        conditions: words printed with each score, as `protocols.describe_conditions` makes them.
+        infer: batch of the loader -> logits float [B, S, S], in the model's evaluation mode,
+            without gradients.
+        loader: this rank's share; build it with images=True if you want pictures.
+        protocols: at least one; all of them count on the same logits.
+        world: the ranks that share the work. Default: this process alone.
+        bootstrap: resamples of whole images for the intervals; 0 leaves them out.
+        pictures: samples per group (see `shelf.choose_pictures`) that this rank keeps.
+        conditions: text printed with each score, see `protocols.describe_conditions`.
         title: of the progress bar, which rank 0 shows.
-        stopped: asked before each batch, on every rank; true on all of them ends the scoring.
+        stopped: asked before each batch, on every rank. True, which must be on all ranks at the
+            same batch, ends the scoring.
 
     Returns:
-        by (name of the protocol, sentence rule), protocols in the order asked for, rules in that of `loader.members`.
+        Evaluations by (protocol name, sentence rule): protocols in the order of `protocols`, rules
+        in that of `loader.members`.
 
     Raises:
         InputError: the loader is empty.
-        Stopped: `stopped` said so.
-        FloatingPointError: the model gave NaN or infinity; names the samples. The same on every rank.
+        Stopped: `stopped` returned true.
+        FloatingPointError: the model gave NaN or infinity; names the samples. On every rank.
         AssertionError: a sample is missing, or two ranks disagree about one; names it.
     """
     if not loader.samples:
         raise InputError("nothing to score: the split holds no samples")
-    shown = frozenset(next(iter(loader.members.values())).tolist()) if pictures else frozenset()
-    rows: list[np.ndarray] = []
-    shelf: list[Picture] = []
-    slack = 0.0
+    is_main = world is None or world.is_main
 
-    def counted() -> Iterator[Counted]:
-        for place, batch in enumerate(
-            tqdm(loader, desc=title, unit="batch", disable=rank != 0, leave=False)
-        ):
+    # Pictures are chosen among the samples of the first sentence rule.
+    shown: frozenset[int] = frozenset()
+    if pictures:
+        first_rule = next(iter(loader.members.values()))
+        shown = frozenset(first_rule.tolist())
+
+    def count_batches() -> Iterator[CountedBatch]:
+        batches = tqdm(loader, desc=title, unit="batch", disable=not is_main, leave=False)
+        for number, batch in enumerate(batches, 1):
             if stopped():
                 raise Stopped
-            doing(f"{title}: batch {place + 1}")
-            yield count_batch(
-                infer(batch if device is None else batch.to(device)), batch.info, protocols, shown
-            )
+            doing(f"{title}: batch {number}")
+            yield count_batch(infer(batch), batch.info, protocols, keep_predictions=shown)
 
-    for batch in lag_by_one(counted()):
-        rows.append(batch.rows())
-        slack = _GPU_SLACK if batch.on_gpu else slack
-        shelf = prune([*shelf, *_pictures(batch, rows[-1], protocols[0])], pictures)
+    # Count this rank's share, reading each batch after the next one has been started.
+    shares = [np.empty((0, counted_width(len(protocols))), np.int64)]
+    shelf: list[Picture] = []
+    slack = 0.0
+    for counted in lag_by_one(count_batches()):
+        rows = counted.rows()
+        shares.append(rows)
+        if counted.on_gpu:
+            slack = _GPU_SLACK
+        shelf.extend(_pictures_of(counted, rows, protocols[0]))
+        shelf = prune_shelf(shelf, pictures)
+
     doing(f"{title}: gathering the rows")
-    gathered = gather(
-        np.concatenate(rows) if rows else np.empty((0, row_width(len(protocols))), np.int64)
-    )
+    gathered = np.concatenate(shares)
+    if world is not None:
+        gathered = gather_rows(gathered, world)
+
+    # Every rank checks the rows, rank 0 computes the scores.
     results: dict[tuple[str, Rule], Evaluation] = {}
-    for place, protocol in enumerate(protocols):
-        kept = deduplicate(rows_under(gathered, place), slack)
-        _check_complete(kept, loader)
+    for index, protocol in enumerate(protocols):
+        unique = deduplicate(rows_for_protocol(gathered, index), slack)
+        _check_complete(unique, loader)
         for rule, numbers in loader.members.items():
-            words = conditions(protocol, rule)
-            score = (
-                _score(kept[numbers], loader, protocol, rule, bootstrap, seed, words)
-                if rank == 0
-                else None
-            )
-            results[protocol.name, rule] = Evaluation(
-                score, kept[numbers, :WIDTH], () if results else tuple(shelf)
-            )
+            rows = unique[numbers]
+            score = None
+            if is_main:
+                score = _score_rows(
+                    rows,
+                    protocol,
+                    conditions=conditions(protocol, rule),
+                    fingerprint=loader.fingerprint,
+                    bootstrap=bootstrap,
+                    rule=rule,
+                )
+            kept = () if results else tuple(shelf)
+            results[protocol.name, rule] = Evaluation(score, rows[:, :ROW_WIDTH], kept)
     return results
 
 
 def with_language_blind(score: Score, blind: Score) -> Score:
-    """`score` with the score of the same model on the same samples with shuffled sentences beside it."""
-    same = all(
-        getattr(score, name) == getattr(blind, name)
-        for name in ("protocol", "sentences", "samples", "fingerprint")
-    )
-    assert same, "the language-blind score was taken on other samples or under another protocol"
+    """Add to `score` the score of the same model and samples with shuffled sentences."""
+    for name in ("protocol", "sentences", "samples", "fingerprint"):
+        assert getattr(score, name) == getattr(blind, name), (
+            "the language-blind score was taken on other samples or under another protocol"
+        )
     return replace(score, language_blind=blind)
 
 
-def _pictures(batch: Counted, rows: np.ndarray, protocol: Protocol) -> Iterator[Picture]:
-    """Those of the batch that were asked for; `rows` are its rows, `protocol` is the first."""
-    counts = rows_under(rows, 0)[:, :5]
-    values, boundaries = (
-        ious(counts, protocol.empty).tolist(),
-        boundary_ious(counts, protocol.empty).tolist(),
-    )
-    for place, prediction in batch.predictions.items():
-        info = batch.infos[place]
+def _pictures_of(counted: CountedBatch, rows: np.ndarray, protocol: Protocol) -> Iterator[Picture]:
+    """Yield the samples of a batch that are kept to look at.
+
+    Args:
+        rows: the counted rows of the batch.
+        protocol: the first one.
+    """
+    counts = rows_for_protocol(rows, 0)[:, :5]
+    values = ious(counts, protocol.empty).tolist()
+    boundary_values = boundary_ious(counts, protocol.empty).tolist()
+
+    for index, prediction in counted.predictions.items():
+        info = counted.infos[index]
         assert info.image is not None, f"{info.name}: pictures need a loader with images=True"
         yield Picture(
-            info.number,
-            info.name,
-            info.sentence,
-            values[place],
-            info.image,
-            info.truth,
-            prediction.numpy(),
-            info.same_class,
-            boundaries[place],
+            number=info.number,
+            name=info.name,
+            sentence=info.sentence,
+            iou=values[index],
+            image=info.image,
+            truth=info.truth,
+            prediction=prediction.numpy(),
+            same_class=info.same_class,
+            boundary=boundary_values[index],
         )
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:
+    """Raise where a sample is missing or foreign, or where the model gave NaN or infinity."""
     missing = np.setdiff1d(np.arange(loader.samples), rows[:, 0])
-    assert not len(missing), (
-        f"{len(missing)} of {loader.samples} samples were not scored: {_first_names(missing, loader)}"
-    )
+    if len(missing):
+        raise AssertionError(
+            f"{len(missing)} of {loader.samples} samples were not scored: "
+            f"{_first_names(missing, loader)}"
+        )
     assert len(rows) == loader.samples, (
         f"scored samples that the loader does not list: number {rows[-1, 0]} of {loader.samples}"
     )
+
     broken = rows[rows[:, -1] > 0, 0]
     if len(broken):
-        first = _first_names(broken, loader)
         raise FloatingPointError(
-            f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: {first}"
+            f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: "
+            f"{_first_names(broken, loader)}"
         )
 
 
-def _first_names(numbers: np.ndarray, loader: EvalLoader) -> str:
-    return ", ".join(loader.words[number][0] for number in numbers[:5]) + (
-        " …" if len(numbers) > 5 else ""
-    )
+def _first_names(numbers: np.ndarray, loader: EvalLoader, limit: int = 5) -> str:
+    names = [loader.names_and_sentences[number][0] for number in numbers[:limit]]
+    return ", ".join(names) + (" …" if len(numbers) > limit else "")
 
 
-def _score(
+def _score_rows(
     rows: np.ndarray,
-    loader: EvalLoader,
     protocol: Protocol,
-    rule: Rule,
-    bootstrap: int,
-    seed: int,
+    *,
     conditions: Mapping[str, str],
+    fingerprint: str,
+    bootstrap: int,
+    rule: Rule,
 ) -> Score:
-    values = summarize(rows[:, :5], bootstrap, seed, clusters=rows[:, 5], empty=protocol.empty)
-    samples, images, intervals = (
-        values.pop("samples"),
-        values.pop("images"),
-        values.pop("intervals"),
-    )
-    words = dict(conditions)
-    if cut := int(rows[:, -2].sum()):
-        words["cut"] = f"{cut:,} sentences were longer than the token limit and were cut"
+    """Compute the score of rows int64 [n, 11] of `counting.rows_for_protocol`."""
+    image_ids, cut = rows[:, 5], rows[:, -2]
+    summary = summarize(rows[:, :5], bootstrap, clusters=image_ids, empty=protocol.empty)
+
+    conditions = dict(conditions)
+    sentences_cut = int(cut.sum())
+    if sentences_cut:
+        conditions["cut"] = (
+            f"{sentences_cut:,} sentences were longer than the token limit and were cut"
+        )
     return Score(
         protocol=protocol.name,
-        metrics=values,
-        samples=samples,
-        images=images,
-        intervals=intervals,
-        conditions=words,
-        fingerprint=loader.fingerprint,
+        metrics={name: summary[name] for name in METRICS},
+        samples=summary["samples"],
+        images=summary["images"],
+        intervals=summary["intervals"],
+        conditions=conditions,
+        fingerprint=fingerprint,
         sentences=rule,
     )

@@ -1,13 +1,16 @@
-"""The three ways the field turns logits into a mask that meets the truth, each a small function of the samples of one frame.
+"""The three protocols by which the field turns logits into a mask and compares it with the truth.
 
-    ris-v1   the default: everything at the photograph's own resolution
-    lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others score
-    cris     probabilities bicubic back to the photograph's resolution, a threshold of 0.35, as CRIS, ETRIS, DETRIS score
+    ris-v1   the default: everything at the image's original size
+    lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others do
+    cris     probabilities, bicubic back to the original size, with a threshold of 0.35, as CRIS,
+             ETRIS and DETRIS do
 
-Legend: n samples; S side of the square input; H, W the photograph's size; h, w that at which a protocol counts. `Frame` says where
-the photograph lies in the square. Every number of a sample is that of the sample alone, bit for bit, whatever it is counted with.
-Pixel centers lie at half integers throughout: column x of a photograph W wide is found at (x + 0.5) * inner_width / W - 0.5
-+ left in the square.
+Legend: n samples; S side of the square input; H, W the original size of the image; h, w the size
+at which a protocol counts. `Frame` says where the image is inside the square.
+
+Samples are scored in groups, but every number of a sample is bit for bit the one that the sample
+gets alone. Pixel centers are at half integers throughout: column x of an image W wide is at
+(x + 0.5) * inner_width / W - 0.5 + left in the square.
 """
 
 from __future__ import annotations
@@ -34,147 +37,208 @@ if TYPE_CHECKING:
 _CRIS_THRESHOLD = 0.35
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """A named way to score.
 
-    `predict(logits float [n, S, S], frame) -> bool [n, h, w]` works where the logits lie, `place(truth bool [H, W], frame) ->
-    bool [h, w]` on the host. `truth`, `prediction` and `threshold` are the words printed with every score.
+    Attributes:
+        predict: (logits float [n, S, S], frame) -> bool [n, h, w], on the device of the logits.
+        resize_truth: (truth bool [H, W], frame) -> bool [h, w], on the host.
+        empty: IoU of a sample whose prediction and truth are both empty.
+        truth, prediction, threshold: descriptions, printed with every score.
     """
 
     name: str
     predict: Callable[[Tensor, Frame], Tensor]
-    place: Callable[[np.ndarray, Frame], np.ndarray]
+    resize_truth: Callable[[np.ndarray, Frame], np.ndarray]
     empty: EmptyUnion
     truth: str
     prediction: str
     threshold: str
 
 
+# ------------------------------------------------------------------------------------- counting
+
+
 def count_pixels(prediction: Tensor, truth: Tensor) -> Tensor:
-    """int32 [n, 4]: pixels in the intersection and in the union of masks bool [n, h, w], and in those of their boundary bands."""
+    """Count the pixels of masks bool [n, h, w] and of their boundary bands.
+
+    Returns:
+        int32 [n, 4]: intersection, union, intersection of the bands, union of the bands.
+    """
     assert prediction.shape == truth.shape, (
         f"prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
     )
     masks = torch.stack([prediction, truth])  # [2, n, h, w]
-    sums = [
-        part.sum(dim=(-2, -1), dtype=torch.int32)
-        for a, b in (masks, boundary(masks))
-        for part in (a & b, a | b)
-    ]
-    return torch.stack(sums, dim=1)
+
+    counts = []
+    for a, b in (masks, boundary(masks)):
+        for overlap in (a & b, a | b):
+            counts.append(overlap.sum(dim=(-2, -1), dtype=torch.int32))
+    return torch.stack(counts, dim=1)
 
 
 def boundary(mask: Tensor) -> Tensor:
-    """The band of masks bool [..., h, w] along their contour: the mask without what is left of it after an erosion.
+    """Return the band of masks bool [..., h, w] along their contour: the mask minus its erosion.
 
-    The erosion is by a 3x3 square, d = max(1, round(0.02 * diagonal)) times, the diagonal in pixels of the mask; beyond the edge
-    of the image lies background, so an object that the image cuts off has a band there, too. That is `mask_to_boundary` of
-    Cheng et al., Boundary IoU, CVPR 2021 (github.com/bowenc0221/boundary-iou-api). d times the 3x3 square is once a square of
-    2d + 1, and a square is its rows and then its columns.
+    The erosion is by a 3x3 square, d = max(1, round(0.02 * diagonal)) times, the diagonal in
+    pixels of the mask. Everything outside the image is background, so an object that the image
+    cuts off has a band at the edge too. That is `mask_to_boundary` of Cheng et al., Boundary IoU,
+    CVPR 2021 (github.com/bowenc0221/boundary-iou-api).
     """
     height, width = mask.shape[-2:]
     d = max(1, round(0.02 * math.hypot(height, width)))
-    padded = functional.pad(mask, (d, d, d, d))
-    return mask & ~_all_of(_all_of(padded, 2 * d + 1, -2), 2 * d + 1, -1)
+
+    # d erosions by a 3x3 square are one by a square of 2d + 1, first its columns, then its rows.
+    eroded = functional.pad(mask, (d, d, d, d))
+    for dim in (-2, -1):
+        eroded = _erode(eroded, 2 * d + 1, dim)
+    return mask & ~eroded
 
 
-def _all_of(mask: Tensor, width: int, dim: int) -> Tensor:
-    """Whether `width` neighbors along a dimension are all set, [… n …] -> [… n - width + 1 …], in log2(width) steps."""
-    reach = 1
-    while reach < width:
-        step = min(reach, width - reach)
-        rest = mask.shape[dim] - step
-        mask = mask.narrow(dim, 0, rest) & mask.narrow(dim, step, rest)
-        reach += step
+def _erode(mask: Tensor, width: int, dim: int) -> Tensor:
+    """Whether `width` neighbors along a dimension are all set, [… n …] -> [… n - width + 1 …].
+
+    Doubles the window each time, so it takes log2(width) steps.
+    """
+    window = 1
+    while window < width:
+        step = min(window, width - window)
+        length = mask.shape[dim] - step
+        mask = mask.narrow(dim, 0, length) & mask.narrow(dim, step, length)
+        window += step
     return mask
 
 
+# ------------------------------------------------------------------------- predictions and truths
+
+
 def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
-    """[..., S, S] -> float32 [..., H, W]: the part of the square that shows the photograph, bilinear with align_corners=False."""
-    inner = _inside_frame(logits, frame).float()
+    """Resize the part of the square that shows the image, [..., S, S] -> float32 [..., H, W].
+
+    Bilinear with align_corners=False.
+    """
+    inner = _crop_to_frame(logits, frame).float()
     size = (frame.height, frame.width)
-    # One channel each: so every sample takes the path through torch that it would take alone.
+
+    # As batch items of one channel, every sample takes the path through torch it would take alone.
     alone = inner.reshape(-1, 1, frame.inner_height, frame.inner_width)
-    return functional.interpolate(alone, size=size, mode="bilinear", align_corners=False).view(
-        *logits.shape[:-2], *size
-    )
+    resized = functional.interpolate(alone, size=size, mode="bilinear", align_corners=False)
+    return resized.view(*logits.shape[:-2], *size)
 
 
 def predict_ris_v1(logits: Tensor, frame: Frame) -> Tensor:
-    """At the photograph's size; p > 0.5 is logit > 0, without the rounding of a sigmoid."""
+    """Predict at the original size: logit > 0 is p > 0.5 without the rounding of a sigmoid."""
     return logits_at_original_size(logits, frame) > 0
 
 
 def predict_lavt(logits: Tensor, frame: Frame) -> Tensor:
-    """At the input size, inside the frame; one logit is the difference of two channels, so argmax is logit > 0."""
-    return _inside_frame(logits, frame) > 0
+    """Predict at the input size, inside the frame.
+
+    One logit is the difference of two channels, so their argmax is logit > 0.
+    """
+    return _crop_to_frame(logits, frame) > 0
 
 
 def predict_cris(logits: Tensor, frame: Frame) -> Tensor:
-    """At the photograph's size: probabilities, bicubic through the inverse of the frame's map, p > 0.35."""
-    # One after another: on a CPU the last bit of torch's sigmoid depends on how the threads share the pixels.
-    probabilities = torch.stack([torch.sigmoid(one) for one in logits.float()])
-    return _warp_back(probabilities, frame) > _CRIS_THRESHOLD
+    """Predict at the original size: bicubic probabilities, back through the frame's map, > 0.35."""
+    # One by one: on a CPU, the last bit of torch's sigmoid depends on how threads share the pixels.
+    probabilities = torch.stack([torch.sigmoid(sample) for sample in logits.float()])
+    return _warp_to_original(probabilities, frame) > _CRIS_THRESHOLD
 
 
-def place_original(truth: np.ndarray, frame: Frame) -> np.ndarray:
-    """The truth as it is."""
+def truth_at_original_size(truth: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return the truth unchanged, after a check of its size."""
     assert truth.shape == (frame.height, frame.width), (
-        f"truth {truth.shape} of a photograph {(frame.height, frame.width)}"
+        f"truth {truth.shape} of an image {(frame.height, frame.width)}"
     )
     return truth
 
 
-def place_lavt(truth: np.ndarray, frame: Frame) -> np.ndarray:
-    """The truth at the input size, inside the frame.
+def truth_at_input_size(truth: np.ndarray, frame: Frame) -> np.ndarray:
+    """Resize the truth to the input size, inside the frame, as LAVT does.
 
-    Pillow resizes it, as it does for LAVT: where a center falls on the edge of two pixels (every third one from 640 to 480) its
-    rounding decides.
+    Use Pillow, as LAVT does: where a center falls on the edge between two pixels (every third one
+    from 640 to 480), its rounding decides.
     """
-    small = Image.fromarray(truth.view(np.uint8)).resize(
-        (frame.inner_width, frame.inner_height), Image.Resampling.NEAREST
+    size = (frame.inner_width, frame.inner_height)
+    image = Image.fromarray(truth.view(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return np.asarray(image) > 0
+
+
+def _crop_to_frame(squares: Tensor, frame: Frame) -> Tensor:
+    _check_size(squares, frame)
+    bottom = frame.top + frame.inner_height
+    right = frame.left + frame.inner_width
+    return squares[..., frame.top : bottom, frame.left : right]
+
+
+def _warp_to_original(squares: Tensor, frame: Frame) -> Tensor:
+    """Sample each pixel of the image from the square, bicubic, [n, S, S] -> [n, H, W].
+
+    Pixels next to the frame contribute; everything outside the square is zero.
+    """
+    _check_size(squares, frame)
+
+    def grid_coordinates(length: int, inner: int, offset: int) -> Tensor:
+        """Return the position of each pixel center in the square, in grid_sample's -1 … 1."""
+        index = torch.arange(length, device=squares.device, dtype=torch.float64)
+        centers = (index + 0.5) * (inner / length) + offset
+        return (2 * centers / frame.size - 1).to(squares.dtype)
+
+    y = grid_coordinates(frame.height, frame.inner_height, frame.top)
+    x = grid_coordinates(frame.width, frame.inner_width, frame.left)
+    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+    warped = functional.grid_sample(
+        squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False
     )
-    return np.asarray(small) > 0
+    return warped[0]
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "ris-v1",
-            predict_ris_v1,
-            place_original,
-            "one",
-            truth="original resolution, union of polygons",
-            prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
-            threshold="p > 0.5",
-        ),
-        Protocol(
-            "lavt",
-            predict_lavt,
-            place_lavt,
-            "zero",
-            truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons of one object "
-            "overlap; shards hold the union only)",
-            prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, align_corners=True)",
-            threshold="logit > 0, which is the argmax of two channels",
-        ),
-        Protocol(
-            "cris",
-            predict_cris,
-            place_original,
-            "zero",
-            truth="original resolution, union of polygons",
-            prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
-            "input's affine map to the original resolution",
-            threshold=f"p > {_CRIS_THRESHOLD}",
-        ),
+def _check_size(squares: Tensor, frame: Frame) -> None:
+    assert squares.shape[-2:] == (frame.size, frame.size), (
+        f"squares {tuple(squares.shape)} for an input of {frame.size} pixels"
     )
-}
 
-_EXPECTED_RESIZE = {"lavt": "squash", "cris": "letterbox"}
-_READ = {
+
+# ------------------------------------------------------------------------------------ the protocols
+
+_RIS_V1 = Protocol(
+    name="ris-v1",
+    predict=predict_ris_v1,
+    resize_truth=truth_at_original_size,
+    empty="one",
+    truth="original resolution, union of polygons",
+    prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
+    threshold="p > 0.5",
+)
+_LAVT = Protocol(
+    name="lavt",
+    predict=predict_lavt,
+    resize_truth=truth_at_input_size,
+    empty="zero",
+    truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons "
+    "of one object overlap; shards hold the union only)",
+    prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, "
+    "align_corners=True)",
+    threshold="logit > 0, which is the argmax of two channels",
+)
+_CRIS = Protocol(
+    name="cris",
+    predict=predict_cris,
+    resize_truth=truth_at_original_size,
+    empty="zero",
+    truth="original resolution, union of polygons",
+    prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
+    "input's affine map to the original resolution",
+    threshold=f"p > {_CRIS_THRESHOLD}",
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (_RIS_V1, _LAVT, _CRIS)}
+
+# How the authors of a protocol fit an image into the square; ris-v1 accepts either way.
+_AUTHORS_RESIZE = {"lavt": "squash", "cris": "letterbox"}
+
+_RULE_DESCRIPTIONS = {
     "each": "every sentence of every ref",
     "first": "the first sentence of every ref",
     "concatenated": "all sentences of a ref, joined with a space, as one",
@@ -182,13 +246,13 @@ _READ = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """Look up a protocol by name.
 
     Raises:
-        InputError: no such protocol; lists them.
+        InputError: there is no such protocol; lists those there are.
     """
     if name not in PROTOCOLS:
-        raise InputError(f"protocol {name!r}: there are {', '.join(PROTOCOLS)}")
+        raise InputError(f"unknown protocol {name!r}; use one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
@@ -196,68 +260,39 @@ def describe_conditions(
     protocol: Protocol,
     data: DataConfig,
     sources: Sequence[Source],
+    *,
     limit: int | None = None,
     rule: Rule = "each",
 ) -> dict[str, str]:
-    """Everything a reader must know to compare a score, by heading, in words.
+    """Describe by heading everything a reader must know to compare a score.
 
-    A model may be scored under a protocol whose authors feed the image in another way; the words under "input" say so,
-    because such a number is not comparable with theirs.
+    You may score a model under a protocol whose authors feed the image in another way. The text
+    under "input" then says so, because such a number is not comparable with theirs.
     """
-    shape = "squashed to" if data.resize == "squash" else "letterboxed into"
-    expected = _EXPECTED_RESIZE.get(protocol.name, data.resize)
-    strange = (
-        ""
-        if expected == data.resize
-        else f"; the authors of {protocol.name} use {expected}: not comparable with theirs"
-    )
-    sets = sorted(
-        {
-            f"{source.dataset or 'all data sets'}/{source.split_by or 'all'} {source.split}"
-            for source in sources
-        }
-    )
+    fitted = "squashed to" if data.resize == "squash" else "letterboxed into"
+    authors_resize = _AUTHORS_RESIZE.get(protocol.name, data.resize)
+    warning = ""
+    if authors_resize != data.resize:
+        warning = (
+            f"; the authors of {protocol.name} use {authors_resize}: not comparable with theirs"
+        )
+
+    sets = set()
+    for source in sources:
+        dataset = source.dataset or "all data sets"
+        sets.add(f"{dataset}/{source.split_by or 'all'} {source.split}")
+
+    rule_text = _RULE_DESCRIPTIONS[rule]
+    empty_iou = "1" if protocol.empty == "one" else "0"
     conditions = {
-        "sets": ", ".join(sets),
-        "input": f"{shape} {data.image_size}x{data.image_size}{strange}",
+        "sets": ", ".join(sorted(sets)),
+        "input": f"{fitted} {data.image_size}x{data.image_size}{warning}",
         "truth": protocol.truth,
         "prediction": protocol.prediction,
         "threshold": protocol.threshold,
-        "sentences": f"{_READ[rule]}, {data.sentence}, cut to {data.max_tokens} tokens",
-        "empty": f"an empty union counts as IoU {'1' if protocol.empty == 'one' else '0'}; P@X counts IoU >= X",
+        "sentences": f"{rule_text}, {data.sentence}, cut to {data.max_tokens} tokens",
+        "empty": f"an empty union counts as IoU {empty_iou}; P@X counts IoU >= X",
     }
     if limit is not None:
         conditions["limit"] = f"{limit:,} samples only, evenly spaced: a quick look, not a result"
     return conditions
-
-
-def _inside_frame(squares: Tensor, frame: Frame) -> Tensor:
-    _check_size(squares, frame)
-    return squares[
-        ..., frame.top : frame.top + frame.inner_height, frame.left : frame.left + frame.inner_width
-    ]
-
-
-def _warp_back(squares: Tensor, frame: Frame) -> Tensor:
-    """[n, S, S] -> [n, H, W], bicubic; the neighbors of the frame take part, and zero lies outside the square."""
-    _check_size(squares, frame)
-
-    def places(length: int, inner: int, offset: int) -> Tensor:
-        """Where each pixel center lies in the square, in grid_sample's -1 … 1."""
-        centers = (torch.arange(length, device=squares.device, dtype=torch.float64) + 0.5) * (
-            inner / length
-        ) + offset
-        return (2 * centers / frame.size - 1).to(squares.dtype)
-
-    y = places(frame.height, frame.inner_height, frame.top)
-    x = places(frame.width, frame.inner_width, frame.left)
-    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
-    return functional.grid_sample(
-        squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False
-    )[0]
-
-
-def _check_size(squares: Tensor, frame: Frame) -> None:
-    assert squares.shape[-2:] == (frame.size, frame.size), (
-        f"squares {tuple(squares.shape)} for an input of {frame.size} pixels"
-    )

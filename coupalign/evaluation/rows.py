@@ -1,15 +1,20 @@
-"""What is known of every scored sample, as a table in memory and as the file of rows that a scoring leaves behind.
+"""Everything known of each scored sample, as a table in memory and as the CSV file of a scoring.
 
     scores/val-ris-v1.csv                every sentence of every ref (rule "each")
     scores/val-ris-v1-first.csv          the other sentence rules
     scores/val-ris-v1-concatenated.csv
 
-    sample_id,intersection,union,iou,boundary_intersection,boundary_union,image_id,area,pixels,same_class,sentence
-    refcoco/unc/1/5,1200,1500,0.800000,310,620,9,1400,307200,2,the man left
+The columns, and one line of the file (wrapped here):
 
-`intersection` to `boundary_union` are counted at the protocol's own resolution. `area` (of the truth) and `pixels` (of the
-image) are at the original one. `same_class` is the number of other objects of the category in the image, -1 where the shard
-does not know it. `sentence` is the text that was read.
+    sample_id,intersection,union,iou,boundary_intersection,boundary_union,
+        image_id,area,pixels,same_class,sentence
+    refcoco/unc/1/5,1200,1500,0.800000,310,620,
+        9,1400,307200,2,the man left
+
+`intersection` to `boundary_union` are counted at the protocol's own resolution. `area` (of the
+truth) and `pixels` (of the image) are at the original one. `same_class` is the number of other
+objects of the category in the image, -1 if the shard does not know it. `sentence` is the text that
+the model read.
 """
 
 from __future__ import annotations
@@ -38,15 +43,18 @@ COLUMNS = (
     "same_class",
     "sentence",
 )
-WIDTH = 9  # integers of a row: number, I, U, bI, bU, image id, area, pixels, same class
+
+# Integers of a row: number, I, U, bI, bU, image id, area, pixels, same class.
+ROW_WIDTH = 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Scored samples, one a place in every field.
+    """Scored samples, one per index of every field.
 
     Attributes:
-        names, sentences: "<dataset>/<split_by>/<ref_id>/<sent_id>", and the text that was read.
+        names: "<dataset>/<split_by>/<ref_id>/<sent_id>".
+        sentences: the text that the model read.
         counts: int64 [n, 5] = (number, I, U, bI, bU), see `metrics`.
         image_ids, area, pixels, same_class: int64 [n].
     """
@@ -60,61 +68,70 @@ class Rows:
     same_class: np.ndarray
 
     @classmethod
-    def of(cls, rows: np.ndarray, words: Sequence[tuple[str, str]]) -> Rows:
-        """Rows int64 [n, 9] of an `Evaluation`, with the (name, sentence) of each sample number."""
-        assert rows.shape[1:] == (WIDTH,), rows.shape
-        named = [words[number] for number in rows[:, 0]]
+    def from_integers(
+        cls, integers: np.ndarray, names_and_sentences: Sequence[tuple[str, str]]
+    ) -> Rows:
+        """Build from the rows int64 [n, 9] of an `Evaluation`.
+
+        Args:
+            names_and_sentences: of every sample, by its number.
+        """
+        assert integers.shape[1:] == (ROW_WIDTH,), integers.shape
+        texts = [names_and_sentences[number] for number in integers[:, 0]]
+        image_ids, area, pixels, same_class = integers[:, 5:].T
         return cls(
-            tuple(name for name, _ in named),
-            tuple(sentence for _, sentence in named),
-            rows[:, :5],
-            *rows[:, 5:].T,
+            names=tuple(name for name, _ in texts),
+            sentences=tuple(sentence for _, sentence in texts),
+            counts=integers[:, :5],
+            image_ids=image_ids,
+            area=area,
+            pixels=pixels,
+            same_class=same_class,
         )
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def take(self, places: np.ndarray) -> Rows:
-        """The rows at some places [k], in their order."""
+    def take(self, indexes: np.ndarray) -> Rows:
+        """Select the rows at some indexes [k], in their order."""
         return Rows(
-            tuple(self.names[p] for p in places),
-            tuple(self.sentences[p] for p in places),
-            self.counts[places],
-            self.image_ids[places],
-            self.area[places],
-            self.pixels[places],
-            self.same_class[places],
+            names=tuple(self.names[index] for index in indexes),
+            sentences=tuple(self.sentences[index] for index in indexes),
+            counts=self.counts[indexes],
+            image_ids=self.image_ids[indexes],
+            area=self.area[indexes],
+            pixels=self.pixels[indexes],
+            same_class=self.same_class[indexes],
         )
 
 
 def rows_path(run: Path, split: str, protocol: str, rule: str = "each") -> Path:
-    """Where a run keeps the rows of a split."""
-    return run / "scores" / f"{split}-{protocol}{'' if rule == 'each' else f'-{rule}'}.csv"
+    """Return where a run keeps the rows of a split."""
+    suffix = "" if rule == "each" else f"-{rule}"
+    return run / "scores" / f"{split}-{protocol}{suffix}.csv"
 
 
 def write_rows(path: Path, rows: Rows, empty: EmptyUnion = "one") -> None:
-    """Write rows as CSV: whole or not at all."""
+    """Write rows as CSV. The file appears whole or not at all."""
+    integers = np.column_stack(
+        [rows.counts[:, 1:], rows.image_ids, rows.area, rows.pixels, rows.same_class]
+    )
+    samples = zip(
+        rows.names, rows.sentences, ious(rows.counts, empty), integers.tolist(), strict=True
+    )
+
     with whole_file(Path(path), "w") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
-        facts = zip(
-            rows.image_ids.tolist(),
-            rows.area.tolist(),
-            rows.pixels.tolist(),
-            rows.same_class.tolist(),
-            rows.sentences,
-        )
-        for name, (_, *counts), iou, fact in zip(
-            rows.names, rows.counts.tolist(), ious(rows.counts, empty), facts, strict=True
-        ):
-            table.writerow((name, *counts[:2], f"{iou:.6f}", *counts[2:], *fact))
+        for name, sentence, iou, (intersection, union, *others) in samples:
+            table.writerow((name, intersection, union, f"{iou:.6f}", *others, sentence))
 
 
 def read_rows(path: Path) -> Rows:
-    """Read what `write_rows` wrote; the samples are numbered from 0 in the order of the file.
+    """Read what `write_rows` wrote; samples are numbered from 0 in the order of the file.
 
     Raises:
-        InputError: no such file, or not such a file; names file and line.
+        InputError: the file is missing, or is not such a file; names file and line.
     """
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -123,30 +140,24 @@ def read_rows(path: Path) -> Rows:
         raise InputError(f"{path}: cannot be read: {error}") from None
     if not lines or tuple(lines[0]) != COLUMNS:
         raise InputError(
-            f"{path}: line 1: expected the columns {','.join(COLUMNS)}; a file of an earlier version has fewer: score "
-            "again with `coupalign eval`"
+            f"{path}: line 1: expected the columns {','.join(COLUMNS)}. "
+            "A file of an earlier version has fewer: score again with `coupalign eval`"
         )
-    integers, words = [], []
+
+    integers, texts = [], []
     for number, line in enumerate(lines[1:]):
         try:
-            name, inside, union, _, *rest, sentence = line
-            band_inside, band_union, image, area, pixels, same_class = map(int, rest)
-            integers.append(
-                (
-                    number,
-                    int(inside),
-                    int(union),
-                    band_inside,
-                    band_union,
-                    image,
-                    area,
-                    pixels,
-                    same_class,
-                )
-            )
+            # The IoU is computed from the counts again.
+            name, intersection, union, _iou, *others, sentence = line
+            row = [number, *map(int, (intersection, union, *others))]
+            if len(row) != ROW_WIDTH:
+                raise ValueError("too few or too many columns")
         except ValueError:
             raise InputError(
                 f"{path}: line {number + 2}: expected {','.join(COLUMNS)}, found {','.join(line)!r}"
             ) from None
-        words.append((name, sentence))
-    return Rows.of(np.asarray(integers, dtype=np.int64).reshape(-1, WIDTH), words)
+        integers.append(row)
+        texts.append((name, sentence))
+
+    table = np.asarray(integers, dtype=np.int64).reshape(-1, ROW_WIDTH)
+    return Rows.from_integers(table, texts)

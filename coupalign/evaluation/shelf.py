@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from coupalign.evaluation.metrics import ious
 
-if TYPE_CHECKING:
-    pass
-
-_DRAWN = 4  # random pictures kept for one shown: the ones near the median come from them
+# Random pictures kept per one shown: those near the median are chosen from the rest.
+_DRAWN_PER_SHOWN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """One scored sample to look at.
 
     Attributes:
+        number: of the sample in the loader's table.
         image: uint8 [H, W, 3].
         truth, prediction: bool [H, W].
-        same_class: other objects of the truth's class in the image; -1 where that is not known.
-        boundary: boundary IoU as it was scored; none: that of the two masks.
+        same_class: other objects of the truth's class in the image; -1: not known.
+        boundary: boundary IoU as it was scored; None: compute it from the two masks.
     """
 
     number: int
@@ -39,36 +37,53 @@ class Picture:
 
 
 def choose_pictures(
-    pictures: Sequence[Picture], rows: np.ndarray, many: int
+    pictures: Sequence[Picture], rows: np.ndarray, per_group: int
 ) -> dict[str, list[Picture]]:
-    """Groups of at most `many` pictures for a page: {"random": …, "best": …, "median": …, "worst": …}.
+    """Choose at most `per_group` pictures for each group of a page.
 
-    Best and worst are exact among the samples of the rank that kept the pictures; "random" is a fair draw from them, and
-    "median" are those of a larger draw whose IoU is nearest to the median of `rows`. A picture may be in two groups,
-    except that none is in both "random" and "median" where there are enough.
+    Best and worst are exact among the samples of the rank that kept the pictures. "random" is an
+    unbiased draw from them. "median" are those of a larger draw whose IoU is nearest to the median
+    of `rows`. A picture may be in two groups, but never in both "random" and "median" if there are
+    enough of them.
+
+    Returns:
+        {"random": …, "best": …, "median": …, "worst": …}
     """
     unique = list({picture.number: picture for picture in pictures}.values())
-    ranked = sorted(unique, key=lambda picture: (picture.iou, picture.number))
-    drawn = sorted(unique, key=_lot)[: _DRAWN * many]
-    middle = float(np.median(ious(rows)))
-    others = drawn[many:] or drawn
-    near = sorted(others, key=lambda picture: (abs(picture.iou - middle), picture.number))
+    drawn = sorted(unique, key=_random_order)[: _DRAWN_PER_SHOWN * per_group]
+    by_iou = sorted(unique, key=_iou_order)
+
+    median = float(np.median(ious(rows)))
+    not_random = drawn[per_group:] or drawn
+    near_median = sorted(
+        not_random, key=lambda picture: (abs(picture.iou - median), picture.number)
+    )
     return {
-        "random": drawn[:many],
-        "best": ranked[::-1][:many],
-        "median": near[:many],
-        "worst": ranked[:many],
+        "random": drawn[:per_group],
+        "best": by_iou[::-1][:per_group],
+        "median": near_median[:per_group],
+        "worst": by_iou[:per_group],
     }
 
 
-def _lot(picture: Picture) -> int:
-    """A number drawn for each sample: the smallest lots of any samples are a fair and repeatable sample of them."""
+def prune_shelf(shelf: list[Picture], per_group: int) -> list[Picture]:
+    """Keep the best, the worst and a fixed pseudo-random subset, so memory stays bounded.
+
+    Safe to call repeatedly: the subset does not depend on the order of samples.
+    """
+    by_iou = sorted(shelf, key=_iou_order)
+    worst = by_iou[:per_group]
+    best = by_iou[max(0, len(by_iou) - per_group) :]
+    drawn = sorted(shelf, key=_random_order)[: _DRAWN_PER_SHOWN * per_group]
+
+    kept = {picture.number for picture in [*worst, *best, *drawn]}
+    return [picture for picture in shelf if picture.number in kept]
+
+
+def _iou_order(picture: Picture) -> tuple[float, int]:
+    return (picture.iou, picture.number)
+
+
+def _random_order(picture: Picture) -> int:
+    """Hash the sample's number: the smallest hashes are a fair and repeatable draw."""
     return (picture.number + 1) * 2654435761 % 2**32
-
-
-def prune(shelf: list[Picture], many: int) -> list[Picture]:
-    """Keep the best, the worst and a fair draw, which pruning again cannot bias: the memory is bounded."""
-    ranked = sorted(shelf, key=lambda picture: (picture.iou, picture.number))
-    ends = {picture.number for picture in ranked[:many] + ranked[max(0, len(ranked) - many) :]}
-    drawn = {picture.number for picture in sorted(shelf, key=_lot)[: _DRAWN * many]}
-    return [picture for picture in shelf if picture.number in ends | drawn]

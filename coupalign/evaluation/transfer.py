@@ -1,4 +1,4 @@
-"""Tensors between host and device without waiting: what a GPU works on while the host is busy with something else."""
+"""Copies between host and device that do not wait, so that a GPU never runs out of work."""
 
 from __future__ import annotations
 
@@ -13,37 +13,40 @@ T = TypeVar("T")
 
 
 class PendingCopy:
-    """A copy on its way to the host. Whoever wants it waits for it alone, and not for what the device was given since."""
+    """A copy of a tensor that is on its way to the host.
+
+    Reading it waits for this copy alone, not for work that the device was given later.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.to(
-            "cpu", non_blocking=True, copy=True
-        )  # from a GPU into page-locked memory
-        self._there: torch.cuda.Event | None = None
+        # From a GPU, the copy goes to page-locked memory.
+        self._tensor = tensor.to("cpu", non_blocking=True, copy=True)
+        self._arrived: torch.cuda.Event | None = None
         if tensor.is_cuda:
-            self._there = torch.cuda.Event(
-                blocking=True
-            )  # the waiting thread leaves its core to others
-            self._there.record(torch.cuda.current_stream(tensor.device))
+            # A blocking event: the waiting thread leaves its core to others.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def numpy(self) -> np.ndarray:
-        """Its numbers."""
-        if self._there is not None:
-            self._there.synchronize()
+        """Wait for the copy and return it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
         return self._tensor.numpy()
 
 
 def start_copy(array: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device, by way of page-locked memory, from which the copy does not block."""
+    """Copy an array to the device without blocking, by way of page-locked memory for a GPU."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def lag_by_one(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each once the next one has been made."""
-    rest = iter(items)
-    for before in rest:
-        for item in rest:
-            yield before
-            before = item
-        yield before
+    """Yield the same items, each one only after the next has been made."""
+    iterator = iter(items)
+    for previous in iterator:
+        for item in iterator:
+            yield previous
+            previous = item
+        yield previous

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from coupalign.data.leak import read_trained_on
 from coupalign.data.loader import EvalLoader
 from coupalign.data.table import Rule
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.distributed.world import World, gather_rows
+from coupalign.distributed.world import World
 from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import describe_conditions, find_protocol
@@ -86,26 +85,23 @@ def score_split(
         loader = build_eval_loader(
             config.data,
             [source],
-            config.evaluate.batch,
-            world.rank,
-            world.size,
-            tokenizer,
+            batch=config.evaluate.batch,
+            world=world,
+            tokenizer=tokenizer,
             limit=limit,
             shuffle_sentences=shuffled,
             images=shown > 0,
             rules=rules,
         )
         results = evaluate(
-            infer,
+            lambda batch: infer(batch.to(world.device)),
             loader,
             wanted,
-            gather=partial(gather_rows, world=world),
-            rank=world.rank,
-            device=world.device,
+            world=world,
             bootstrap=config.evaluate.bootstrap,
             pictures=shown,
             conditions=lambda protocol, rule: describe_conditions(
-                protocol, config.data, [source], limit, rule
+                protocol, config.data, [source], limit=limit, rule=rule
             ),
             title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}",
             stopped=stopped,
@@ -114,7 +110,9 @@ def score_split(
             for (protocol, rule), evaluation in results.items():
                 path = rows_path(config.directory, name, protocol, rule)
                 write_rows(
-                    path, Rows.of(evaluation.rows, loader.words), find_protocol(protocol).empty
+                    path,
+                    Rows.from_integers(evaluation.rows, loader.names_and_sentences),
+                    find_protocol(protocol).empty,
                 )
         return _with_leak(results, config.directory, loader)
 
@@ -138,7 +136,7 @@ def _with_leak(
     )
     if seen is None:
         return results
-    words = seen.words(loader.photos)
+    words = seen.leak_message(loader.photos)
     return {
         key: replace(evaluation, score=replace(evaluation.score, leak=words))
         for key, evaluation in results.items()

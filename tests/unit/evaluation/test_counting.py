@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.profiler import profile
 
 from coupalign.data.batch import Frame, SampleInfo
 from coupalign.data.transforms import frame_of
-from coupalign.evaluation.counting import count_batch, row_width
+from coupalign.evaluation.counting import count_batch, counted_width
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.evaluation.transfer import PendingCopy, lag_by_one
 
@@ -119,14 +120,14 @@ def samples(resize: str, seed: int = 0) -> tuple[torch.Tensor, list[SampleInfo]]
         truth = (alone(one, frame) + 0.4 * torch.randn(shape, generator=random) > 0.2).numpy()
         infos.append(
             SampleInfo(
-                number,
-                f"sample {number}",
-                "words",
-                frame,
-                number // 3,
-                "star",
-                number % 4 - 1,
-                truth,
+                number=number,
+                name=f"sample {number}",
+                sentence="words",
+                frame=frame,
+                image_id=number // 3,
+                category="star",
+                same_class=number % 4 - 1,
+                truth=truth,
                 cut=number % 2 == 1,
             )
         )
@@ -146,7 +147,7 @@ def test_a_batch_counts_what_its_samples_count_alone(
     logits[3, 5, 5], logits[6, 0, 63] = math.nan, math.inf
     counted = count_batch(logits, infos, [PROTOCOLS[name] for name in names])
     rows = counted.rows()
-    assert rows.dtype == np.int64 and rows.shape == (len(SHAPES), row_width(len(names)))
+    assert rows.dtype == np.int64 and rows.shape == (len(SHAPES), counted_width(len(names)))
     assert sorted(rows.tolist()) == rows_alone(logits, infos, names)
     assert [info.number for info in counted.infos] == rows[
         :, 0
@@ -155,7 +156,7 @@ def test_a_batch_counts_what_its_samples_count_alone(
 
 def test_the_predictions_asked_for_come_with_their_samples():
     logits, infos = samples("letterbox")
-    counted = count_batch(logits, infos, [PROTOCOLS["lavt"]], shown={2, 5, 7})
+    counted = count_batch(logits, infos, [PROTOCOLS["lavt"]], keep_predictions={2, 5, 7})
     assert {counted.infos[place].number for place in counted.predictions} == {2, 5, 7}
     for place, prediction in counted.predictions.items():
         info = counted.infos[place]
@@ -189,10 +190,10 @@ def test_counting_reads_no_number_and_takes_few_operators(names: list[str]):
 
 def test_a_truth_of_another_size_is_refused():
     logits, infos = samples("squash")
-    with pytest.raises(AssertionError, match=r"truth \(33, 50\) of a photograph \(48, 64\)"):
+    with pytest.raises(AssertionError, match=r"truth \(33, 50\) of an image \(48, 64\)"):
         count_batch(
             logits[:1],
-            [SampleInfo(0, "a", "b", infos[0].frame, 0, "star", truth=infos[1].truth)],
+            [replace(infos[0], truth=infos[1].truth)],
             [PROTOCOLS["ris-v1"]],
         )
 

@@ -22,6 +22,7 @@ from coupalign.data.loader import EvalLoader
 from coupalign.data.packing.pack import pack
 from coupalign.data.packing.recipe import Recipe
 from coupalign.data.table import RULES
+from coupalign.distributed.world import World
 from coupalign.evaluation.evaluator import Evaluation, evaluate
 from coupalign.evaluation.protocols import PROTOCOLS
 
@@ -100,7 +101,14 @@ def scored(
     config = config.model_copy(
         update={"image_size": golden["image_size"]}
     )  # a model could not work on so few pixels
-    loader = build_eval_loader(config, (source,), 2, 0, 1, open_tokenizer(config), rules=RULES)
+    loader = build_eval_loader(
+        config,
+        (source,),
+        batch=2,
+        world=World(0, 1, 0, 1, torch.device("cpu")),
+        tokenizer=open_tokenizer(config),
+        rules=RULES,
+    )
     texts = texts_of(golden)
 
     def infer(batch: Batch) -> torch.Tensor:
@@ -129,7 +137,8 @@ def test_every_integer_is_the_one_counted_by_hand(scored, protocol: str, rule: s
     golden, loader, results = scored
     texts, rows = texts_of(golden), results[protocol, rule].rows
     counted = {
-        loader.words[number][0]: [inside, union] for number, inside, union, *_ in rows.tolist()
+        loader.names_and_sentences[number][0]: [inside, union]
+        for number, inside, union, *_ in rows.tolist()
     }
     places = {name: name.rpartition("/")[2] for name in texts}
     wanted = {
@@ -155,7 +164,9 @@ def test_every_score_is_the_fraction_computed_by_hand(scored, protocol: str, rul
 
 def test_the_joined_text_is_read(scored) -> None:
     golden, loader, _ = scored
-    joined = {name: sentence for name, sentence in loader.words if name.endswith("/all")}
+    joined = {
+        name: sentence for name, sentence in loader.names_and_sentences if name.endswith("/all")
+    }
     assert list(joined.values()) == [
         " ".join(one["text"] for one in ref["sentences"]) for ref in golden["refs"]
     ]

@@ -13,9 +13,9 @@ from coupalign.evaluation.metrics import (
     METRICS,
     Score,
     deduplicate,
-    reaches_thresholds,
     ious,
     paired_intervals,
+    reaches_thresholds,
     side_by_side,
     summarize,
 )

@@ -84,14 +84,21 @@ def evaluation_of(many: int = 8, size: tuple[int, int] = (40, 60)) -> Evaluation
         name, sentence = f"refshapes/none/{number}/1", SENTENCES[number % len(SENTENCES)]
         pictures.append(
             Picture(
-                number, name, sentence, inside / union, image, truth, prediction, number % 5 - 1
+                number=number,
+                name=name,
+                sentence=sentence,
+                iou=inside / union,
+                image=image,
+                truth=truth,
+                prediction=prediction,
+                same_class=number % 5 - 1,
             )
         )
     return Evaluation(None, np.asarray(rows, dtype=np.int64), tuple(pictures))
 
 
 def rows_of(evaluation: Evaluation) -> Rows:
-    return Rows.of(
+    return Rows.from_integers(
         evaluation.rows, [(picture.name, picture.sentence) for picture in evaluation.pictures]
     )
 

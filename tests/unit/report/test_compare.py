@@ -40,7 +40,7 @@ def rows_of(seed: int, many: int = 40) -> Rows:
     words = [
         (f"refcoco/unc/{number // 2}/{number}", f"sentence {number}") for number in range(many)
     ]
-    return Rows.of(np.column_stack(integers).astype(np.int64), words)
+    return Rows.from_integers(np.column_stack(integers).astype(np.int64), words)
 
 
 def keep(run: Path, rows: Rows, split: str = "val", protocol: str = "ris-v1") -> Path:

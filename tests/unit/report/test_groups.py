@@ -103,13 +103,13 @@ def rows() -> Rows:
         )
     )
     return Rows(
-        ("s",) * count,
-        sentences,
-        counts,
-        random.integers(0, 50, count),
-        random.integers(0, 4000, count),
-        np.full(count, 10_000),
-        random.choice([-1, 0, 1, 2, 5], count, p=[0.05, 0.4, 0.25, 0.25, 0.05]),
+        names=("s",) * count,
+        sentences=sentences,
+        counts=counts,
+        image_ids=random.integers(0, 50, count),
+        area=random.integers(0, 4000, count),
+        pixels=np.full(count, 10_000),
+        same_class=random.choice([-1, 0, 1, 2, 5], count, p=[0.05, 0.4, 0.25, 0.25, 0.05]),
     )
 
 
