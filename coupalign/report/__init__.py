@@ -1,4 +1,4 @@
-"""The page of a run: scores with their protocol, curves, scores by group, pictures, configuration, in one HTML file."""
+"""The page of a run: scores, curves, scores by group, pictures and configuration in one file."""
 
 from coupalign.report.page import report_run, write_page, write_report
 from coupalign.report.scores import read_scores

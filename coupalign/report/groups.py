@@ -1,7 +1,8 @@
-"""Scores by group: how large the object is, how long the sentence, what it names, how many others of its class there are.
+"""Scores by group: size of the object, length and words of the sentence, others of its class.
 
-The borders of the sizes are fixed, and not terciles of a split, so that a row means the same for every split and data
-set; each is twice the side of the one before (10, 20 and 40 % of the image's side).
+The borders of the sizes are fixed, not terciles of a split, so that a line means the same for every
+split and data set. Each border is twice the side of the one before: 10, 20 and 40 % of the image's
+side.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,21 +18,31 @@ from coupalign.data.transforms import mirror_sentence, names_color
 from coupalign.evaluation.metrics import EmptyUnion, summarize
 from coupalign.evaluation.rows import Rows
 
-FEW = 30  # samples; a score of fewer says little
+FEW_SAMPLES = 30  # a score of fewer says little
 
 _SIZES = ("under 1 %", "1 to 4 %", "4 to 16 %", "over 16 %")
 _LENGTHS = ("1–2 words", "3–4 words", "5–7 words", "8 or more")
 _WORDS = ("place", "color", "order", "size", "none of them")
 _OTHERS = ("0", "1", "2", "3 or more", "not known")
+
+
+class GroupKind(NamedTuple):
+    """A way to group samples: the heading of its table, its groups, and a note below it."""
+
+    heading: str
+    labels: tuple[str, ...]
+    note: str
+
+
 KINDS = {
-    "size": ("Size of the object", _SIZES, "Share of the image that the truth covers."),
-    "length": ("Length of the sentence", _LENGTHS, ""),
-    "words": (
+    "size": GroupKind("Size of the object", _SIZES, "Share of the image that the truth covers."),
+    "length": GroupKind("Length of the sentence", _LENGTHS, ""),
+    "words": GroupKind(
         "Words of the sentence",
         _WORDS,
         "A sentence with several kinds of words counts for each of them.",
     ),
-    "others": (
+    "others": GroupKind(
         "Other objects of its class",
         _OTHERS,
         "How many the image holds beside the one that is meant: what the sentence "
@@ -39,84 +51,106 @@ KINDS = {
 }
 _METRICS = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
 
-# Left and right in all their forms are known to `mirror_sentence`.
+# `mirror_sentence` knows left and right in all their forms.
 _PLACE = re.compile(
-    r"(?<![a-z])(?:left|right|above|below|"
+    r"(?<![a-z])(?:"
+    r"left|right|above|below|"
     r"(?:top|bottom|front|back|far|upper|lower|outer|inner)(?:most)?|"
-    r"(?:fore|back)ground|middle|mid|center|centre|central|corner|side|edge|end|behind|beside|between|beneath|"
-    r"under|underneath|over|near(?:er|est)?|close(?:r|st)?|f[au]rthe(?:r|st)|next to)(?![a-z])",
+    r"(?:fore|back)ground|middle|mid|center|centre|central|corner|side|edge|end|"
+    r"behind|beside|between|beneath|under|underneath|over|"
+    r"near(?:er|est)?|close(?:r|st)?|f[au]rthe(?:r|st)|next to"
+    r")(?![a-z])",
     re.IGNORECASE,
 )
 _ORDER = re.compile(
-    r"(?<![a-z0-9])(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|"
-    r"\d+ ?(?:st|nd|rd|th)|(?:number|no\.?|#) ?\d+|from (?:the )?(?:left|right|top|bottom|front|back))(?![a-z0-9])",
+    r"(?<![a-z0-9])(?:"
+    r"first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|last|"
+    r"\d+ ?(?:st|nd|rd|th)|"
+    r"(?:number|no\.?|#) ?\d+|"
+    r"from (?:the )?(?:left|right|top|bottom|front|back)"
+    r")(?![a-z0-9])",
     re.IGNORECASE,
 )
 _SIZE = re.compile(
-    r"(?<![a-z])(?:(?:big|bigg|small|larg|littl|tall|short|tini|tiny|hug|long|giant)(?:e|er|est)?)(?![a-z])",
+    r"(?<![a-z])(?:"
+    r"(?:big|bigg|small|larg|littl|tall|short|tini|tiny|hug|long|giant)(?:e|er|est)?"
+    r")(?![a-z])",
     re.IGNORECASE,
 )
 
 
 def groups_of(sentence: str, area: int, pixels: int, same_class: int) -> dict[str, tuple[str, ...]]:
-    """The groups of a sample by kind, see `KINDS`; no size where `pixels` is 0."""
-    found = {
-        "length": (_LENGTHS[int(np.searchsorted((2, 4, 7), len(sentence.split())))],),
-        "words": _named(sentence),
-        "others": (_OTHERS[min(same_class, 3)],),
-    }  # -1 is the last one
+    """Return the groups of a sample by kind, see `KINDS`.
+
+    Args:
+        area, pixels: of the truth and of the image. 0 pixels: not known, so there is no size.
+        same_class: other objects of its class in the image; -1: not known.
+    """
+    length = _LENGTHS[int(np.searchsorted((2, 4, 7), len(sentence.split())))]
+    # -1 selects the last label, "not known".
+    others = _OTHERS[min(same_class, 3)]
+    groups = {"length": (length,), "words": _kinds_of_words(sentence), "others": (others,)}
+
     if pixels:
-        found["size"] = (
-            _SIZES[int(np.searchsorted((1, 4, 16), 100 * area / pixels, side="right"))],
-        )
-    return found
-
-
-def _named(sentence: str) -> tuple[str, ...]:
-    sides = (
-        mirror_sentence(sentence) != sentence
-    )  # none: it is unsure, because of a word that is a place in most sentences
-    told = (
-        sides or _PLACE.search(sentence) is not None,
-        names_color(sentence),
-        _ORDER.search(sentence) is not None,
-        _SIZE.search(sentence) is not None,
-    )
-    return tuple(word for word, is_said in zip(_WORDS, told) if is_said) or _WORDS[-1:]
+        share = 100 * area / pixels
+        size = _SIZES[int(np.searchsorted((1, 4, 16), share, side="right"))]
+        groups["size"] = (size,)
+    return groups
 
 
 def group_section(name: str, rows: Rows, empty: EmptyUnion) -> str:
-    """A table for each kind of group."""
-    note = f'In percent; bIoU is the mean boundary IoU. <span class="few">few</span> marks fewer than {FEW} samples.'
+    """Show the scores by group, one table per kind."""
+    note = (
+        'In percent; bIoU is the mean boundary IoU. <span class="few">few</span> marks '
+        f"fewer than {FEW_SAMPLES} samples."
+    )
     tables = "".join(_tables(rows, empty))
-    return f'<section><h2>Scores by group: {escape(name)}</h2><p class="quiet">{note}</p><div class="groups">{tables}</div></section>'
+    return (
+        f'<section><h2>Scores by group: {escape(name)}</h2><p class="quiet">{note}</p>'
+        f'<div class="groups">{tables}</div></section>'
+    )
+
+
+def _kinds_of_words(sentence: str) -> tuple[str, ...]:
+    # `mirror_sentence` returns None for a word that is a place in most sentences but not in all.
+    names_side = mirror_sentence(sentence) != sentence
+    place, color, order, size, none_of_them = _WORDS
+    named = {
+        place: names_side or _PLACE.search(sentence) is not None,
+        color: names_color(sentence),
+        order: _ORDER.search(sentence) is not None,
+        size: _SIZE.search(sentence) is not None,
+    }
+    kinds = tuple(kind for kind, is_named in named.items() if is_named)
+    return kinds or (none_of_them,)
 
 
 def _tables(rows: Rows, empty: EmptyUnion) -> Iterator[str]:
-    samples = [
-        groups_of(*sample)
-        for sample in zip(
-            rows.sentences, rows.area.tolist(), rows.pixels.tolist(), rows.same_class.tolist()
-        )
-    ]
+    facts = zip(rows.sentences, rows.area.tolist(), rows.pixels.tolist(), rows.same_class.tolist())
+    samples = [groups_of(*fact) for fact in facts]
+    header = "".join(f"<th>{name}</th>" for name in ("n", *_METRICS))
+
     for kind, (heading, labels, note) in KINDS.items():
         lines = [_line("all", rows, np.ones(len(rows), bool), empty)]
         for label in labels:
             members = np.array([label in sample.get(kind, ()) for sample in samples])
             if members.any():
                 lines.append(_line(label, rows, members, empty))
-        head = "".join(f"<th>{metric}</th>" for metric in ("n", *_METRICS))
         yield (
-            f'<div><h3>{heading}</h3><table class="bars"><tr><th></th>{head}</tr>{"".join(lines)}</table>'
+            f'<div><h3>{heading}</h3><table class="bars"><tr><th></th>{header}</tr>'
+            f"{''.join(lines)}</table>"
             f'<p class="quiet">{note}</p></div>'
         )
 
 
 def _line(label: str, rows: Rows, members: np.ndarray, empty: EmptyUnion) -> str:
+    """One line of a table: a group, the number of its samples and its scores."""
+    samples = int(members.sum())
+    few = ' <span class="few">few</span>' if samples < FEW_SAMPLES else ""
+
     scores = summarize(rows.counts[members], bootstrap=0, empty=empty)
-    cells = "".join(
-        f'<td class="bar" style="--part:{scores[metric]:.3f}">{100 * scores[metric]:.1f}</td>'
-        for metric in _METRICS
-    )
-    few = ' <span class="few">few</span>' if members.sum() < FEW else ""
-    return f"<tr><th>{escape(label)}{few}</th><td>{int(members.sum()):,}</td>{cells}</tr>"
+    cells = []
+    for metric in _METRICS:
+        score = scores[metric]
+        cells.append(f'<td class="bar" style="--part:{score:.3f}">{100 * score:.1f}</td>')
+    return f"<tr><th>{escape(label)}{few}</th><td>{samples:,}</td>{''.join(cells)}</tr>"

@@ -1,15 +1,16 @@
-"""The page of a run, one HTML file that needs nothing else.
+"""The page of a run: one HTML file that needs nothing else.
 
-Read from the run directory:
+It is made from these files of the run directory:
 
-    score.json, scores/*.json     what was scored
+    score.json, scores/*.json     the scores
     scores/*.csv                  the rows of each score, for the scores by group
     metrics.jsonl                 the curves
     pictures/<split>/             best, median, worst and random samples
     config.yaml                   the configuration
 
-No network, no file beside it: pictures are embedded, curves are drawn as SVG. Everything that is quoted is escaped, and
-the page's policy lets no other script run than page.js, which filters and sorts the pictures.
+The page loads nothing from the network and no other file: pictures are embedded, curves are drawn
+as SVG. All quoted text is escaped, and the page's policy allows no script but page.js, which
+filters and sorts the pictures.
 """
 
 from __future__ import annotations
@@ -28,93 +29,94 @@ from coupalign.files import whole_file
 from coupalign.report.charts import Points, curve_section, read_curves
 from coupalign.report.gallery import picture_section
 from coupalign.report.groups import group_section
-from coupalign.report.scores import header, name_scores, read_scores, score_section
+from coupalign.report.scores import name_scores, page_header, read_scores, score_section
 from coupalign.tracking.journal import JOURNAL
 
 
 def report_run(run: Path) -> Path:
-    """Write <run>/report.html from what lies in a run directory; returns its path.
+    """Write <run>/report.html from the files of a run directory; returns its path.
 
     Raises:
-        InputError: there is no score in the directory, or a file of it is damaged.
+        InputError: the directory has no score, or a file is damaged.
     """
-    found = read_scores(run)
-    names = name_scores(found)
-    rows = {
-        names[key]: read_rows(rows_path(run, *key))
-        for key in found
-        if rows_path(run, *key).is_file()
-    }
-    pictures = {folder.name: folder for folder in sorted((run / "pictures").glob("*/"))}
+    scores = read_scores(run)
+    names = name_scores(scores)
+
+    rows = {}
+    for key, name in names.items():
+        path = rows_path(run, *key)
+        if path.is_file():
+            rows[name] = read_rows(path)
+
     config = run / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else None
     return write_report(
         run / "report.html",
         run.resolve().name,
-        {names[key]: score for key, score in found.items()},
-        read_curves(run / JOURNAL),
-        pictures,
-        text,
-        rows,
+        scores={names[key]: score for key, score in scores.items()},
+        curves=read_curves(run / JOURNAL),
+        pictures={folder.name: folder for folder in sorted((run / "pictures").glob("*/"))},
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        rows=rows,
     )
 
 
 def write_report(
     path: Path,
     title: str,
+    *,
     scores: Mapping[str, Score],
     curves: Mapping[str, Points],
     pictures: Mapping[str, Path],
-    config: str | None = None,
-    rows: Mapping[str, Rows] | None = None,
+    config: str | None,
+    rows: Mapping[str, Rows],
 ) -> Path:
-    """Write the page.
+    """Write the page of a run; returns its path.
 
     Args:
-        scores: by split.
+        scores: by name, at least one.
         curves: (step, value) points by metric name, see `read_curves`.
-        pictures: folders of `keep_pictures` by split.
-        config: YAML text, shown as it stands.
-        rows: of each score, where they are there.
+        pictures: folders of `save_pictures` by split.
+        config: YAML text, shown unchanged.
+        rows: of the scores that have any, by the name of the score.
     """
-    body = [
-        header(title, scores),
-        *(score_section(name, score) for name, score in scores.items()),
-        curve_section(curves),
-        *(
-            group_section(name, each, find_protocol(scores[name].protocol).empty)
-            for name, each in (rows or {}).items()
-        ),
-        *(picture_section(split, folder) for split, folder in pictures.items()),
-        _config_section(config),
-    ]
-    return write_page(path, title, filter(None, body))
+    sections = [page_header(title, scores)]
+    for name, score in scores.items():
+        sections.append(score_section(name, score))
+    sections.append(curve_section(curves))
+    for name, scored in rows.items():
+        protocol = find_protocol(scores[name].protocol)
+        sections.append(group_section(name, scored, protocol.empty))
+    for split, folder in pictures.items():
+        sections.append(picture_section(split, folder))
+    if config is not None:
+        sections.append(_config_section(config))
+    return write_page(path, title, filter(None, sections))
 
 
-def write_page(path: Path, title: str, body: Iterable[str]) -> Path:
-    """Write a page that needs nothing else: sections of HTML, in our style, with our script and no other."""
-    script = _data("page.js")
+def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
+    """Write sections of HTML as a page in our style that runs no script but ours."""
+    script = _read_asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = _PAGE.format(
+        title=escape(title),
+        style=_read_asset("page.css"),
+        body="\n".join(sections),
+        script=script,
+        digest=digest,
+    )
     with whole_file(path, "w") as file:
-        file.write(
-            _PAGE.format(
-                title=escape(title),
-                style=_data("page.css"),
-                body="\n".join(body),
-                script=script,
-                digest=digest,
-            )
-        )
+        file.write(page)
     return path
 
 
-def _config_section(text: str | None) -> str:
-    if text is None:
-        return ""
-    return f"<section><h2>Configuration</h2><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details></section>"
+def _config_section(text: str) -> str:
+    return (
+        "<section><h2>Configuration</h2><details><summary>config.yaml</summary>"
+        f"<pre>{escape(text)}</pre></details></section>"
+    )
 
 
-def _data(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("coupalign.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -123,7 +125,8 @@ _PAGE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+      content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}: coupalign report</title>
 <style>

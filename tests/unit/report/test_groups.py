@@ -9,7 +9,7 @@ import pytest
 
 from coupalign.evaluation.metrics import summarize
 from coupalign.evaluation.rows import Rows
-from coupalign.report.groups import FEW, KINDS, group_section, groups_of
+from coupalign.report.groups import FEW_SAMPLES, KINDS, group_section, groups_of
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_every_line_is_the_score_of_its_rows_alone(rows: Rows, empty: str):
                 continue
             expected = summarize(rows.counts[members], 0, empty=empty)
             assert int(found["n"]) == len(members) and (found["few"] is not None) == (
-                len(members) < FEW
+                len(members) < FEW_SAMPLES
             )
             shown = re.findall(r">([\d.]+)</td>", found["cells"])
             assert shown == [
