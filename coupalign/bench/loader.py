@@ -39,6 +39,7 @@ from coupalign.data.loader import TrainLoader
 from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square
+from coupalign.distributed.world import World
 from coupalign.errors import InputError
 
 _WAYS = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
@@ -156,12 +157,11 @@ def bench_loader(config: Config, steps: int = 20, warmup: int = 2, soak: int = 0
 def _open(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int) -> TrainLoader:
     return build_train_loader(
         data.model_copy(update={"workers": workers}),
-        config.seed,
-        config.train.global_batch,
-        config.train.max_micro_batch,
-        0,
-        1,
-        tokenizer,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        max_micro_batch=config.train.max_micro_batch,
+        world=World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu")),
+        tokenizer=tokenizer,
     )
 
 
@@ -178,7 +178,7 @@ def _one_core(
             gigabytes["start"] = resident_gigabytes()
         taken, (_, batches) = _timed(lambda: next(running))
         numbers = [info.number for batch in batches for info in batch.info]
-        stored = [loader.reader.stored(number) for number in numbers]
+        stored = [loader.reader.read_stored(number) for number in numbers]
         with tempfile.TemporaryDirectory() as folder:
             ways = _ways(
                 Path(folder),

@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from coupalign.data.order import EpochOrders, ShardLayout, part_share, part_slices, rank_slice
+from coupalign.distributed.world import World
 
 EPOCH = 1  # the one that is counted: it begins and ends in the middle of steps
 MOST_FETCHED = 1.05
@@ -54,7 +56,7 @@ class Scale:
             mean - mean // 5, mean + mean // 5 + 1, self.shards
         )
         excess, rest = divmod(int(sizes.sum()) - self.samples, self.shards)
-        return ShardLayout.of_counts(sizes - excess - (np.arange(self.shards) < rest))
+        return ShardLayout.from_counts(sizes - excess - (np.arange(self.shards) < rest))
 
     def orders(self, layout: ShardLayout, canonical_nodes: int) -> EpochOrders:
         """A fresh order of `layout`, as a rank opens it."""
@@ -134,7 +136,7 @@ def bench_order(scale: Scale | None = None) -> OrderBench:
     layout = scale.layout()
     orders = scale.orders(layout, scale.canonical_nodes)
     windows = sum(
-        len(orders.window_places(EPOCH, part)) - 1 for part in range(scale.canonical_nodes)
+        len(orders.window_bounds(EPOCH, part)) - 1 for part in range(scale.canonical_nodes)
     )
     rank = rank_cost(scale)
     count = count_reads(scale, layout)
@@ -155,7 +157,7 @@ def bench_order(scale: Scale | None = None) -> OrderBench:
 def rank_cost(scale: Scale) -> RankCost:
     """Rank 0 opens the order, takes its first step, takes one in the middle of a later epoch, and walks through an epoch."""
     taken, steps = (
-        rank_slice(scale.global_batch, 0, scale.before.ranks),
+        rank_slice(scale.global_batch, simulated_rank(0, scale.before.ranks)),
         -(-scale.samples // scale.global_batch),
     )
     opened: list[EpochOrders] = []
@@ -232,11 +234,16 @@ def count_reads(scale: Scale, layout: ShardLayout) -> Count:
     )
 
 
+def simulated_rank(rank: int, ranks: int) -> World:
+    """Return the World of one rank of a cluster that is only simulated."""
+    return World(rank=rank, size=ranks, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
 def part_readers(scale: Scale, ranks: int) -> Readers:
     """Which ranks read a part, and which places of its share of each step."""
     readers: Readers = defaultdict(list)
     for rank in range(ranks):
-        taken = rank_slice(scale.global_batch, rank, ranks)
+        taken = rank_slice(scale.global_batch, simulated_rank(rank, ranks))
         for part, own in part_slices(scale.global_batch, scale.canonical_nodes, taken):
             readers[part].append((taken, own))
     return readers

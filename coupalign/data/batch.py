@@ -1,4 +1,4 @@
-"""What the loader hands over: tensors for the model, and for each sample what scoring and pictures need."""
+"""What a loader yields: tensors for the model, and what scoring needs to know of each sample."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Where an image lies inside the square model input; pixels.
+    """The rectangle that an image fills inside the square model input, in pixels.
 
-    `height` and `width` are the original's, `size` is the side of the square. Squash: top 0, left 0, inner sides `size`.
+    Attributes:
+        height: of the original image.
+        width: of the original image.
+        size: side of the square.
+        top: first row of the rectangle. 0 if the image was squashed.
+        left: first column of the rectangle. 0 if the image was squashed.
+        inner_height: of the rectangle. `size` if the image was squashed.
+        inner_width: of the rectangle. `size` if the image was squashed.
     """
 
     height: int
@@ -27,14 +34,22 @@ class Frame:
     inner_width: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleInfo:
-    """One sample, beside its tensors.
+    """One sample of a batch, next to its tensors.
 
-    `number` is its place in the loader's table of samples, `name` is "<dataset>/<split_by>/<ref_id>/<sent_id>", with "all" for
-    the last part where all sentences of the ref are read as one. `same_class` is how many other objects of the category are on
-    the image, -1 where the shard does not know. `truth` (bool [H, W], original resolution) is given in evaluation only, `image`
-    (uint8 [H, W, 3]) only where pictures were asked for. `cut` says that the sentence was longer than the token limit.
+    Attributes:
+        number: row in the loader's table of samples.
+        name: "<dataset>/<split_by>/<ref_id>/<sent_id>". The last part is "all" if all sentences of
+            the ref are read as one.
+        sentence: the text that was tokenized.
+        frame: where the image is in the square.
+        image_id: as in the annotations.
+        category: of the object, as in the annotations.
+        same_class: number of other objects of the category on the image. −1: unknown.
+        truth: bool [H, W], the mask at the original resolution. In evaluation only.
+        image: uint8 [H, W, 3], the original image. Only if the loader was asked for images.
+        cut: whether the sentence was longer than the token limit.
     """
 
     number: int
@@ -49,12 +64,18 @@ class SampleInfo:
     cut: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """image uint8 [B, 3, S, S] (RGB; the model normalizes), words int64 [B, T], word_mask bool [B, T], target bool [B, S, S].
+    """The tensors of a micro-batch, and what is known of its samples.
 
-    The image's channels lie innermost in memory: a picture is decoded and resized that way, and the device turns it faster than the
-    loader would. `target` is None in evaluation. `bad` names the unreadable samples that were replaced, with the reason.
+    Attributes:
+        image: uint8 [B, 3, S, S], RGB; the model normalizes it. Channels last in memory, because
+            images are decoded and resized that way, and the device transposes faster than a worker.
+        words: int64 [B, T], token numbers.
+        word_mask: bool [B, T], true up to and including [SEP].
+        target: bool [B, S, S]. None in evaluation.
+        info: one entry per sample.
+        bad: "<name>: <reason>" of each unreadable sample that was replaced.
     """
 
     image: Tensor
@@ -68,7 +89,8 @@ class Batch:
         return len(self.info)
 
     def __getstate__(self) -> dict[str, Any]:
-        # out of a worker process each tensor goes as shared memory of its own, 0.2 ms on either side; the few words are quicker copied
+        # Each tensor that leaves a worker process becomes a shared memory segment of its own, which
+        # costs 0.2 ms on either side. Copying these two small tensors is faster.
         return {**self.__dict__, "words": self.words.numpy(), "word_mask": self.word_mask.numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -79,37 +101,41 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; from pinned memory the copy does not block."""
+        """Copy the batch to `device`. From pinned memory the copy does not block."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
-        return self._with(move)
+        return self._map_tensors(move)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; called by the DataLoader."""
-        return self._with(Tensor.pin_memory)
+        """Copy the batch to page-locked memory. The DataLoader calls this."""
+        return self._map_tensors(Tensor.pin_memory)
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        target = None if self.target is None else change(self.target)
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
             image=change(self.image),
             words=change(self.words),
             word_mask=change(self.word_mask),
-            target=target,
+            target=None if self.target is None else change(self.target),
         )
 
 
 def random_batch(samples: int, size: int, tokens: int, vocabulary: int) -> Batch:
-    """A training batch of the loader's shapes and memory layout: noise, whole sentences of random words, a square for a target."""
-    image = torch.randint(0, 256, (samples, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    """Make a training batch of noise, with the shapes and the memory layout of the loader's.
+
+    The sentences are full-length random tokens, and each target is a square.
+    """
+    image = torch.randint(0, 256, (samples, size, size, 3), dtype=torch.uint8)
+
     target = torch.zeros(samples, size, size, dtype=torch.bool)
     target[:, size // 4 : size // 2, size // 4 : size // 2] = True
+
     return Batch(
-        image,
-        torch.randint(vocabulary, (samples, tokens)),
-        torch.ones(samples, tokens, dtype=torch.bool),
-        target,
-        (),
+        image=image.permute(0, 3, 1, 2),
+        words=torch.randint(vocabulary, (samples, tokens)),
+        word_mask=torch.ones(samples, tokens, dtype=torch.bool),
+        target=target,
+        info=(),
     )

@@ -1,22 +1,23 @@
-"""Build the tokenizer and the loaders that a configuration describes."""
+"""Build the tokenizer and the loaders that a configuration describes.
+
+tokenizer = open_tokenizer(config.data)
+loader = build_train_loader(
+    config.data, seed=0, global_batch=32, max_micro_batch=8, world=world, tokenizer=tokenizer
+)
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 
 from coupalign.config.schema import DataConfig, Source
+from coupalign.data.datasets import EvalSamples, TrainSamples
 from coupalign.data.index import ShardIndex
-from coupalign.data.leak import guard, trained_on
-from coupalign.data.loader import (
-    EvalLoader,
-    TrainLoader,
-    _EvalSamples,
-    _MicroBatchKeys,
-    _TrainSamples,
-    log,
-)
+from coupalign.data.leak import TrainedOn, apply_leak_policy
+from coupalign.data.loader import EvalLoader, MicroBatchKeys, TrainLoader
 from coupalign.data.order import (
     EpochOrders,
     ShardLayout,
@@ -27,143 +28,185 @@ from coupalign.data.order import (
 )
 from coupalign.data.samples import SampleReader
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
-from coupalign.data.table import Rule, SampleTable, build_table, evaluation_table, other_sentences
+from coupalign.data.table import Rule, SampleTable, build_table, evaluation_table, sentence_donors
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.distributed.world import World
 from coupalign.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that the configuration names, else the vocabulary packed with its first training source."""
+    """Open `data.tokenizer`, or the vocabulary that was packed with the first training source.
+
+    Raises:
+        InputError: the configuration names neither, or the tokenizer cannot be read.
+    """
     if config.tokenizer is not None:
         return Tokenizer.open(config.tokenizer)
+
     sources = config.train or config.evaluate
     if not sources:
-        raise InputError("data.tokenizer and data.train are both empty: there is no vocabulary")
+        raise InputError(
+            "there is no vocabulary: data.tokenizer and data.train are both empty. Set one of them"
+        )
     return Tokenizer.open(open_vocabulary(open_index(sources[0].index), config.cache_dir))
 
 
 def build_train_loader(
     config: DataConfig,
+    *,
     seed: int,
     global_batch: int,
     max_micro_batch: int | None,
-    rank: int,
-    ranks: int,
+    world: World,
     tokenizer: Tokenizer,
 ) -> TrainLoader:
-    """The endless training batches of one rank.
+    """Build the loader of this rank's endless training batches.
+
+    Args:
+        seed: of the order, the sentences drawn and the augmentation.
+        global_batch: samples per optimizer step, over all ranks.
+        max_micro_batch: the most samples per forward pass on this rank. None: no limit.
 
     Raises:
-        InputError: the ranks or the canonical nodes cannot share `global_batch`, there are fewer samples than canonical nodes,
-            a source is empty or cannot be opened, photographs to be scored are among those to train on.
+        InputError: the ranks or the canonical nodes cannot share `global_batch` evenly, there are
+            fewer samples than canonical nodes, a source is empty or cannot be opened, or
+            photographs to be scored are among those to train on.
     """
     if not config.train:
         raise InputError("data.train is empty: name at least one source to train on")
-    taken = rank_slice(global_batch, rank, ranks)
-    part_share(global_batch, config.canonical_nodes, ranks)
+    positions = rank_slice(global_batch, world)
+    part_share(global_batch, config.canonical_nodes, world.size)
+
+    # Which samples there are.
     indexes = _open_indexes(config.train)
     table = build_table(config.train, indexes, config.unit)
-    table, leaks = guard(config, table, indexes, _open_indexes(config.evaluate))
-    _warn_of_small_cache(
-        config, table, len(part_slices(global_batch, config.canonical_nodes, taken))
+    table, leaks = apply_leak_policy(config, table, indexes, _open_indexes(config.evaluate))
+
+    # In which order this rank reads them.
+    parts_read = len(part_slices(global_batch, config.canonical_nodes, positions))
+    _warn_of_small_cache(config, table, parts_read)
+    layout = ShardLayout.from_samples(table.shard)
+    orders = EpochOrders(layout, seed, config.shuffle_window, config.canonical_nodes)
+    accumulation, _ = micro_batches(global_batch, max_micro_batch, world.size)
+    keys = MicroBatchKeys(
+        orders, global_batch=global_batch, positions=positions, accumulation=accumulation
     )
-    orders = EpochOrders(
-        ShardLayout.of_samples(table.shard), seed, config.shuffle_window, config.canonical_nodes
+
+    # Leaving samples out changes the order, so their number goes into the fingerprint.
+    unit = f"{config.unit}, {len(table)}" if config.leaks == "exclude" else config.unit
+    return TrainLoader(
+        TrainSamples(SampleReader(config, table, tokenizer), seed),
+        keys,
+        config,
+        fingerprint=_fingerprint(config.train, indexes, unit),
+        trained_on=TrainedOn.from_table(table, config.leaks),
+        leaks=leaks,
     )
-    accumulation, _ = micro_batches(global_batch, max_micro_batch, ranks)
-    keys = _MicroBatchKeys(orders, global_batch, taken, accumulation)
-    dataset = _TrainSamples(SampleReader(config, table, tokenizer), seed)
-    fingerprint = _fingerprint(
-        config.train,
-        indexes,
-        f"{config.unit}, {len(table)}" if config.mix == "clean" else config.unit,
-    )
-    return TrainLoader(dataset, keys, config, fingerprint, trained_on(table, config.mix), leaks)
 
 
 def build_eval_loader(
     config: DataConfig,
     sources: Sequence[Source],
+    *,
     batch: int,
-    rank: int,
-    ranks: int,
+    world: World,
     tokenizer: Tokenizer,
     limit: int | None = None,
     shuffle_sentences: bool = False,
     images: bool = False,
     rules: Sequence[Rule] = ("each",),
 ) -> EvalLoader:
-    """Every text of `sources` that the sentence rules ask for once, in batches of `batch` neighbors.
+    """Build the loader of this rank's evaluation batches: each text of `sources` once.
 
-    Rank r of R takes the batches r, r + R, …; sentences about one photograph stand side by side, so it is decoded once for most of them.
-    Each rank gives the same number of batches (a sharded forward pass is collective): one that has run out repeats its
-    last sample, which scoring recognizes by its number. An unreadable sample always ends the evaluation.
+    Rank r of R takes the batches r, r + R, … Sentences about one photograph are neighbors, so most
+    of them share one decoding. Every rank yields the same number of batches, because a sharded
+    forward pass is collective: a rank that has run out repeats its last sample, which scoring
+    recognizes by its number. An unreadable sample always ends the evaluation.
 
     Args:
-        limit: evenly spaced samples of each rule only, numbered anew.
-        shuffle_sentences: the language-blind control: each sample gets the sentence of another one.
-        images: hand out the pictures at their original size, too.
-        rules: which sentences of a ref are read, see `evaluation_table`.
+        batch: samples per batch.
+        limit: take at most so many samples of each rule, evenly spaced and renumbered.
+        shuffle_sentences: the language-blind control: give each sample the sentence of another one.
+        images: also hand out each photograph at its original size.
+        rules: which sentences of a ref to read, see `evaluation_table`.
 
     Raises:
         InputError: a source is empty or cannot be opened.
     """
-    assert 0 <= rank < ranks and batch >= 1
+    assert 0 <= world.rank < world.size and batch >= 1
     if not sources:
         raise InputError("there is nothing to evaluate: name at least one source in data.evaluate")
+
     indexes = _open_indexes(sources)
     table, members = evaluation_table(sources, indexes, rules, limit)
-    others = other_sentences(table) if shuffle_sentences else None
-    dataset = _EvalSamples(SampleReader(config, table, tokenizer), others, images)
+    donors = sentence_donors(table) if shuffle_sentences else None
+
     return EvalLoader(
-        dataset,
-        _eval_batches(len(table), batch, rank, ranks),
+        EvalSamples(SampleReader(config, table, tokenizer), donors, images),
+        _eval_batches(len(table), batch, world),
         config,
-        _fingerprint(sources, indexes, "sentence"),
-        members,
+        fingerprint=_fingerprint(sources, indexes, "sentence"),
+        members=members,
     )
 
 
 def _open_indexes(sources: Sequence[Source]) -> list[ShardIndex]:
-    opened = {
-        location: open_index(location)
-        for location in dict.fromkeys(source.index for source in sources)
-    }
+    """Open the index of each source; sources that share an index share the object."""
+    opened: dict[str, ShardIndex] = {}
+    for source in sources:
+        if source.index not in opened:
+            opened[source.index] = open_index(source.index)
     return [opened[source.index] for source in sources]
 
 
 def _fingerprint(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit: str) -> str:
-    """SHA-256 over what decides which samples there are, and their bytes; where the shards lie does not matter."""
-    parts = [
+    """Hash (SHA-256) what decides which samples there are, and their bytes, but not their path."""
+    selections = [
         [index.fingerprint, source.dataset, source.split_by, source.split]
         for source, index in zip(sources, indexes)
     ]
-    return hashlib.sha256(json.dumps([unit, parts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([unit, selections]).encode()).hexdigest()
 
 
-def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts: int) -> None:
-    """`parts`: how many canonical nodes' parts this rank reads at a time, each of them in its own window."""
+def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts_read: int) -> None:
+    """Warn if the shard cache cannot hold the shuffle windows that this rank reads at a time.
+
+    Args:
+        parts_read: how many canonical nodes' parts this rank reads, each in a window of its own.
+    """
     remote = sorted(
         shard.bytes
         for index in table.indexes
         if is_remote(index.location)
         for shard in index.shards
     )
-    shards = min(config.shuffle_window, -(-len(remote) // config.canonical_nodes) + 1) * parts
-    if (window := sum(remote[-shards:])) > config.cache_gb * 1e9:
+
+    # A part has at most this many shards: an even share, plus one that a cut divides.
+    shards_per_part = -(-len(remote) // config.canonical_nodes) + 1
+    shards = min(config.shuffle_window, shards_per_part) * parts_read
+    needed = sum(remote[-shards:])
+
+    if needed > config.cache_gb * 1e9:
         log.warning(
-            "data.cache_gb=%g is less than the %.3g GB of the shuffle windows that a process reads at a time: shards will be "
-            "fetched again and again; raise it, or lower data.shuffle_window=%d",
+            "data.cache_gb=%g is less than the %.3g GB of the shuffle windows that a process reads "
+            "at a time: shards will be fetched again and again. Raise it, or lower "
+            "data.shuffle_window=%d",
             config.cache_gb,
-            window / 1e9,
+            needed / 1e9,
             config.shuffle_window,
         )
 
 
-def _eval_batches(samples: int, batch: int, rank: int, ranks: int) -> list[list[int]]:
+def _eval_batches(samples: int, batch: int, world: World) -> list[list[int]]:
+    """List the sample numbers of each of this rank's batches; every rank gets equally many."""
     batches = [
         list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)
     ]
-    own = batches[rank::ranks]
-    spare = own[-1][-1:] if own else [0]
-    return own + [spare] * (-(-len(batches) // ranks) - len(own))
+    own = batches[world.rank :: world.size]
+
+    # A rank with fewer batches repeats its last sample; one without any takes sample 0.
+    per_rank = -(-len(batches) // world.size)
+    padding = own[-1][-1:] if own else [0]
+    return own + [padding] * (per_rank - len(own))

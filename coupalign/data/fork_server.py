@@ -1,6 +1,6 @@
 """The server that worker processes are forked from.
 
-It imports no torch here, so that it can start while this process imports torch.
+This module imports no torch, so that the server can start while this process still imports it.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # meant for the run, not for its workers
+# Signals for the run. The rank answers them; the server and the workers do not.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+# What the server imports, so that a worker that is forked from it need not.
 PRELOADED = ["coupalign.data.loader"]
 
 
 def fork_server() -> multiprocessing.context.BaseContext:
-    """Where worker processes come from: a server that does nothing else, and that begins to import what they need.
+    """Start the fork server, and return the multiprocessing context that forks from it.
 
-    A rank itself has threads (collectives, the watch, the progress bar), and a fork at the moment in which one of them holds a lock
-    of the interpreter never comes up (CPython 3.11, seen in a worker that was forked right after a collective). Signals meant for the
-    run pass the server by: it inherits that they are blocked. Only the first call starts it; none waits for it.
+    Only the first call starts a server. No call waits for it.
+
+    Why workers are not forked from the rank: a rank has threads (collectives, the watchdog, the
+    progress bar). If one of them holds a lock of the interpreter at the moment of the fork, the
+    child waits for this lock forever. (Seen on CPython 3.11, in a worker that was forked right
+    after a collective.)
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # or it would be started below, and unblock signals
+
+    # Otherwise `ensure_running` below would start the tracker, and that unblocks signals.
+    resource_tracker.ensure_running()
+
+    # The server inherits that these signals are blocked, so they do not end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()

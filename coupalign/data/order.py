@@ -1,18 +1,26 @@
-"""The order of the training samples: a pure function of (shards, seed, epoch); the topology is an argument.
+"""The order of the training samples: a pure function of (shards, seed, epoch).
 
-An epoch permutes the shards, lays their samples end to end on a line, and cuts the line into equal parts, one for each
-canonical node. Inside a part, windows of a few shards are shuffled one after another:
+An epoch permutes the shards, lays their samples end to end on a line, and cuts the line into equal
+parts, one per canonical node. Inside a part, windows of a few shards are shuffled one by one:
 
     shards, permuted    |--7--|---2---|--9--|-4-|--0--|--5--|---1---|--8--|-3-|--6--|
-    parts               |<-------- 0 -------->|<------- 1 ------->|<------- 2 ----->|       a shard on a cut belongs to two
+    parts               |<-------- 0 -------->|<------- 1 ------->|<------- 2 ----->|
     windows             |<-- 0 -->|<--- 1 --->|<-- 0 -->|<-- 1 -->|<-- 0 -->|<- 1 ->|
 
-A part's places are an endless stream through the epochs, always of the same length an epoch. Step s takes from each of C
-streams the places s·B/C … (s+1)·B/C − 1, B being the global batch size, and lays them side by side; a batch may straddle
-two epochs, nothing is dropped or padded. A rank takes a contiguous slice of the step, a micro-batch a contiguous slice
-of that. So the samples of a step do not depend on ranks, accumulation or workers; the step number is the whole state; and
-where the number of nodes divides C and a node's ranks follow each other, a node reads its own parts and no others. Any
-place is found by shuffling its own window alone: time and memory go with shards and windows, not with samples.
+A shard that a cut divides belongs to both parts.
+
+Each part is an endless stream: one epoch after another, with the same number of samples per epoch.
+With C parts and a global batch of B, step s takes the positions s·B/C … (s+1)·B/C − 1 of every
+stream and concatenates them. A batch may straddle two epochs. Nothing is dropped or padded.
+
+The topology is an argument. A rank takes a contiguous slice of the step, and a micro-batch takes a
+contiguous slice of that. It follows that:
+
+- The samples of a step do not depend on ranks, accumulation or workers.
+- The step number is the whole state of the order.
+- A node reads its own parts only, if the number of nodes divides C and its ranks are consecutive.
+- Finding a position shuffles its own window only. Time and memory grow with the number of shards
+  and the size of a window, not with the number of samples.
 """
 
 from __future__ import annotations
@@ -21,39 +29,55 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from coupalign.errors import InputError
 
-_ORDER = 1  # a spawn key: keeps these random numbers apart from the samples' own, which are seeded [seed, epoch, number]
+if TYPE_CHECKING:  # the order itself needs no torch
+    from coupalign.distributed.world import World
+
+# Keeps these random numbers apart from the samples' own, which are seeded [seed, epoch, sample].
+ORDER_SPAWN_KEY = 1
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """The samples grouped by shard; shards without a sample are left out.
+    """The samples grouped by shard. Shards without a sample are left out.
 
     Attributes:
-        starts: int64 [shards + 1], where each shard's group begins.
-        numbers: int64 [n], the sample numbers so grouped; None where they are just 0 … n−1, as with one source that is read
-            in the order of its shards: memory then goes with the shards only.
+        starts: int64 [shards + 1], where the group of each shard begins.
+        numbers: int64 [n], the sample numbers in that grouping. None: 0 … n−1, as with a single
+            source that is read in the order of its shards. Memory then grows with the shards only.
     """
 
     starts: np.ndarray
     numbers: np.ndarray | None = None
 
     @classmethod
-    def of_counts(cls, counts: np.ndarray) -> ShardLayout:
-        """Samples numbered shard after shard; counts: int [shards], samples of each."""
-        return cls(np.concatenate([[0], np.cumsum(counts[counts > 0], dtype=np.int64)]))
+    def from_counts(cls, counts: np.ndarray) -> ShardLayout:
+        """Number the samples shard after shard.
+
+        Args:
+            counts: int [shards], the samples in each shard.
+        """
+        filled = counts[counts > 0]
+        return cls(np.concatenate([[0], np.cumsum(filled, dtype=np.int64)]))
 
     @classmethod
-    def of_samples(cls, shard_of_sample: np.ndarray) -> ShardLayout:
-        """shard_of_sample: int [n], the shard each sample lies in, in any order."""
-        layout = cls.of_counts(np.bincount(shard_of_sample))
-        if (shard_of_sample[1:] >= shard_of_sample[:-1]).all():
+    def from_samples(cls, shard_of_sample: np.ndarray) -> ShardLayout:
+        """Group numbered samples by shard.
+
+        Args:
+            shard_of_sample: int [n], the shard of each sample, in any order.
+        """
+        layout = cls.from_counts(np.bincount(shard_of_sample))
+
+        already_grouped = (shard_of_sample[1:] >= shard_of_sample[:-1]).all()
+        if already_grouped:
             return layout
+
         return cls(layout.starts, np.argsort(shard_of_sample, kind="stable"))
 
     def __len__(self) -> int:
@@ -61,184 +85,257 @@ class ShardLayout:
 
 
 class _Window(NamedTuple):
-    """A shuffled window: its epoch, the place in the part where it begins, its sample numbers (int64)."""
+    """A shuffled window: its epoch, its first position in the part, its sample numbers (int64)."""
 
     epoch: int
     first: int
     numbers: np.ndarray
 
-    def holds(self, epoch: int, place: int) -> bool:
-        return epoch == self.epoch and self.first <= place < self.first + len(self.numbers)
+    def holds(self, epoch: int, position: int) -> bool:
+        stop = self.first + len(self.numbers)
+        return epoch == self.epoch and self.first <= position < stop
 
 
 class EpochOrders:
-    """The endless streams of samples, one for each of `parts` canonical nodes; keeps two lines and a window of each part read.
+    """The endless streams of samples, one for each of `parts` canonical nodes.
+
+    Keeps in memory the lines of two epochs, and one window of each part that was read.
 
     Raises:
         InputError: there are more parts than samples.
     """
 
     def __init__(self, layout: ShardLayout, seed: int, window: int, parts: int = 1) -> None:
-        self.samples, self.parts = len(layout), parts
+        self.samples = len(layout)
+        self.parts = parts
         if self.samples < parts:
             raise InputError(
-                f"data.canonical_nodes={parts} is more than there are training samples, {self.samples}: lower it"
+                f"data.canonical_nodes={parts} exceeds the number of training samples "
+                f"({self.samples}): lower it"
             )
-        self._layout, self._seed, self._window_shards = layout, seed, window
-        self._cuts = [
-            part * self.samples // parts for part in range(parts + 1)
-        ]  # the same in every epoch
+
+        self._layout = layout
+        self._seed = seed
+        self._window_shards = window
+        # Where each part begins on the line, the same in every epoch.
+        self._cuts = [part * self.samples // parts for part in range(parts + 1)]
+
         self._line = lru_cache(maxsize=2)(self._lay_line)
         self._current: dict[int, _Window] = {}
 
     def step(
-        self, step: int, global_batch: int, taken: slice | None = None
+        self, step: int, global_batch: int, positions: slice | None = None
     ) -> list[tuple[int, int]]:
-        """The (epoch, sample) pairs of one optimizer step, over all ranks, or of the places `taken` of it."""
-        first = step * part_share(global_batch, self.parts)
-        return [
-            (epoch, number)
-            for part, own in part_slices(global_batch, self.parts, taken or slice(0, global_batch))
-            for epoch, numbers in self.read(part, first + own.start, first + own.stop)
-            for number in numbers.tolist()
-        ]
+        """Return the (epoch, sample) pairs of one optimizer step.
+
+        Args:
+            step: counted over the whole run, not per epoch.
+            positions: which of the step's `global_batch` positions. Default: all of them, that is,
+                those of all ranks.
+        """
+        if positions is None:
+            positions = slice(0, global_batch)
+        share = part_share(global_batch, self.parts)
+
+        keys: list[tuple[int, int]] = []
+        for part, own in part_slices(global_batch, self.parts, positions):
+            # Each earlier step took `share` samples from the stream of this part.
+            first = step * share + own.start
+            stop = step * share + own.stop
+            for epoch, numbers in self.read(part, first, stop):
+                keys.extend((epoch, number) for number in numbers.tolist())
+        return keys
 
     def read(self, part: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The places first … stop − 1 of a part's endless stream, in pieces: the epoch, and sample numbers (int64, read only)."""
+        """Read the positions first … stop − 1 of the endless stream of a part.
+
+        Yields:
+            (epoch, sample numbers), piece by piece; the numbers are int64 and read-only.
+        """
         length = self.length(part)
         while first < stop:
-            epoch, place = divmod(first, length)
+            epoch, position = divmod(first, length)
+
+            # Shuffle the window of this position, unless it is the one that was read last.
             window = self._current.get(part)
-            if window is None or not window.holds(epoch, place):
-                window = self._current[part] = self._shuffle(part, epoch, place)
-            numbers = window.numbers[place - window.first :][: stop - first]
+            if window is None or not window.holds(epoch, position):
+                window = self._shuffle_window(part, epoch, position)
+                self._current[part] = window
+
+            # Take what the window has from this position on.
+            offset = position - window.first
+            numbers = window.numbers[offset : offset + stop - first]
             yield epoch, numbers
             first += len(numbers)
 
     def length(self, part: int) -> int:
-        """How many samples of a part there are in every epoch."""
+        """Return the number of samples of a part, the same in every epoch."""
         return self._cuts[part + 1] - self._cuts[part]
 
-    def window_places(self, epoch: int, part: int) -> np.ndarray:
-        """Where the windows of a part begin and end: int64 [windows + 1] places in the part."""
-        cuts, line = slice(self._cuts[part], self._cuts[part + 1]), self._line(epoch)[1]
-        return (
-            np.clip(line[window_edges(line, cuts, self._window_shards)], cuts.start, cuts.stop)
-            - cuts.start
-        )
+    def window_bounds(self, epoch: int, part: int) -> np.ndarray:
+        """Return where the windows of a part begin and end: int64 [windows + 1] positions in it."""
+        _, line = self._line(epoch)
+        first, stop = self._cuts[part], self._cuts[part + 1]
+
+        # Windows are made of whole shards. A cut may divide the first and the last shard of a part.
+        edges = window_edges(line, slice(first, stop), self._window_shards)
+        return np.clip(line[edges], first, stop) - first
 
     def _lay_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The permuted shards, int64 [shards], and where on the line each of them begins, int64 [shards + 1]."""
-        shards = _generator(self._seed, epoch).permutation(len(self._layout.starts) - 1)
-        return shards, np.concatenate([[0], np.cumsum(np.diff(self._layout.starts)[shards])])
+        """Permute the shards of an epoch and lay them on a line.
 
-    def _shuffle(self, part: int, epoch: int, place: int) -> _Window:
-        """The window that holds this place of a part."""
+        Returns:
+            the permuted shards, int64 [shards]; where each of them begins, int64 [shards + 1].
+        """
+        starts = self._layout.starts
+        shards = _generator(self._seed, epoch).permutation(len(starts) - 1)
+        sizes = np.diff(starts)[shards]
+        return shards, np.concatenate([[0], np.cumsum(sizes)])
+
+    def _shuffle_window(self, part: int, epoch: int, position: int) -> _Window:
+        """Shuffle the window that holds this position of a part."""
         shards, line = self._line(epoch)
-        places = self.window_places(epoch, part)
-        window = int(np.searchsorted(places, place, side="right")) - 1
-        first, stop = (self._cuts[part] + int(edge) for edge in places[window : window + 2])
+
+        # Find the window, and where it begins and ends on the line.
+        bounds = self.window_bounds(epoch, part)
+        window = int(np.searchsorted(bounds, position, side="right")) - 1
+        first = self._cuts[part] + int(bounds[window])
+        stop = self._cuts[part] + int(bounds[window + 1])
+
+        # The line holds whole shards, so within a shard, positions on the line and in the layout
+        # differ by a constant. Spread this constant over the positions of each shard.
         inside = slice(*_shards_between(line, first, stop))
-        grouped = np.repeat(
-            self._layout.starts[shards[inside]] - line[inside], np.diff(line)[inside]
-        )  # of whole shards
-        begin = first - int(line[inside.start])
-        grouped = grouped[begin : begin + stop - first] + np.arange(first, stop)
+        difference = self._layout.starts[shards[inside]] - line[inside]
+        difference = np.repeat(difference, np.diff(line)[inside])
+
+        # A cut may divide the first and the last shard: keep the positions inside the window.
+        skipped = first - int(line[inside.start])
+        difference = difference[skipped : skipped + stop - first]
+        grouped = np.arange(first, stop) + difference
+
+        # Shuffle, then look up the sample numbers.
         grouped = _generator(self._seed, epoch, part, window).permutation(grouped)
         numbers = grouped if self._layout.numbers is None else self._layout.numbers[grouped]
         numbers.flags.writeable = False
-        return _Window(epoch, int(places[window]), numbers)
+        return _Window(epoch, int(bounds[window]), numbers)
 
 
 def window_edges(line: np.ndarray, part: slice, window: int) -> np.ndarray:
-    """Where on the line each window of a part begins, and the last one ends, counted in shards.
+    """Divide the shards of a part into windows of at most `window` shards.
 
-    As few windows as there can be of at most `window` shards, all of about the same size: a small last one would be a
+    Makes as few windows as possible, all of about the same size: a small last window would be a
     stretch of poorly mixed samples.
 
     Args:
         line: int64 [shards + 1], where each shard begins on the line.
-        part: the part's places on the line.
+        part: the positions of the part on the line.
+
+    Returns:
+        int64 [windows + 1], the first shard of each window, and the end of the last window.
     """
     first, stop = _shards_between(line, part.start, part.stop)
-    count = -(-(stop - first) // window)
-    return first + np.arange(count + 1) * (stop - first) // count
+    windows = -(-(stop - first) // window)  # rounded up
+    return first + np.arange(windows + 1) * (stop - first) // windows
 
 
 def _shards_between(line: np.ndarray, first: int, stop: int) -> tuple[int, int]:
-    """The shards on the line, first and last + 1, that hold the places first … stop − 1."""
-    return int(np.searchsorted(line, first, side="right")) - 1, int(
-        np.searchsorted(line, stop, side="left")
-    )
+    """Find the shards that hold the positions first … stop − 1 of the line: first, last + 1."""
+    first_shard = int(np.searchsorted(line, first, side="right")) - 1
+    stop_shard = int(np.searchsorted(line, stop, side="left"))
+    return first_shard, stop_shard
 
 
-def _generator(seed: int, *place: int) -> np.random.Generator:
-    """Independent random numbers for each (epoch) and each (epoch, part, window)."""
-    # as a spawn key, which is mixed in after `seed` was filled up with zeros: in a list [seed, epoch], a seed above 32 bits would
-    # run into the epoch, and [seed, epoch] would be the same as [seed, epoch, 0, 0]
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(_ORDER, *place)))
-    )
+def _generator(seed: int, *stream: int) -> np.random.Generator:
+    """Open an independent random stream for each (epoch) and each (epoch, part, window)."""
+    # As a spawn key, which numpy mixes in after it filled up `seed` with zeros. In a list
+    # [seed, epoch], a seed above 32 bits would run into the epoch, and [seed, epoch] would equal
+    # [seed, epoch, 0, 0].
+    sequence = np.random.SeedSequence(seed, spawn_key=(ORDER_SPAWN_KEY, *stream))
+    return np.random.Generator(np.random.PCG64(sequence))
 
 
-# ---------------------------------------------------------------------------------------------------------- sharing
+# ---------------------------------------------------------------------------- sharing a step
 
 
-def rank_slice(global_batch: int, rank: int, ranks: int) -> slice:
-    """The contiguous part of a step that one rank takes.
+def rank_slice(global_batch: int, world: World) -> slice:
+    """Return the contiguous positions of a step that this rank takes.
 
     Raises:
-        InputError: the ranks cannot share the batch evenly; the message names the nearest sizes that work.
+        InputError: the ranks cannot share the batch evenly. The message names sizes that work.
     """
-    assert 0 <= rank < ranks
-    if global_batch % ranks:
-        raise InputError(
-            f"train.global_batch={global_batch} cannot be shared evenly by {ranks} processes: "
-            f"use {_nearest(global_batch, ranks)}, or another number of processes"
-        )
-    share = global_batch // ranks
-    return slice(rank * share, (rank + 1) * share)
+    assert 0 <= world.rank < world.size
+    share = _rank_share(global_batch, world.size)
+    return slice(world.rank * share, (world.rank + 1) * share)
 
 
 def part_share(global_batch: int, parts: int, ranks: int = 1) -> int:
-    """How many samples of a step each of the canonical nodes' parts gives.
+    """Return how many samples of a step come from each canonical node's part.
+
+    Args:
+        ranks: used by the error message, which names sizes that this many ranks can share, too.
 
     Raises:
-        InputError: not the same number from each; the message names the nearest sizes that work, for `ranks` processes, too.
+        InputError: the parts cannot share the batch evenly. The message names sizes that work.
     """
     if global_batch % parts:
         raise InputError(
-            f"train.global_batch={global_batch} cannot be taken evenly from data.canonical_nodes={parts} parts: "
-            f"use {_nearest(global_batch, lcm(parts, ranks))}, or another data.canonical_nodes"
+            f"train.global_batch={global_batch} cannot be taken evenly from "
+            f"data.canonical_nodes={parts} parts: "
+            f"use {_nearest_multiples(global_batch, lcm(parts, ranks))}, "
+            "or another data.canonical_nodes"
         )
     return global_batch // parts
 
 
-def part_slices(global_batch: int, parts: int, taken: slice) -> list[tuple[int, slice]]:
-    """The places `taken` of a step as (part, places in that part's share of the step)."""
+def part_slices(global_batch: int, parts: int, positions: slice) -> list[tuple[int, slice]]:
+    """Divide positions of a step by part.
+
+    Returns:
+        (part, positions in that part's share of the step) for each part that they touch.
+    """
     share = part_share(global_batch, parts)
-    touched = range(taken.start // share, -(-taken.stop // share))
-    return [
-        (part, slice(max(taken.start - part * share, 0), min(taken.stop - part * share, share)))
-        for part in touched
-    ]
+    first_part = positions.start // share
+    stop_part = -(-positions.stop // share)  # rounded up
+
+    slices = []
+    for part in range(first_part, stop_part):
+        begin = part * share
+        own = slice(max(positions.start - begin, 0), min(positions.stop - begin, share))
+        slices.append((part, own))
+    return slices
 
 
 def micro_batches(global_batch: int, max_micro_batch: int | None, ranks: int) -> tuple[int, int]:
-    """How many micro-batches each rank's share of a step is cut into, and the samples of each: the fewest of equal size.
+    """Cut each rank's share of a step into the fewest micro-batches of equal size.
+
+    Args:
+        max_micro_batch: the most samples per micro-batch. None: no limit.
+
+    Returns:
+        the number of micro-batches per rank, and the samples in each.
 
     Raises:
-        InputError: see `rank_slice`.
+        InputError: the ranks cannot share the batch evenly.
     """
-    share = rank_slice(global_batch, 0, ranks).stop
-    most = max_micro_batch or share
-    return next(
-        (count, share // count)
-        for count in range(1, share + 1)
-        if share % count == 0 and share // count <= most
-    )
+    share = _rank_share(global_batch, ranks)
+    limit = max_micro_batch or share
+
+    accumulation = 1
+    while share % accumulation or share // accumulation > limit:
+        accumulation += 1
+    return accumulation, share // accumulation
 
 
-def _nearest(batch: int, divisor: int) -> str:
-    below, above = batch // divisor * divisor, -(-batch // divisor) * divisor
+def _rank_share(global_batch: int, ranks: int) -> int:
+    if global_batch % ranks:
+        raise InputError(
+            f"train.global_batch={global_batch} cannot be shared evenly by {ranks} processes: "
+            f"use {_nearest_multiples(global_batch, ranks)}, or another number of processes"
+        )
+    return global_batch // ranks
+
+
+def _nearest_multiples(batch: int, divisor: int) -> str:
+    below = batch // divisor * divisor
+    above = below + divisor
     return f"{below} or {above}" if below else f"{above}"

@@ -1,4 +1,12 @@
-"""Which sentence of which ref of which image each sample number stands for, over a mixture of sources; and how it is read."""
+"""Read samples: from a number in the table to pixels, mask and sentence.
+
+    reader = SampleReader(config, table, tokenizer)
+    buffers = reader.allocate(samples=8, target=True)
+    infos = reader.read_train_samples(seed, keys, buffers.image.numpy(), buffers.target.numpy())
+    batch = reader.collate(buffers, infos)
+
+A reader holds no state that results depend on, so any process may read any sample at any time.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +25,31 @@ from torch.utils.data import get_worker_info
 from coupalign.config.schema import DataConfig
 from coupalign.data import masks, transforms
 from coupalign.data.batch import Batch, Frame, SampleInfo
-from coupalign.data.index import ImageEntry
+from coupalign.data.index import ImageEntry, sample_key
 from coupalign.data.shards import ShardStore
-from coupalign.data.table import ALL, SampleTable
+from coupalign.data.table import ALL, RANDOM, SampleTable
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
 
 Key = tuple[int, int]  # epoch, sample number
-Record = dict[str, Any]  # a ref as packed, with image_id, height, width of its image
+RefRecord = dict[str, Any]  # a ref as packed, with image_id, height and width of its image
 
-_TEXT = {
-    "cleaned": "sent",
-    "raw": "raw",
-}  # what the configuration calls it -> its field in the record
+# data.sentence -> the field of a packed sentence.
+_TEXT_FIELD = {"cleaned": "sent", "raw": "raw"}
 
 
 class BadSample(Exception):
-    """A sample that cannot be read; the message names shard, key, image and what is wrong."""
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
+    """A sample that cannot be read. The message names shard, file, image and what is wrong."""
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """What the samples of a batch are written into, each in its row: image uint8 [B, S, S, 3], target bool [B, S, S] in training."""
+class BatchBuffers:
+    """The memory of a batch. Each sample is written straight into its row.
+
+    Attributes:
+        image: uint8 [B, S, S, 3].
+        target: bool [B, S, S]. None in evaluation.
+    """
 
     image: Tensor
     target: Tensor | None
@@ -49,28 +57,19 @@ class Canvas:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A training sample without its pixels: what it says, and what the dice decided."""
+    """A training sample before its pixels are read: its text, and how to change the image."""
 
     info: SampleInfo
-    ref: Record
+    record: RefRecord
     mirrored: bool
     jitter: tuple[float, float, float] | None
 
 
-def _room(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory without values; in a worker process it is shared with the main one, so that handing it over copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    shared = torch.UntypedStorage._new_shared(
-        math.prod(shape) * dtype.itemsize
-    )  # as torch's own default_collate does
-    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)
-
-
 class SampleReader:
-    """Turns a sample's number into arrays; can be pickled and forked.
+    """Reads samples by number. It can be pickled and forked.
 
-    Its methods raise BadSample where the sample cannot be read, InputError where its shard cannot be opened at all.
+    Its methods raise BadSample if a sample cannot be read, and InputError if its shard cannot be
+    opened at all.
     """
 
     def __init__(self, config: DataConfig, table: SampleTable, tokenizer: Tokenizer) -> None:
@@ -80,210 +79,270 @@ class SampleReader:
         self._stores = [
             ShardStore(index, config.cache_dir, config.cache_gb * 1e9) for index in table.indexes
         ]
-        self._latest: dict[
-            str, tuple[tuple[int, ...], Any]
-        ] = {}  # of the evaluation sample before, see `_shared`
+        self._latest: dict[str, tuple[tuple[int, ...], Any]] = {}  # see `_reuse`
 
-    def train_samples(
+    def allocate(self, samples: int, *, target: bool) -> BatchBuffers:
+        """Allocate the memory of so many samples, with or without their targets."""
+        size = self.config.image_size
+        image = _allocate(samples, size, size, 3, dtype=torch.uint8)
+        targets = _allocate(samples, size, size, dtype=torch.bool) if target else None
+        return BatchBuffers(image, targets)
+
+    def read_train_samples(
         self, seed: int, keys: Sequence[Key], image: np.ndarray, target: np.ndarray
     ) -> list[SampleInfo]:
-        """Write the samples of the keys (epoch, number) into `image`, uint8 [n, S, S, 3], and `target`, bool [n, S, S].
+        """Read, augment and write training samples.
 
-        The random changes of a sample depend on seed, epoch and number only. A sample alone would drive the code of each step out of
-        the processor's caches before the next one needs it; so the samples go from step to step side by side.
+        The augmentation of a sample depends on seed, epoch and sample number only.
+
+        All samples pass through one stage before any of them enters the next. One at a time, the
+        code of each stage would be evicted from the processor's caches before it is used again.
+
+        Args:
+            keys: (epoch, sample number) of each sample.
+            image: uint8 [n, S, S, 3], written.
+            target: bool [n, S, S], written.
         """
-        stored = [self._read(number) for _, number in keys]
-        dice = [np.random.default_rng(np.random.SeedSequence([seed, *key])) for key in keys]
-        drafts = [
-            self._draft(number, ref, rolled)
-            for (_, number), (ref, _), rolled in zip(keys, stored, dice)
-        ]
-        for draft, (_, jpg), square in zip(drafts, stored, image):
-            with self._reading(draft.info.number, "jpg"):
-                pixels = transforms.decode_image(jpg, draft.info.frame)
+        # Read the stored bytes.
+        stored = []
+        for _, number in keys:
+            record = self._read_record(number)
+            with self._blaming(number, "jpg"):
+                stored.append((record, self._read_jpeg(number)))
+
+        # Draw the sentences and the augmentation.
+        drafts = []
+        for key, (record, _) in zip(keys, stored):
+            generator = np.random.default_rng(np.random.SeedSequence([seed, *key]))
+            drafts.append(self._draft(key[1], record, generator))
+
+        # Decode and resize the images.
+        for draft, (_, jpeg), square in zip(drafts, stored, image):
+            frame = draft.info.frame
+            with self._blaming(draft.info.number, "jpg"):
+                pixels = transforms.decode_image(jpeg, frame)
                 transforms.image_to_square(
-                    pixels, draft.info.frame, draft.mirrored, draft.jitter, square
+                    pixels, frame, mirrored=draft.mirrored, jitter=draft.jitter, out=square
                 )
+
+        # Sample the masks.
         for draft, square in zip(drafts, target):
-            with self._reading(draft.info.number, "json"):
-                transforms.rle_to_square(draft.ref["rle"], draft.info.frame, draft.mirrored, square)
+            with self._blaming(draft.info.number, "json"):
+                rle = draft.record["rle"]
+                transforms.rle_to_square(rle, draft.info.frame, mirrored=draft.mirrored, out=square)
+
         return [draft.info for draft in drafts]
 
-    def _read(self, number: int) -> tuple[Record, bytes]:
-        """The record of a sample and its photograph as it is stored."""
-        ref = self._record(number)
-        with self._reading(number, "jpg"):
-            return ref, self._stored(number)
-
-    def _draft(self, number: int, ref: Record, dice: np.random.Generator) -> _Draft:
-        """The sentence of a sample, if that is to be drawn, and its random changes."""
-        chosen, drawn, coin = (
-            int(self.table.sentence[number]),
-            int(dice.integers(len(ref["sentences"]))),
-            dice.random(),
-        )
-        name, sentence = self._words(number, ref, drawn if chosen < 0 else chosen)
-        mirror = transforms.mirror_sentence(sentence) if coin < self.config.augment.flip else None
-        mirrored, sentence = mirror is not None, mirror or sentence
-        jitter = transforms.draw_jitter(sentence, self.config.augment.color_jitter, dice)
-        info = SampleInfo(
-            number,
-            name,
-            sentence,
-            self._frame(ref),
-            ref["image_id"],
-            ref["category"],
-            ref["same_class"],
-        )
-        return _Draft(info, ref, mirrored, jitter)
-
-    def eval_sample(
-        self, number: int, other: int | None, picture: bool, image: np.ndarray
+    def read_eval_sample(
+        self, number: int, donor: int | None, *, with_image: bool, square: np.ndarray
     ) -> SampleInfo:
-        """Write a sample as it is into `image`, uint8 [S, S, 3]; its truth, and its picture if asked for, are in what is returned.
+        """Read a sample without augmentation. The returned info has its truth.
 
-        It has the sentence of the sample `other` where that is given.
+        Args:
+            donor: the sample whose sentence to use. None: the sample's own.
+            with_image: also return the image at its original size.
+            square: uint8 [S, S, 3], the model input, written.
         """
-        ref = self._record(number)
-        name, sentence = self._words(number, ref, int(self.table.sentence[number]))
-        if other is not None:
-            _, sentence = self._words(other, self._record(other), int(self.table.sentence[other]))
-        frame, photograph = (
-            self._frame(ref),
-            (int(self.table.index[number]), int(self.table.image[number])),
-        )
-        with self._reading(number, "jpg"):
-            pixels = self._shared(
-                "pixels", photograph, lambda: transforms.decode_image(self._stored(number), frame)
+        record = self._read_record(number)
+        name, sentence = self.read_name_and_sentence(number, record)
+        if donor is not None:
+            _, sentence = self.read_name_and_sentence(donor)
+
+        frame = self._frame(record)
+        image_key = (int(self.table.index[number]), int(self.table.image[number]))
+        with self._blaming(number, "jpg"):
+            pixels = self._reuse(
+                "decoded for the frame",
+                image_key,
+                lambda: transforms.decode_image(self._read_jpeg(number), frame),
             )
-            image[:] = self._shared(
-                "square", photograph, lambda: transforms.image_to_square(pixels, frame)
+            square[:] = self._reuse(
+                "square", image_key, lambda: transforms.image_to_square(pixels, frame)
             )
-            if picture and transforms.reduction(frame.height, frame.width, frame) > 1:
-                pixels = self._shared(
-                    "whole", photograph, lambda: transforms.decode_image(self._stored(number))
+
+            # A large image was decoded smaller than it is.
+            if with_image and transforms.reduction(frame.height, frame.width, frame) > 1:
+                pixels = self._reuse(
+                    "original size",
+                    image_key,
+                    lambda: transforms.decode_image(self._read_jpeg(number)),
                 )
-        truth = self._shared(
-            "truth", (*photograph, int(self.table.ref[number])), lambda: self._mask(number, ref)
-        )
-        return SampleInfo(
-            number,
-            name,
-            sentence,
-            frame,
-            ref["image_id"],
-            ref["category"],
-            ref["same_class"],
-            truth=truth,
-            image=pixels if picture else None,
-        )
 
-    def words(self, number: int) -> tuple[str, str]:
-        """The full name of an evaluation sample and its own sentence."""
-        return self._words(number, self._record(number), int(self.table.sentence[number]))
+        ref_key = (*image_key, int(self.table.ref[number]))
+        truth = self._reuse("truth", ref_key, lambda: self._decode_mask(number, record))
 
-    def stored(self, number: int) -> tuple[bytes, Record]:
-        """The photograph of a sample as it is stored, and its record."""
-        return self._stored(number), self._record(number)
+        info = self._info(number, record, name, sentence)
+        return replace(info, truth=truth, image=pixels if with_image else None)
 
-    def canvas(self, samples: int, target: bool) -> Canvas:
-        """Room for that many samples, with or without their targets."""
-        size = self.config.image_size
-        return Canvas(
-            _room(samples, size, size, 3, dtype=torch.uint8),
-            _room(samples, size, size, dtype=torch.bool) if target else None,
-        )
+    def read_name_and_sentence(
+        self, number: int, record: RefRecord | None = None
+    ) -> tuple[str, str]:
+        """Read the full name and the sentence of an evaluation sample.
+
+        Args:
+            record: that of the sample, if it was read already.
+        """
+        record = self._read_record(number) if record is None else record
+        return self._name_and_sentence(number, record, int(self.table.sentence[number]))
+
+    def read_stored(self, number: int) -> tuple[bytes, RefRecord]:
+        """Read the bytes of a sample's JPEG, and its record."""
+        return self._read_jpeg(number), self._read_record(number)
 
     def collate(
-        self, canvas: Canvas, infos: Sequence[SampleInfo], bad: Sequence[str] = ()
+        self, buffers: BatchBuffers, infos: Sequence[SampleInfo], bad: Sequence[str] = ()
     ) -> Batch:
-        """The batch of the samples that were written; their words are numbered."""
-        words, word_mask, cut = self._tokenizer.encode(
-            [info.sentence for info in infos], self.config.max_tokens
-        )
-        infos = tuple(
+        """Tokenize the sentences, and make a batch of the samples that were written.
+
+        Args:
+            bad: "<name>: <reason>" of each sample that was replaced.
+        """
+        sentences = [info.sentence for info in infos]
+        words, word_mask, cut = self._tokenizer.encode(sentences, self.config.max_tokens)
+        marked = [
             replace(info, cut=True) if too_long else info for info, too_long in zip(infos, cut)
-        )
+        ]
+
         return Batch(
-            canvas.image.permute(0, 3, 1, 2), words, word_mask, canvas.target, infos, tuple(bad)
+            image=buffers.image.permute(0, 3, 1, 2),
+            words=words,
+            word_mask=word_mask,
+            target=buffers.target,
+            info=tuple(marked),
+            bad=tuple(bad),
         )
 
-    def _shared(self, part: str, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
-        """What `make` gave for the same key just before, else what it gives now. In the order of scoring, sentences about a
-        photograph stand side by side; nobody changes what they share."""
-        if part not in self._latest or self._latest[part][0] != key:
-            self._latest[part] = key, make()
-        return self._latest[part][1]
+    # ------------------------------------------------------------------ one sample, step by step
 
-    def _record(self, number: int) -> Record:
-        store, image = self._place(number)
-        with self._reading(number, "json"):
+    def _read_record(self, number: int) -> RefRecord:
+        store, image = self._locate(number)
+        entry = image.refs[self.table.ref[number]]
+
+        with self._blaming(number, "json"):
             record = json.loads(store.read(image.shard, *image.json))
-            ref, expected = (
-                record["refs"][self.table.ref[number]],
-                image.refs[self.table.ref[number]],
-            )
-            found = record["image_id"], ref["ref_id"], len(ref["sentences"])
-            if found != (image.image_id, expected.ref_id, expected.sentences):
+            ref = record["refs"][self.table.ref[number]]
+
+            described = (image.image_id, entry.ref_id, entry.sentences)
+            if (record["image_id"], ref["ref_id"], len(ref["sentences"])) != described:
                 raise ValueError("the record is not the one that its index describes")
-            place = {
+
+            return {
+                **ref,
                 "image_id": image.image_id,
                 "height": int(record["height"]),
                 "width": int(record["width"]),
-            }
-            return {
-                **ref,
-                **place,
                 "category": str(ref["category"]),
                 "same_class": int(ref.get("same_class", -1)),
             }
 
-    def _words(self, number: int, ref: Record, chosen: int) -> tuple[str, str]:
-        """The full name of a sample and its sentence."""
-        with self._reading(number, "json"):
-            text = _TEXT[self.config.sentence]
-            if chosen == ALL:
-                return f"{self.table.label(number)}/all", " ".join(
-                    sentence[text] for sentence in ref["sentences"]
-                )
-            sentence = ref["sentences"][chosen]
-            return f"{self.table.label(number)}/{sentence['sent_id']}", sentence[text]
-
-    def _stored(self, number: int) -> bytes:
-        store, image = self._place(number)
+    def _read_jpeg(self, number: int) -> bytes:
+        store, image = self._locate(number)
         return store.read(image.shard, *image.jpg)
 
-    def _mask(self, number: int, ref: Record) -> np.ndarray:
-        with self._reading(number, "json"):
-            mask = masks.decode(ref["rle"])
-            if mask.shape != (ref["height"], ref["width"]):
-                raise ValueError(
-                    f"the mask is {mask.shape}, its picture is {(ref['height'], ref['width'])}"
-                )
+    def _draft(self, number: int, record: RefRecord, generator: np.random.Generator) -> _Draft:
+        """Draw the sentence of a training sample, and its augmentation."""
+        # Every draw is made, used or not: the stream does not depend on settings or on the text.
+        drawn = int(generator.integers(len(record["sentences"])))
+        coin = generator.random()
+
+        chosen = int(self.table.sentence[number])
+        if chosen == RANDOM:
+            chosen = drawn
+        name, sentence = self._name_and_sentence(number, record, chosen)
+
+        mirrored_sentence = None
+        if coin < self.config.augment.flip:
+            mirrored_sentence = transforms.mirror_sentence(sentence)
+        if mirrored_sentence is not None:
+            sentence = mirrored_sentence
+
+        jitter = transforms.draw_jitter(sentence, self.config.augment.color_jitter, generator)
+        info = self._info(number, record, name, sentence)
+        return _Draft(info, record, mirrored_sentence is not None, jitter)
+
+    def _name_and_sentence(self, number: int, record: RefRecord, chosen: int) -> tuple[str, str]:
+        """Return the full name of a sample, and the sentence `chosen` (a number, or `ALL`)."""
+        field = _TEXT_FIELD[self.config.sentence]
+        label = self.table.label(number)
+        with self._blaming(number, "json"):
+            if chosen == ALL:
+                texts = [sentence[field] for sentence in record["sentences"]]
+                return f"{label}/all", " ".join(texts)
+
+            sentence = record["sentences"][chosen]
+            return f"{label}/{sentence['sent_id']}", sentence[field]
+
+    def _decode_mask(self, number: int, record: RefRecord) -> np.ndarray:
+        """Decode the mask of a sample, bool [H, W]."""
+        size = (record["height"], record["width"])
+        with self._blaming(number, "json"):
+            mask = masks.decode(record["rle"])
+            if mask.shape != size:
+                raise ValueError(f"the mask is {mask.shape}, its image is {size}")
             return mask
 
-    def _frame(self, ref: Record) -> Frame:
-        return transforms.frame_of(
-            ref["height"], ref["width"], self.config.image_size, self.config.resize
+    def _info(self, number: int, record: RefRecord, name: str, sentence: str) -> SampleInfo:
+        return SampleInfo(
+            number=number,
+            name=name,
+            sentence=sentence,
+            frame=self._frame(record),
+            image_id=record["image_id"],
+            category=record["category"],
+            same_class=record["same_class"],
         )
 
-    def _place(self, number: int) -> tuple[ShardStore, ImageEntry]:
+    def _frame(self, record: RefRecord) -> Frame:
+        return transforms.frame_of(
+            record["height"], record["width"], self.config.image_size, self.config.resize
+        )
+
+    def _locate(self, number: int) -> tuple[ShardStore, ImageEntry]:
         index = self.table.index[number]
-        return self._stores[index], self.table.indexes[index].images[self.table.image[number]]
+        image = self.table.indexes[index].images[self.table.image[number]]
+        return self._stores[index], image
+
+    def _reuse(self, what: str, key: tuple[int, ...], make: Callable[[], Any]) -> Any:
+        """Return what was made last for the same key, else make it.
+
+        In the order of scoring, sentences about an image are neighbors. So the latest result is the
+        only one worth keeping. Callers must not change it.
+        """
+        if what not in self._latest or self._latest[what][0] != key:
+            self._latest[what] = key, make()
+        return self._latest[what][1]
 
     @contextmanager
-    def _reading(self, number: int, part: str) -> Iterator[None]:
-        """Say of whatever is wrong inside where it lies."""
+    def _blaming(self, number: int, file: str) -> Iterator[None]:
+        """Turn an error about wrong bytes into a BadSample that names their place.
+
+        Args:
+            file: the file of the sample that is being read, "jpg" or "json".
+        """
         try:
             yield
         except InputError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            store, image = self._place(number)
-            reason = (
-                str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            )
+            reason = str(error)
+            if not isinstance(error, ValueError):
+                reason = f"{type(error).__name__} {error}"
+
+            store, image = self._locate(number)
             raise BadSample(
-                f"{self.table.label(number)}: {image.image_id:012d}.{part} (image {image.image_id}) in "
-                f"{store.address(image.shard)}: {reason}"
+                f"{self.table.label(number)}: {sample_key(image.image_id)}.{file} "
+                f"(image {image.image_id}) in {store.address(image.shard)}: {reason}"
             ) from error
+
+
+def _allocate(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Allocate memory without setting values; in a worker process, memory shared with the rank.
+
+    Shared memory lets a worker hand over a batch without copying it.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+
+    # The same call as in torch's default_collate.
+    shared = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(shared, 0, shape)

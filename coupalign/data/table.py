@@ -1,4 +1,13 @@
-"""The table of samples: which refs and sentences of which indexes, in a fixed order."""
+"""The table of samples: which sentence of which ref on which image each sample number stands for.
+
+    table = build_table(config.train, indexes, "ref")                    training: one row per ref
+    table, members = evaluation_table(sources, indexes, ("each",))       scoring, by sentence rule
+    donors = sentence_donors(table)                                      the language-blind control
+
+A table is built from the indexes alone; no shard is read. Its order is that of the sources, the
+images of their index, the refs of an image and the sentences of a ref, so a sample number has the
+same meaning on every rank.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +21,27 @@ from coupalign.config.schema import Source
 from coupalign.data.index import ShardIndex
 from coupalign.errors import InputError
 
-ALL = -2  # in place of a sentence's number: all of the ref, joined with a space
-
-
 Rule = Literal["each", "first", "concatenated"]
-
-
 RULES: tuple[Rule, ...] = ("each", "first", "concatenated")
 
+# In `SampleTable.sentence`, in place of the number of a sentence.
+RANDOM = -1  # one of the ref's sentences, drawn anew in each epoch
+ALL = -2  # all of the ref's sentences, joined with a space
 
-_CONTROL = 77  # seeds the permutation of the language-blind control, the same in every run
+_CONTROL_SEED = 77  # of the language-blind control, the same in every run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleTable:
-    """int64 [n] each: the sample's index, its image in that index, its ref in that image, its sentence in that ref.
+    """The samples, column by column: int64 [n] each.
 
-    A sentence of −1 stands for a random one, `ALL` for all of them joined. `shard` numbers the shards over all indexes.
+    Attributes:
+        indexes: the indexes that the samples come from, each once.
+        index: number of the sample's index, in `indexes`.
+        image: number of its image, in that index.
+        ref: number of its ref, on that image.
+        sentence: number of its sentence, in that ref; or `RANDOM` or `ALL`.
+        shard: number of its shard, counted over all indexes.
     """
 
     indexes: tuple[ShardIndex, ...]
@@ -42,26 +55,27 @@ class SampleTable:
         return len(self.index)
 
     def take(self, numbers: np.ndarray) -> SampleTable:
-        """The table of some of the samples, numbered anew."""
+        """Return the table of some of the samples, renumbered from 0."""
         return replace(
             self,
-            **{
-                name: getattr(self, name)[numbers]
-                for name in ("index", "image", "ref", "sentence", "shard")
-            },
+            index=self.index[numbers],
+            image=self.image[numbers],
+            ref=self.ref[numbers],
+            sentence=self.sentence[numbers],
+            shard=self.shard[numbers],
         )
 
     @property
     def image_ids(self) -> np.ndarray:
-        """int64 [n]"""
-        return np.array(
-            [self.indexes[i].images[m].image_id for i, m in zip(self.index, self.image)], np.int64
-        )
+        """The image id of each sample, int64 [n]."""
+        images = [self.indexes[i].images[m] for i, m in zip(self.index, self.image)]
+        return np.array([image.image_id for image in images], np.int64)
 
     def label(self, number: int) -> str:
-        """What is known of a sample without reading it: "<set>/<ref_id>"."""
-        entry = self.indexes[self.index[number]].images[self.image[number]].refs[self.ref[number]]
-        return f"{entry.set}/{entry.ref_id}"
+        """Name a sample without reading it: "<set>/<ref_id>"."""
+        image = self.indexes[self.index[number]].images[self.image[number]]
+        ref = image.refs[self.ref[number]]
+        return f"{ref.set}/{ref.ref_id}"
 
 
 def build_table(
@@ -69,46 +83,49 @@ def build_table(
     indexes: Sequence[ShardIndex],
     unit: Literal["ref", "sentence", "sentence and all"],
 ) -> SampleTable:
-    """All samples of `sources`, one after another; `indexes` are the opened `Source.index`, one a source.
+    """List all samples of `sources`, one source after another.
 
     Args:
-        unit: a sample is a ref with a random sentence, or each sentence, or each sentence and then all of them joined.
+        indexes: the opened index of each source.
+        unit: what one sample is. "ref": a ref with a random sentence. "sentence": each sentence.
+            "sentence and all": each sentence of a ref, then all of them joined.
 
     Raises:
-        InputError: a source has no sample; the message lists what its index holds.
+        InputError: a source has no sample. The message lists what its index holds.
     """
-    kept: list[ShardIndex] = []
+    distinct: list[ShardIndex] = []
     rows: list[tuple[int, int, int, int, int]] = []
     for source, index in zip(sources, indexes, strict=True):
-        if index not in kept:
-            kept.append(index)
-        place = kept.index(index)
-        first_shard = sum(len(other.shards) for other in kept[:place])
+        if index not in distinct:
+            distinct.append(index)
+        index_no = distinct.index(index)
+        first_shard = sum(len(earlier.shards) for earlier in distinct[:index_no])
+
         before = len(rows)
         for image_no, image in enumerate(index.images):
+            shard = first_shard + image.shard
             for ref_no, ref in enumerate(image.refs):
-                if wanted(source, ref.set, ref.split):
-                    rows += (
-                        (place, image_no, ref_no, read, first_shard + image.shard)
-                        for read in _readings(ref.sentences, unit)
-                    )
+                if not matches_source(source, ref.set, ref.split):
+                    continue
+                for sentence in _sentences_of(ref.sentences, unit):
+                    rows.append((index_no, image_no, ref_no, sentence, shard))
+
         if len(rows) == before:
-            raise InputError(_nothing_found(source, index))
-    columns = np.array(rows, np.int64).reshape(-1, 5).T
-    return SampleTable(tuple(kept), *np.ascontiguousarray(columns))
+            raise InputError(_no_sample_message(source, index))
+
+    columns = np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, 5).T)
+    return SampleTable(
+        indexes=tuple(distinct),
+        index=columns[0],
+        image=columns[1],
+        ref=columns[2],
+        sentence=columns[3],
+        shard=columns[4],
+    )
 
 
-def _readings(sentences: int, unit: str) -> list[int]:
-    """What is read of a ref with so many sentences, a number for each of its samples; see `SampleTable`."""
-    if not sentences:
-        return []
-    if unit == "ref":
-        return [-1]
-    return [*range(sentences)] + ([ALL] if unit == "sentence and all" else [])
-
-
-def wanted(source: Source, set_name: str, split: str) -> bool:
-    """Whether `source` asks for a split of a set, such as "refcoco/unc"."""
+def matches_source(source: Source, set_name: str, split: str) -> bool:
+    """Return whether `source` selects a split of a set; a set's name is like "refcoco/unc"."""
     dataset, _, split_by = set_name.partition("/")
     return (
         split == source.split
@@ -117,80 +134,113 @@ def wanted(source: Source, set_name: str, split: str) -> bool:
     )
 
 
-def _nothing_found(source: Source, index: ShardIndex) -> str:
-    wanted = f"{source.dataset or '*'}/{source.split_by or '*'}"
-    held = [
-        f"{name} {split} ({counts['refs']} refs, {counts['sentences']} sentences)"
-        for name, splits in sorted(index.counts.items())
-        for split, counts in splits.items()
-    ]
-    return f"{index.location} has no sample of {wanted}, split {source.split!r}; it holds: {'; '.join(held) or 'nothing'}"
-
-
 def evaluation_table(
     sources: Sequence[Source],
     indexes: Sequence[ShardIndex],
     rules: Sequence[Rule],
     limit: int | None = None,
 ) -> tuple[SampleTable, dict[Rule, np.ndarray]]:
-    """The samples that the sentence rules ask for, each once, and by rule the numbers of its own samples among them.
+    """List the samples that the sentence rules ask for, each of them once.
 
-    each: every sentence of every ref. first: the first sentence of every ref. concatenated: all sentences of a ref, joined with
-    a space, as one text. What "first" asks for is among the samples of "each", unless a limit thins both out.
+    The rules are: each (every sentence of every ref), first (the first sentence of every ref) and
+    concatenated (all sentences of a ref, joined with a space, as one text). The samples of "first"
+    are among those of "each", unless a limit thins out both.
 
     Args:
-        limit: evenly spaced samples of each rule only.
+        limit: take at most so many samples of each rule, evenly spaced.
+
+    Returns:
+        the table, and for each rule the numbers of its samples in the table.
 
     Raises:
         InputError: a source has no sample.
     """
     table = build_table(sources, indexes, "sentence and all")
-    followed = {
+    follows_rule = {
         "each": table.sentence >= 0,
         "first": table.sentence == 0,
         "concatenated": table.sentence == ALL,
     }
-    chosen = {rule: np.flatnonzero(followed[rule]) for rule in rules}
-    chosen = {rule: numbers[spread(len(numbers), limit)] for rule, numbers in chosen.items()}
+
+    chosen: dict[Rule, np.ndarray] = {}
+    for rule in rules:
+        numbers = np.flatnonzero(follows_rule[rule])
+        chosen[rule] = numbers[evenly_spaced(len(numbers), limit)]
+
+    # Keep what at least one rule asks for, and renumber.
     used = np.unique(np.concatenate(list(chosen.values())))
-    return table.take(used), {
-        rule: np.searchsorted(used, numbers) for rule, numbers in chosen.items()
-    }
+    members = {rule: np.searchsorted(used, numbers) for rule, numbers in chosen.items()}
+    return table.take(used), members
 
 
-def spread(samples: int, limit: int | None) -> np.ndarray:
-    """Evenly spaced numbers below `samples`, `limit` of them at most; int64."""
+def evenly_spaced(samples: int, limit: int | None) -> np.ndarray:
+    """Choose at most `limit` evenly spaced numbers below `samples`; int64. None: all of them."""
     count = min(samples, limit or samples)
     return np.arange(count) * samples // count
 
 
-def other_sentences(table: SampleTable) -> np.ndarray:
-    """For each sample the number of another one, whose sentence it is given in the language-blind control.
+def sentence_donors(table: SampleTable) -> np.ndarray:
+    """Choose, for the language-blind control, whose sentence each sample gets; int64 [n].
 
-    A permutation without fixed points, always the same; the other sample belongs to another image wherever that is
-    possible (to as few of the same image as there must be, where one image has more than half of all samples). Single
-    sentences are exchanged among themselves, and joined ones among themselves.
+    The choice is a permutation without fixed points, and the same in every run. The donor belongs
+    to another image wherever possible. (If one image has more than half of all samples, as few as
+    possible get a sentence of the same image.) Single sentences are exchanged among themselves, and
+    joined sentences among themselves.
+
+    Raises:
+        InputError: there is only one sample of a kind.
     """
-    other = np.empty(len(table), np.int64)
+    donors = np.empty(len(table), np.int64)
     for joined in (False, True):
         numbers = np.flatnonzero((table.sentence == ALL) == joined)
         if len(numbers):
-            other[numbers] = numbers[_exchange(table.take(numbers).image_ids)]
-    return other
+            image_ids = table.take(numbers).image_ids
+            donors[numbers] = numbers[_derangement(image_ids)]
+    return donors
 
 
-def _exchange(images: np.ndarray) -> np.ndarray:
-    """A permutation of samples on these images [n] that has no fixed points and leads to another image where it can."""
-    count = len(images)
+def _derangement(image_ids: np.ndarray) -> np.ndarray:
+    """Permute samples without fixed points, to another image where possible; int64 [n] -> [n]."""
+    count = len(image_ids)
     if count < 2:
         raise InputError(
             "the language-blind control exchanges sentences between samples: it needs two or more"
         )
-    generator = np.random.default_rng(np.random.SeedSequence([_CONTROL, count]))
-    _, group, sizes = np.unique(images, return_inverse=True, return_counts=True)
-    order = np.lexsort((generator.permutation(count), generator.permutation(len(sizes))[group]))
-    # samples of an image stand side by side: a shift by the largest such group leads out of every group
+
+    # Put the images, and the samples of an image, into a random order. The samples of an image
+    # stay neighbors.
+    generator = np.random.default_rng(np.random.SeedSequence([_CONTROL_SEED, count]))
+    _, group, sizes = np.unique(image_ids, return_inverse=True, return_counts=True)
+    sample_keys = generator.permutation(count)
+    image_keys = generator.permutation(len(sizes))
+    order = np.lexsort((sample_keys, image_keys[group]))
+
+    # A shift by the size of the largest group leads out of every group.
     shift = int(sizes.max()) if sizes.max() < count else 1
-    other = np.empty(count, np.int64)
-    other[order] = np.roll(order, -shift)
-    return other
+    donors = np.empty(count, np.int64)
+    donors[order] = np.roll(order, -shift)
+    return donors
+
+
+def _sentences_of(sentences: int, unit: str) -> list[int]:
+    """List the samples of a ref with so many sentences, as values of `SampleTable.sentence`."""
+    if not sentences:
+        return []
+    if unit == "ref":
+        return [RANDOM]
+
+    each = list(range(sentences))
+    return [*each, ALL] if unit == "sentence and all" else each
+
+
+def _no_sample_message(source: Source, index: ShardIndex) -> str:
+    asked_for = f"{source.dataset or '*'}/{source.split_by or '*'}"
+    held = [
+        f"{name} {split} ({counts['refs']} refs, {counts['sentences']} sentences)"
+        for name, splits in sorted(index.counts.items())
+        for split, counts in splits.items()
+    ]
+    return (
+        f"{index.location} has no sample of {asked_for}, split {source.split!r}; "
+        f"it holds: {'; '.join(held) or 'nothing'}"
+    )

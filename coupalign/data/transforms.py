@@ -87,17 +87,20 @@ def reduction(height: int, width: int, frame: Frame) -> int:
 def frame_of(height: int, width: int, size: int, resize: Literal["squash", "letterbox"]) -> Frame:
     """Where an image of that size comes to lie in the square."""
     if resize == "squash":
-        return Frame(height, width, size, 0, 0, size, size)
-    scale = size / max(height, width)
-    inner_height, inner_width = max(1, round(height * scale)), max(1, round(width * scale))
+        inner_height = inner_width = size
+    else:
+        scale = size / max(height, width)
+        inner_height = max(1, round(height * scale))
+        inner_width = max(1, round(width * scale))
+
     return Frame(
-        height,
-        width,
-        size,
-        (size - inner_height) // 2,
-        (size - inner_width) // 2,
-        inner_height,
-        inner_width,
+        height=height,
+        width=width,
+        size=size,
+        top=(size - inner_height) // 2,
+        left=(size - inner_width) // 2,
+        inner_height=inner_height,
+        inner_width=inner_width,
     )
 
 

@@ -1,4 +1,16 @@
-"""Worker processes of the loaders: started from the fork server, ended with the run."""
+"""Worker processes of a loader: how they start, what they may do, and who ends them.
+
+They start from the fork server (see `fork_server`), which no signal to the run ends. A worker has
+one thread and ignores the signals of the run, because the rank answers those and then ends its
+workers. They end at the first of three events:
+
+    the loader's owner calls `end_workers`       a normal end
+    the DataLoader is garbage collected          `weakref.finalize`
+    the program exits                            `atexit`
+
+`atexit` is needed because multiprocessing has an exit handler of its own, which waits for children
+to end. A worker that waits for its next task never ends, so the program would hang.
+"""
 
 from __future__ import annotations
 
@@ -16,71 +28,88 @@ from coupalign.data.fork_server import SIGNALS, fork_server
 from coupalign.errors import InputError
 
 
-def _data_loader(dataset: Dataset, keys: object, workers: int, persistent: bool) -> DataLoader:
-    # its own generator: the seed that a DataLoader draws for its workers must not move the global random state
+@dataclass(frozen=True)
+class Failure:
+    """An InputError on its way out of a worker process.
+
+    Handed over as a value: an exception would arrive wrapped in the traceback of the worker.
+    """
+
+    message: str
+
+
+def unwrap(item: Batch | Failure) -> Batch:
+    """Return the batch, or raise the InputError that the worker met."""
+    if isinstance(item, Failure):
+        raise InputError(item.message)
+    return item
+
+
+def open_data_loader(
+    dataset: Dataset, keys: object, workers: int, *, persistent: bool
+) -> DataLoader:
+    """Make a DataLoader that reads one micro-batch per item.
+
+    Args:
+        keys: iterable of what `dataset[...]` takes, one per item.
+        workers: number of worker processes. 0: read in this process.
+        persistent: keep the workers from one iteration to the next.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        collate_fn=_same,
+        collate_fn=_unchanged,
+        # A generator of its own: a DataLoader draws a seed for its workers, and that must not move
+        # the global random state.
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=persistent and workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_set_up_worker,
         multiprocessing_context=fork_server() if workers else None,
     )
 
 
-def _same(item: object) -> object:
-    return item
-
-
-def _start(loader: DataLoader) -> Iterator[Batch | _Failure]:
-    """Begin an iteration whose worker processes end with `loader`, or with the program, whichever is first."""
+def start_iteration(loader: DataLoader) -> Iterator[Batch | Failure]:
+    """Begin an iteration, and see to it that its worker processes end."""
     items = iter(loader)
     if loader.num_workers:
-        atexit.unregister(_end_all)
-        atexit.register(
-            _end_all
-        )  # anew, to come before the exit handler of multiprocessing, which waits for the workers
-        _running.add(items)
-        weakref.finalize(loader, _end, items)
+        _with_workers.add(items)
+        weakref.finalize(loader, end_workers, items)
+
+        # Exit handlers run last in, first out. Register again, to come before the handler that
+        # multiprocessing may have registered meanwhile.
+        atexit.unregister(_end_all_workers)
+        atexit.register(_end_all_workers)
     return items
 
 
-_running: set[Iterator] = set()
+def end_workers(items: Iterator) -> None:
+    """End the worker processes of an iteration. Does nothing if it has none, or they have ended."""
+    if items not in _with_workers:
+        return
+    _with_workers.remove(items)
+
+    items._shutdown_workers()
+    for worker in items._workers:
+        if worker.is_alive():
+            worker.kill()  # a worker ignores SIGTERM
 
 
-def _end_all() -> None:
-    for items in tuple(_running):
-        _end(items)
+_with_workers: set[Iterator] = set()  # iterations whose worker processes have not been ended
 
 
-def _end(items: Iterator) -> None:
-    if items in _running:
-        _running.remove(items)
-        items._shutdown_workers()
-        for worker in items._workers:
-            if worker.is_alive():
-                worker.kill()  # it does not listen to SIGTERM
+def _end_all_workers() -> None:
+    for items in tuple(_with_workers):
+        end_workers(items)
 
 
-def _start_worker(_: int) -> None:
-    """One thread each; a signal meant for the run is the main process's to answer, which then ends its workers."""
+def _set_up_worker(_: int) -> None:
     torch.set_num_threads(1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """An InputError on its way out of a worker process, without the traceback that torch would wrap around it."""
-
-    message: str
-
-
-def _unwrap(item: Batch | _Failure) -> Batch:
-    if isinstance(item, _Failure):
-        raise InputError(item.message)
+def _unchanged(item: object) -> object:
     return item

@@ -86,11 +86,11 @@ def micro_batches(step: int, world: World, config: Config) -> list[Batch]:
     starts = range(world.rank * share, (world.rank + 1) * share, cut)
     batches = [
         Batch(
-            image[at : at + cut],
-            words[at : at + cut],
-            mask[at : at + cut],
-            target[at : at + cut],
-            (),
+            image=image[at : at + cut],
+            words=words[at : at + cut],
+            word_mask=mask[at : at + cut],
+            target=target[at : at + cut],
+            info=(),
         )
         for at in starts
     ]

@@ -18,6 +18,7 @@ from coupalign.bench.order import (
     bench_order,
     count_reads,
     fetched_samples,
+    simulated_rank,
     table,
 )
 from coupalign.cli.parser import main
@@ -86,7 +87,7 @@ def test_what_is_fetched_is_what_the_ranks_read(parts: int, nodes: int) -> None:
     length = 6000 // parts  # whole, so that every part begins its epoch at the same place of a step
     for step in range(length * parts // 96, -(-2 * length * parts // 96)):
         for node, seen in enumerate(touched):
-            taken = rank_slice(96, node, nodes)
+            taken = rank_slice(96, simulated_rank(node, nodes))
             for place, (epoch, number) in enumerate(orders.step(step, 96, taken), taken.start):
                 if epoch == 1:
                     seen.add((place // (96 // parts), shard_of[number]))
@@ -107,7 +108,9 @@ def test_a_wrong_sharing_is_found(
     monkeypatch.setattr(
         order,
         "rank_slice",
-        lambda size, r, ranks: found if (r, ranks) == (rank, 16) else rank_slice(size, r, ranks),
+        lambda size, world: (
+            found if (world.rank, world.size) == (rank, 16) else rank_slice(size, world)
+        ),
     )
     (fault,) = replace(bench, count=count_reads(SMALL, SMALL.layout())).faults
     assert re.search(words, fault)

@@ -5,12 +5,22 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+import torch
+
 from coupalign.config.schema import Augmentation, DataConfig, Source
 from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.loader import EvalLoader, TrainLoader
+from coupalign.distributed.world import World
 
 Row = tuple
+
+
+def world_of(rank: int = 0, ranks: int = 1) -> World:
+    """One rank of a job, without a process group."""
+    return World(
+        rank=rank, size=ranks, local_rank=rank, local_size=ranks, device=torch.device("cpu")
+    )
 
 
 def config_of(packed: Path, **fields) -> DataConfig:
@@ -37,7 +47,12 @@ def train(
     seed: int = 0,
 ) -> TrainLoader:
     return build_train_loader(
-        config, seed, global_batch, micro, rank, ranks, open_tokenizer(config)
+        config,
+        seed=seed,
+        global_batch=global_batch,
+        max_micro_batch=micro,
+        world=world_of(rank, ranks),
+        tokenizer=open_tokenizer(config),
     )
 
 
@@ -52,7 +67,12 @@ def evaluate(
 ) -> EvalLoader:
     source = Source(index=config.train[0].index, dataset=dataset, split=split)
     return build_eval_loader(
-        config, (source,), batch, rank, ranks, open_tokenizer(config), **fields
+        config,
+        (source,),
+        batch=batch,
+        world=world_of(rank, ranks),
+        tokenizer=open_tokenizer(config),
+        **fields,
     )
 
 

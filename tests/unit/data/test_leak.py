@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 
 from coupalign.config.schema import DataConfig, Source
-from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
 from coupalign.data.index import ShardIndex, read_index
-from coupalign.data.leak import TrainedOn, guard, overlaps, read_trained_on, scored_photos
+from coupalign.data.leak import (
+    TrainedOn,
+    apply_leak_policy,
+    count_overlaps,
+    photos_of,
+    read_trained_on,
+)
 from coupalign.data.table import build_table
 from coupalign.errors import InputError
+from tests.unit.data.batches import evaluate, train
 from tests.unit.data.conftest import IMAGE_IDS
 
 UNC = {"dataset": "refcoco", "split_by": "unc"}
@@ -32,7 +38,7 @@ def data(shards: Path, train: list[dict], evaluate: list[dict], **more: object) 
 
 
 def loader(config: DataConfig):
-    return build_train_loader(config, 0, 2, None, 0, 1, open_tokenizer(config))
+    return train(config, global_batch=2)
 
 
 def images_of(index: ShardIndex, *wanted: tuple[str, str]) -> set[int]:
@@ -52,7 +58,8 @@ def test_one_set_by_itself_does_not_leak(packed: Path) -> None:
 
 def test_training_on_what_is_scored_is_refused_with_the_numbers(packed: Path) -> None:
     with pytest.raises(
-        InputError, match=r"1 of \d photographs of refcocog/umd val.*data.mix=clean.*data.mix=leaky"
+        InputError,
+        match=r"1 of \d photographs of refcocog/umd val.*data.leaks=exclude.*data.leaks=allow",
     ):
         loader(data(packed, [{**UNC, "split": "train"}], [{**UMD, "split": "val"}]))
 
@@ -68,11 +75,11 @@ def test_the_clean_mix_drops_exactly_the_samples_on_held_out_photographs(packed:
         packed,
         [{**UNC, "split": "train"}, {**UMD, "split": "train"}],
         [{**UMD, "split": "val"}],
-        mix="clean",
+        leaks="exclude",
     )
     index = read_index(packed)
     table = build_table(config.train, [index, index], "ref")
-    kept, told = guard(config, table, [index, index], [index])
+    kept, told = apply_leak_policy(config, table, [index, index], [index])
     held = images_of(
         index,
         ("refcoco/unc", "val"),
@@ -87,7 +94,8 @@ def test_the_clean_mix_drops_exactly_the_samples_on_held_out_photographs(packed:
     assert IMAGE_IDS[0] in held and 0 < len(kept) < len(table)
     assert f"{len(table) - len(kept)} of {len(table)} training samples" in told[0]
     assert (
-        loader(config).fingerprint != loader(config.model_copy(update={"mix": "leaky"})).fingerprint
+        loader(config).fingerprint
+        != loader(config.model_copy(update={"leaks": "allow"})).fingerprint
     )
 
 
@@ -106,46 +114,51 @@ def test_the_inner_overlap_of_one_partition_is_found_and_told(packed: Path) -> N
     config = data(packed, [{"dataset": "refcocog", "split_by": "google", "split": "train"}], [])
     table = build_table(config.train, [google], "ref")
     with pytest.raises(InputError, match="1 of 1 photographs of refcocog/google val"):
-        guard(config, table, [google], [])
-    kept, told = guard(config.model_copy(update={"mix": "leaky"}), table, [google], [])
+        apply_leak_policy(config, table, [google], [])
+    kept, told = apply_leak_policy(
+        config.model_copy(update={"leaks": "allow"}), table, [google], []
+    )
     assert len(kept) == len(table) and "LEAKY" in told[0]
-    assert overlaps([google]).shared["refcocog/google train", "refcocog/google val"] == 1
+    assert count_overlaps([google]).shared["refcocog/google train", "refcocog/google val"] == 1
 
 
 def test_a_clean_mix_of_nothing_is_an_error(packed: Path) -> None:
     with pytest.raises(InputError, match="leaves nothing to train on"):
-        loader(data(packed, [{**UMD, "split": "val"}], [{**UMD, "split": "val"}], mix="clean"))
+        loader(data(packed, [{**UMD, "split": "val"}], [{**UMD, "split": "val"}], leaks="exclude"))
 
 
 def test_a_leaky_mix_marks_every_score_with_what_it_shares(packed: Path, tmp_path: Path) -> None:
-    config = data(packed, [{**UNC, "split": "train"}], [{**UMD, "split": "val"}], mix="leaky")
+    config = data(packed, [{**UNC, "split": "train"}], [{**UMD, "split": "val"}], leaks="allow")
     trained = loader(config)
     assert "LEAKY" in trained.leaks[0]
-    scored = build_eval_loader(config, config.evaluate, 2, 0, 1, open_tokenizer(config)).photos
+    scored = evaluate(config, dataset="refcocog").photos
     assert (
-        trained.trained_on.words(scored)
+        trained.trained_on.leak_message(scored)
         == f"LEAKY: 1 of {len(scored)} scored photographs were trained on"
     )
     index = read_index(packed)
-    other = scored_photos(
+    other = photos_of(
         build_table([Source(index=str(packed), **UNC, split="val")], [index], "sentence")
     )
-    assert trained.trained_on.words(other) == "none: no scored photograph was trained on"
+    assert trained.trained_on.leak_message(other) == "none: no scored photograph was trained on"
     trained.trained_on.write(tmp_path)
     assert read_trained_on(tmp_path) == trained.trained_on
     assert read_trained_on(tmp_path / "nowhere") is None
-    started = TrainedOn(scored, None, ("b",)).after(
+    started = TrainedOn(scored, None, ("b",)).including(
         [tmp_path / "weights.safetensors", tmp_path / "nowhere" / "swin.pth"], ["a", "b"]
     )
     assert started == TrainedOn(scored | trained.trained_on.photos, "leaky", ("b", "a"))
     (tmp_path / "trained_on.json").write_text("{")
-    with pytest.raises(InputError, match="trained_on.json: damaged"):
+    with pytest.raises(InputError, match="trained_on.json: cannot be read as .* has a copy"):
+        read_trained_on(tmp_path)
+    (tmp_path / "trained_on.json").write_text("{}")
+    with pytest.raises(InputError, match="trained_on.json: damaged .*another checkpoint"):
         read_trained_on(tmp_path)
 
 
 def test_the_table_of_overlaps_counts_photographs(packed: Path) -> None:
     index = read_index(packed)
-    found = overlaps([index])
+    found = count_overlaps([index])
     for (a, b), count in found.shared.items():
         assert count == len(images_of(index, tuple(a.split())) & images_of(index, tuple(b.split())))
     assert found.shared["refcoco/unc train", "refcocog/umd val"] == 1
@@ -174,10 +187,10 @@ def test_other_collections_are_told_apart_by_the_length_of_their_files(packed: P
         renamed("shapes", "val", 0),
         renamed("shapes", "test", 1),
     )
-    found = overlaps([train, same, other])
+    found = count_overlaps([train, same, other])
     assert found.shared["shapes/all train", "shapes/all val"] == len(IMAGE_IDS)
     assert ("shapes/all train", "shapes/all test") not in found.shared
-    coco = overlaps([renamed("refcoco", "train", 0), renamed("refcocog", "val", 1)])
+    coco = count_overlaps([renamed("refcoco", "train", 0), renamed("refcocog", "val", 1)])
     assert coco.shared["refcoco/all train", "refcocog/all val"] == len(IMAGE_IDS), (
         "a COCO photograph may be stored in other bytes"
     )

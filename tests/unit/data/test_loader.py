@@ -20,11 +20,10 @@ from PIL import Image
 from coupalign.bench.machine import resident_gigabytes
 from coupalign.config.schema import Augmentation, DataConfig, Source
 from coupalign.data import masks, transforms
-from coupalign.data.build import build_eval_loader, build_train_loader, open_tokenizer
+from coupalign.data.build import build_eval_loader, open_tokenizer
 from coupalign.data.index import read_index
-from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
-from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train
+from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train, world_of
 
 
 @pytest.mark.parametrize("unit, samples", [("ref", 16), ("sentence", 41)])
@@ -103,16 +102,20 @@ def test_a_signal_for_the_run_does_not_end_the_workers(packed: Path):
 
 
 ABANDONED = """
-import sys
+import sys, torch
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.build import build_eval_loader
 from coupalign.data.build import build_train_loader
 from coupalign.data.build import open_tokenizer
+from coupalign.distributed.world import World
 source = Source(index=sys.argv[1], dataset="refcoco", split="train")
 config = DataConfig(train=(source,), image_size=32, workers=1)
 tokenizer = open_tokenizer(config)
-train = build_train_loader(config, 0, 4, None, 0, 1, tokenizer).steps_from(0)
-evaluation = iter(build_eval_loader(config, (source,), 2, 0, 1, tokenizer))
+world = World(0, 1, 0, 1, torch.device("cpu"))
+train = build_train_loader(
+    config, seed=0, global_batch=4, max_micro_batch=None, world=world, tokenizer=tokenizer
+).steps_from(0)
+evaluation = iter(build_eval_loader(config, (source,), batch=2, world=world, tokenizer=tokenizer))
 next(train), next(evaluation)
 sys.exit("gone")
 """
@@ -126,23 +129,27 @@ def test_a_program_that_leaves_its_loaders_open_ends(packed: Path):
 
 
 SIGNALED = """
-import os, signal, sys
+import os, signal, sys, torch
 from pathlib import Path
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data.build import build_eval_loader
 from coupalign.data.build import build_train_loader
 from coupalign.data.build import open_tokenizer
+from coupalign.distributed.world import World
 source = Source(index=sys.argv[1], dataset="refcoco", split="train")
 config = DataConfig(train=(source,), image_size=32, workers=1)
 tokenizer = open_tokenizer(config)
-loader = build_train_loader(config, 0, 4, None, 0, 1, tokenizer)
+world = World(0, 1, 0, 1, torch.device("cpu"))
+loader = build_train_loader(
+    config, seed=0, global_batch=4, max_micro_batch=None, world=world, tokenizer=tokenizer
+)
 next(loader.steps_from(0))
 server = int(Path(f"/proc/{loader._loader._iterator._workers[0].pid}/stat").read_text().split()[3])
 assert server != os.getpid(), "a fork of this process"
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     os.kill(server, number)
 loader.close()
-next(iter(build_eval_loader(config, (source,), 2, 0, 1, tokenizer)))
+next(iter(build_eval_loader(config, (source,), batch=2, world=world, tokenizer=tokenizer)))
 os.kill(server, 0)
 """
 
@@ -282,7 +289,7 @@ def test_a_mixture_holds_every_source(packed: Path, tmp_path: Path):
         Source(index=str(packed), dataset="refcoco", split_by="unc", split="train"),
         Source(index=f"{packed}/index.json", dataset="refcocog", split="val"),
     )
-    loader = train(config_of(packed, train=sources, mix="leaky"), global_batch=9)
+    loader = train(config_of(packed, train=sources, leaks="allow"), global_batch=9)
     names = Counter(row[1].rsplit("/", 2)[0] for step in steps_of(loader, 0, 2) for row in step)
     assert loader.samples == 18 and names == {"refcoco/unc": 16, "refcocog/umd": 2}
     assert loader.fingerprint != train(config_of(packed)).fingerprint
@@ -297,14 +304,20 @@ def test_other_wrong_settings(packed: Path):
     ):
         train(config_of(packed, canonical_nodes=4), global_batch=6, ranks=6)
     with pytest.raises(
-        InputError, match="data.canonical_nodes=17 is more than there are training samples, 16"
+        InputError, match="data.canonical_nodes=17 exceeds the number of training samples \(16\)"
     ):
         train(config_of(packed, canonical_nodes=17), global_batch=17)
-    tokenizer = open_tokenizer(config_of(packed))
+    vocabulary = str(packed / "vocab.txt")
     with pytest.raises(InputError, match="data.train is empty"):
-        build_train_loader(config_of(packed, train=()), 0, 2, None, 0, 1, tokenizer)
+        train(config_of(packed, train=(), tokenizer=vocabulary))
     with pytest.raises(InputError, match="data.evaluate"):
-        build_eval_loader(config_of(packed), (), 2, 0, 1, tokenizer)
+        build_eval_loader(
+            config_of(packed),
+            (),
+            batch=2,
+            world=world_of(),
+            tokenizer=open_tokenizer(config_of(packed)),
+        )
     with pytest.raises(InputError, match="no vocabulary"):
         open_tokenizer(DataConfig())
 
@@ -320,10 +333,10 @@ def test_a_small_cache_is_pointed_out(
     """One rank reads all the parts, each in a window of its own."""
     from dataclasses import replace
 
-    from coupalign.data import loader
+    from coupalign.data import build
 
     index = replace(read_index(packed), location="https://example.org/set")
-    monkeypatch.setattr(loader, "open_index", lambda location: index)
+    monkeypatch.setattr(build, "open_index", lambda location: index)
     needed = sum(sorted(shard.bytes for shard in index.shards)[-shards:])
     for spare, warned in ((-1, True), (1, False)):
         caplog.clear()
@@ -333,6 +346,7 @@ def test_a_small_cache_is_pointed_out(
             cache_dir=packed / "cache",
             shuffle_window=1,
             canonical_nodes=parts,
+            tokenizer=str(packed / "vocab.txt"),
         )
-        build_train_loader(config, 0, 2, None, 0, 1, Tokenizer.open(packed / "vocab.txt"))
+        train(config, global_batch=2)
         assert ("is less than the" in caplog.text) == warned

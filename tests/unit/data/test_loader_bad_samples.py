@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.data import loader as loader_module
+from coupalign.data import datasets
 from coupalign.data.index import read_index
 from coupalign.errors import InputError
 from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train
@@ -86,7 +86,7 @@ def test_how_many_are_read_side_by_side_changes_nothing(
     damage(packed, 72, part, DAMAGES[1][1])
     found = []
     for together in (1, 3, 8, 32):
-        monkeypatch.setattr(loader_module, "_SIDE_BY_SIDE", together)
+        monkeypatch.setattr(datasets, "GROUP_SIZE", together)
         loader = train(config_of(packed, bad_samples="skip", max_bad_share=1), 8)
         batches = [batches[0] for _, batches in islice(loader.steps_from(0), 6)]
         found.append(
@@ -134,4 +134,4 @@ def test_an_evaluation_never_leaves_a_sample_out(packed: Path):
         list(evaluate(config))
     damage(packed, 40961, "json", DAMAGES[2][1])
     with pytest.raises(InputError, match=r"40961.json"):
-        evaluate(config).words  # noqa: B018
+        evaluate(config).names_and_sentences  # noqa: B018

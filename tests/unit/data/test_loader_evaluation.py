@@ -39,14 +39,14 @@ def test_every_sentence_is_scored_and_every_rank_gives_the_same_number_of_batche
     assert {loader.samples for loader in loaders} == {17} and len(
         {loader.fingerprint for loader in loaders}
     ) == 1
-    names = [name for name, _ in loaders[0].words]
+    names = [name for name, _ in loaders[0].names_and_sentences]
     assert len(set(names)) == 17
     for part in batches:
         for one in part:
             assert len(one) <= batch and one.target is None
             for info in one.info:
                 assert (
-                    loaders[0].words[info.number] == (info.name, info.sentence)
+                    loaders[0].names_and_sentences[info.number] == (info.name, info.sentence)
                     and info.image is None
                 )
                 assert (
@@ -79,7 +79,9 @@ def test_pictures_come_where_asked_for(packed: Path):
 
 def test_a_limit_takes_evenly_spaced_samples(packed: Path):
     whole, few = evaluate(config_of(packed)), evaluate(config_of(packed), limit=5)
-    assert few.samples == 5 and few.words == tuple(whole.words[n] for n in (0, 3, 6, 10, 13))
+    assert few.samples == 5 and few.names_and_sentences == tuple(
+        whole.names_and_sentences[n] for n in (0, 3, 6, 10, 13)
+    )
     assert [info.number for batch in few for info in batch.info] == list(range(5))
     assert evaluate(config_of(packed), limit=99).samples == 17
 
@@ -111,7 +113,7 @@ def test_all_sentences_of_a_ref_joined_are_one_more_sample(packed: Path):
     infos = {info.number: info for batch in loader for info in batch.info}
     assert [
         (infos[number].name, infos[number].sentence) for number in range(loader.samples)
-    ] == list(loader.words)
+    ] == list(loader.names_and_sentences)
     for number in loader.members["concatenated"]:
         ref, _, last = infos[number].name.rpartition("/")
         own = [infos[n] for n in loader.members["each"] if infos[n].name.rpartition("/")[0] == ref]

@@ -21,6 +21,7 @@ from coupalign.data.order import (
     rank_slice,
 )
 from coupalign.errors import InputError
+from tests.unit.data.batches import world_of
 
 shards = st.lists(st.integers(0, 12), min_size=1, max_size=80).map(
     np.array
@@ -32,7 +33,7 @@ windows = st.integers(1, 9)
 def orders_of(
     shard_of_sample: np.ndarray, seed: int = 5, window: int = 3, parts: int = 1
 ) -> EpochOrders:
-    return EpochOrders(ShardLayout.of_samples(shard_of_sample), seed, window, parts)
+    return EpochOrders(ShardLayout.from_samples(shard_of_sample), seed, window, parts)
 
 
 def plain_epoch(
@@ -128,7 +129,10 @@ def test_every_sample_once_an_epoch_while_the_world_changes(
         if step % hold == 0:
             ranks = worlds[step // hold % len(worlds)]
             orders = orders_of(shard_of_sample, 5, window, parts)
-        own = [orders.step(step, size, rank_slice(size, rank, ranks)) for rank in range(ranks)]
+        own = [
+            orders.step(step, size, rank_slice(size, world_of(rank, ranks)))
+            for rank in range(ranks)
+        ]
         assert {len(keys) for keys in own} == {size // ranks}
         assert sum(own, []) == whole.step(step, size)
         seen.update(key for keys in own for key in keys)
@@ -166,7 +170,7 @@ def test_samples_move_inside_a_window_of_shards_only(shard_of_sample, window, pa
     assume(len(shard_of_sample) >= parts)
     orders = orders_of(shard_of_sample, 5, window, parts)
     for part in range(parts):
-        places = orders.window_places(0, part)
+        places = orders.window_bounds(0, part)
         held = []
         for first, stop in zip(places, places[1:]):
             ((epoch, numbers),) = orders.read(part, int(first), int(stop))
@@ -186,7 +190,7 @@ def test_a_node_reads_its_own_parts(nodes, parts_each, ranks_each, factor, share
     read = [set() for _ in range(nodes)]
     for rank in range(ranks):
         read[rank // ranks_each] |= {
-            part for part, _ in part_slices(size, parts, rank_slice(size, rank, ranks))
+            part for part, _ in part_slices(size, parts, rank_slice(size, world_of(rank, ranks)))
         }
     assert read == [set(range(node * parts_each, (node + 1) * parts_each)) for node in range(nodes)]
 
@@ -252,8 +256,8 @@ def test_over_the_epochs_a_sample_comes_to_every_part():
 def test_a_rank_builds_its_own_windows_only():
     """A billion samples: neither time nor memory depends on them, only on shards and one window."""
     tracemalloc.start()
-    orders = EpochOrders(ShardLayout.of_counts(np.full(10_000, 100_000)), 5, 2, 8)
-    keys = orders.step(1_000_000, 64, rank_slice(64, 3, 16))
+    orders = EpochOrders(ShardLayout.from_counts(np.full(10_000, 100_000)), 5, 2, 8)
+    keys = orders.step(1_000_000, 64, rank_slice(64, world_of(3, 16)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (
@@ -267,14 +271,14 @@ def test_a_rank_builds_its_own_windows_only():
 def test_an_order_of_sorted_samples_keeps_no_table():
     counts = np.array([3, 0, 1, 2])
     layouts = [
-        ShardLayout.of_counts(counts),
-        ShardLayout.of_samples(np.repeat(np.arange(4), counts)),
+        ShardLayout.from_counts(counts),
+        ShardLayout.from_samples(np.repeat(np.arange(4), counts)),
     ]
     for layout in layouts:
         assert (
             layout.numbers is None and layout.starts.tolist() == [0, 3, 4, 6] and len(layout) == 6
         )
-    mixed = ShardLayout.of_samples(np.array([7, 2, 7, 2, 4]))
+    mixed = ShardLayout.from_samples(np.array([7, 2, 7, 2, 4]))
     assert mixed.starts.tolist() == [0, 2, 3, 5] and mixed.numbers.tolist() == [1, 3, 4, 0, 2]
 
 
@@ -305,9 +309,9 @@ def test_ranks_that_cannot_share_a_batch_are_told_what_works():
     with pytest.raises(
         InputError, match=r"global_batch=32 cannot be shared evenly by 3 processes: use 30 or 33"
     ):
-        rank_slice(32, 0, 3)
+        rank_slice(32, world_of(0, 3))
     with pytest.raises(InputError, match=r"by 8 processes: use 8,"):
-        rank_slice(2, 0, 8)
+        rank_slice(2, world_of(0, 8))
 
 
 def test_parts_that_cannot_share_a_batch_are_told_what_works():
@@ -321,7 +325,7 @@ def test_parts_that_cannot_share_a_batch_are_told_what_works():
     with pytest.raises(InputError, match="data.canonical_nodes=12 parts: use 24 or 36"):
         orders_of(np.arange(40), parts=12).step(0, 32)
     with pytest.raises(
-        InputError, match="data.canonical_nodes=4 is more than there are training samples, 3"
+        InputError, match="data.canonical_nodes=4 exceeds the number of training samples \(3\)"
     ):
         orders_of(np.arange(3), parts=4)
 

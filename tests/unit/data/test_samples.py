@@ -15,7 +15,14 @@ from coupalign.data.build import open_tokenizer
 from coupalign.data.index import read_index
 from coupalign.data.samples import SampleReader
 from coupalign.data.shards import open_index
-from coupalign.data.table import ALL, RULES, build_table, evaluation_table, other_sentences, spread
+from coupalign.data.table import (
+    ALL,
+    RULES,
+    build_table,
+    evaluation_table,
+    evenly_spaced,
+    sentence_donors,
+)
 from coupalign.errors import InputError
 
 
@@ -57,7 +64,7 @@ def test_an_empty_split_and_an_unknown_set_are_refused(packed: Path, fields: dic
 def test_a_limit_is_spread_evenly():
     for samples in range(1, 40):
         for limit in range(1, 45):
-            taken = spread(samples, limit)
+            taken = evenly_spaced(samples, limit)
             assert len(set(taken)) == min(samples, limit) and taken[0] == 0 and taken[-1] < samples
 
 
@@ -69,7 +76,7 @@ def test_the_control_is_a_permutation_that_leads_to_other_images(packed: Path):
     for size in (2, 3, 5, 8, 20, len(table)):
         for _ in range(20):
             some = table.take(dice.choice(len(table), size, replace=False))
-            other, image = other_sentences(some), some.image_ids
+            other, image = sentence_donors(some), some.image_ids
             assert sorted(other) == list(range(size)) and (other != np.arange(size)).all()
             largest = np.unique(image, return_counts=True)[1].max()
             assert (image[other] == image).sum() == max(0, 2 * largest - size)
@@ -106,7 +113,7 @@ def test_the_control_exchanges_joined_sentences_among_themselves(packed: Path):
     table, members = evaluation_table(
         (Source(index=str(packed), split="train"),), (read_index(packed),), RULES
     )
-    other = other_sentences(table)
+    other = sentence_donors(table)
     assert sorted(other) == list(range(len(table)))
     for rule in ("each", "concatenated"):
         assert set(other[members[rule]]) == set(members[rule])
@@ -134,7 +141,7 @@ def test_sentences_about_a_photograph_share_its_decoding_and_nothing_else(
 
     def read(reader: SampleReader, number: int) -> tuple[np.ndarray, SampleInfo]:
         square = np.empty((64, 64, 3), np.uint8)
-        return square, reader.eval_sample(number, None, picture=True, image=square)
+        return square, reader.read_eval_sample(number, None, with_image=True, square=square)
 
     shared = SampleReader(config, table, tokenizer)
     found = [read(shared, number) for number in numbers]

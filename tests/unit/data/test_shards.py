@@ -19,10 +19,10 @@ import pytest
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import shards
-from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.index import ShardIndex, read_index
 from coupalign.data.shards import ShardStore, fetch, open_index, open_vocabulary
 from coupalign.errors import InputError
+from tests.unit.data.batches import train
 
 FORK = multiprocessing.get_context("fork")
 
@@ -325,7 +325,7 @@ def test_worker_processes_read_remote_shards(site: Site, packed: Path, tmp_path:
         config = DataConfig(
             train=(source,), image_size=32, workers=workers, cache_dir=tmp_path / "cache"
         )
-        loader = build_train_loader(config, 0, 4, 2, 0, 1, open_tokenizer(config))
+        loader = train(config, 4, 2)
         steps = [step for _, step in islice(loader.steps_from(0), 5)]
         loader.close()
         return [

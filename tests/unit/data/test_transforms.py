@@ -15,7 +15,6 @@ from PIL import Image, ImageFile
 from torch.nn.functional import interpolate
 
 from coupalign.data import masks
-from coupalign.data.batch import Frame
 from coupalign.data.transforms import (
     PADDING,
     decode_image,
@@ -238,7 +237,7 @@ def test_a_letterbox_is_padded_with_gray_and_leaves_no_room_as_it_was():
     pixels, frame = np.array(picture(30, 60)), frame_of(30, 60, 32, "letterbox")
     room = np.full((3, 32, 32, 3), 77, np.uint8)
     letterbox = image_to_square(pixels, frame, out=room[1])
-    inner = image_to_square(pixels, Frame(30, 60, 32, 0, 0, 32, 32))
+    inner = image_to_square(pixels, frame_of(30, 60, 32, "squash"))
     assert np.array_equal(letterbox, image_to_square(pixels, frame)) and (room[::2] == 77).all()
     assert (
         (letterbox[:8] == PADDING).all()

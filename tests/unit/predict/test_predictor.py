@@ -21,6 +21,7 @@ from coupalign.config.schema import Config, Source
 from coupalign.data.build import build_eval_loader
 from coupalign.data.packing.vocabulary import train_vocabulary
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.distributed.world import World
 from coupalign.engine.open_checkpoint import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
 from coupalign.evaluation.rows import read_rows
@@ -214,7 +215,12 @@ def test_the_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, prec
     infos = [
         info
         for batch in build_eval_loader(
-            config.data, data.evaluate, 3, 0, 1, predictor.tokenizer, images=True
+            config.data,
+            data.evaluate,
+            batch=3,
+            world=World(0, 1, 0, 1, torch.device("cpu")),
+            tokenizer=predictor.tokenizer,
+            images=True,
         )
         for info in batch.info
     ]
