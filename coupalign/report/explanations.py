@@ -1,14 +1,13 @@
-"""What a model looked at, drawn for the pictures that `keep_pictures` keeps.
+"""Draw what a model looked at, for the pictures that `save_pictures` writes.
 
-explain = explainer(model.eval(), tokenizer, config.data, device)
-keep_pictures(folder, evaluation, 8, explain)
+explain = build_explainer(model.eval(), tokenizer, config.data, device=device)
+save_pictures(folder, evaluation, 8, explain=explain)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,61 +19,83 @@ from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import frame_of, image_to_square
 from coupalign.evaluation.protocols import logits_at_original_size
 from coupalign.evaluation.shelf import Picture
-from coupalign.model.explain import explain_prediction
-from coupalign.report.drawing import heat_sheet
+from coupalign.model.explain import AttentionMaps, Explanation, explain_prediction
+from coupalign.report.drawing import LabeledMap, MapSection, heat_sheet
 
-_PROPOSALS = 6
-Section = tuple[str, list[tuple[str, np.ndarray]]]
+_MAX_PROPOSALS = 6
 
 
-def explainer(
-    model: nn.Module, tokenizer: Tokenizer, data: DataConfig, device: torch.device | str = "cpu"
+def build_explainer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Callable[[Picture], Image.Image | None]:
-    """A function that runs a model, in evaluation mode on `device`, on one picture and draws what it looked at.
+    """Return a function that runs the model on one picture and draws what it looked at.
 
-    It draws the masks that the sentence weights highest and, for each stage with an alignment, a heat map for each word;
-    None for a model that has neither. It runs on one process alone: the model must hold its whole weights there.
+    It draws the masks that the sentence weights highest and, for each stage with an alignment, one
+    heat map per word. It returns None for a model that has neither.
+
+    Args:
+        model: in evaluation mode, on `device`, with its whole weights: one process runs it alone.
     """
 
     def draw(picture: Picture) -> Image.Image | None:
         frame = frame_of(*picture.truth.shape, data.image_size, data.resize)
         square = image_to_square(picture.image, frame)
-        pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())[None]
+        image = torch.from_numpy(square.transpose(2, 0, 1).copy())[None]
         words, word_mask, _ = tokenizer.encode([picture.sentence], data.max_tokens)
-        found = explain_prediction(
-            model, pixels.to(device), words.to(device), word_mask.to(device), _PROPOSALS
+        explanation = explain_prediction(
+            model,
+            image.to(device),
+            words=words.to(device),
+            word_mask=word_mask.to(device),
+            proposals=_MAX_PROPOSALS,
         )
-        sections: list[Section] = []
-        if found.weights is not None and found.signals is not None:
-            labels = [f"{weight:.3f}" for weight in found.weights[0].tolist()]
-            sections.append(
-                (
-                    "Mask signals of the proposals that the sentence weights highest, with their weights (all proposals: 1; "
-                    f"they differ by {float(found.spread[0]):.1g} a pixel)",
-                    _labeled(labels, found.signals[0], frame),
-                )
-            )
+
+        sections: list[MapSection] = []
+        if explanation.weights is not None:
+            sections.append(_proposal_section(explanation, frame))
         tokens = [tokenizer.vocabulary[number] for number in words[0][word_mask[0]].tolist()]
-        for stage, attention in sorted(found.attention.items()):
-            maps = attention.over_words[0][: len(tokens)]
-            most = float(maps.max())
-            sections.append(
-                (
-                    f"Stage {stage + 1}: how much each pixel reads of each word (yellow: {most:.2f}, violet: 0)",
-                    _labeled(tokens, maps / max(most, 1e-12), frame),
-                )
-            )
+        for stage, attention in sorted(explanation.attention.items()):
+            sections.append(_stage_section(stage, attention, tokens, frame))
         return heat_sheet(picture.image, sections) if sections else None
 
     return draw
 
 
-def _labeled(labels: list[str], maps: Tensor, frame: Frame) -> list[tuple[str, np.ndarray]]:
-    """Maps [n, h, w] of the square input as maps [H, W] of the photograph, with their labels."""
+def _proposal_section(explanation: Explanation, frame: Frame) -> MapSection:
+    """Draw the mask signals of the proposals with the highest weights."""
+    heading = (
+        "Mask signals of the proposals that the sentence weights highest, with their weights "
+        f"(all proposals: 1; they differ by {float(explanation.spread[0]):.1g} a pixel)"
+    )
+    labels = [f"{weight:.3f}" for weight in explanation.weights[0].tolist()]
+    return heading, _label_maps(labels, explanation.signals[0], frame)
+
+
+def _stage_section(
+    stage: int, attention: AttentionMaps, tokens: Sequence[str], frame: Frame
+) -> MapSection:
+    """Draw how much each pixel reads of each word; the largest value of the stage is yellow."""
+    maps = attention.over_words[0][: len(tokens)]
+    largest = float(maps.max())
+    heading = (
+        f"Stage {stage + 1}: how much each pixel reads of each word "
+        f"(yellow: {largest:.2f}, violet: 0)"
+    )
+    return heading, _label_maps(tokens, maps / max(largest, 1e-12), frame)
+
+
+def _label_maps(labels: Sequence[str], maps: Tensor, frame: Frame) -> list[LabeledMap]:
+    """Resize maps [n, h, w] of the square input to the image [H, W], with their labels."""
+    size = (frame.size, frame.size)
     squares = functional.interpolate(
-        maps[None].float(), size=(frame.size, frame.size), mode="bilinear", align_corners=False
+        maps[None].float(), size=size, mode="bilinear", align_corners=False
     )[0]
-    return [
-        (label, logits_at_original_size(one, frame).cpu().numpy())
-        for label, one in zip(labels, squares, strict=True)
-    ]
+
+    labeled = []
+    for label, square in zip(labels, squares, strict=True):
+        labeled.append((label, logits_at_original_size(square, frame).cpu().numpy()))
+    return labeled

@@ -1,15 +1,15 @@
-"""Write the pictures of a scoring next to their list, and read them back.
+"""Write the pictures of a scoring next to their list, and read the list back.
 
 pictures/val/
-  pictures.json           [{"group": "best", "file": "best-1.png", "name": …, …}, …], see `Kept`
-  best-1.png …            sentence, photograph, truth, prediction, difference, boundaries
+  pictures.json           [{"group": "best", "file": "best-1.png", "name": …, …}, …], see
+                          `SavedPicture`
+  best-1.png …            sentence, image, truth, prediction, difference, boundaries
   best-1-why.png …        for a few: what the model looked at
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,24 +21,27 @@ from PIL import Image
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import boundary
 from coupalign.evaluation.shelf import Picture, choose_pictures
-from coupalign.files import whole_directory, write_json
+from coupalign.files import read_json, whole_directory, write_json
 from coupalign.report.drawing import intersection_over_union, sample_panels, with_heading
 
 if TYPE_CHECKING:
     from coupalign.evaluation.evaluator import Evaluation
 
-LIST = "pictures.json"
+LIST_NAME = "pictures.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SavedPicture:
-    """One line of pictures.json.
+    """One entry of pictures.json.
 
     Attributes:
         group: "best", "median", "worst" or "random".
-        file: the strip; its uppermost `heading` pixels are the sentence and the name, as words.
-        area, pixels: of the truth and of the image; 0 pixels: not known, the list is of an older version.
-        why: the file with what the model looked at, or "".
+        file: the strip. Its uppermost `heading` pixels show the sentence and the name.
+        name: "<dataset>/<split_by>/<ref_id>/<sent_id>".
+        area, pixels: of the truth and of the image. 0 pixels: not known, because the list was
+            written by an older version.
+        same_class: other objects of its class in the image; -1: not known.
+        why: the file that shows what the model looked at, or "".
     """
 
     group: str
@@ -57,106 +60,134 @@ class SavedPicture:
 def save_pictures(
     folder: Path,
     evaluation: Evaluation,
-    many: int,
+    per_group: int,
+    *,
     explain: Callable[[Picture], Image.Image | None] | None = None,
-    explained: int = 4,
+    explained_per_group: int = 4,
 ) -> list[Path]:
-    """Draw the chosen pictures of an evaluation into `folder`, which is replaced as a whole; returns the files.
+    """Draw the chosen pictures of an evaluation into `folder`; returns the files.
+
+    The folder is replaced as a whole.
 
     Args:
-        explain: draws what the model looked at, see `explanations.explainer`, for the first `explained` of each group; a
-            model that has nothing to show gives none.
+        explain: draws what the model looked at, see `explanations.build_explainer`. It returns
+            None for a model that has nothing to show.
+        explained_per_group: only the first few pictures of each group are explained.
     """
-    listed: list[SavedPicture] = []
+    saved: list[SavedPicture] = []
+    groups = choose_pictures(evaluation.pictures, evaluation.rows, per_group)
     with whole_directory(folder) as partial:
-        for group, pictures in choose_pictures(evaluation.pictures, evaluation.rows, many).items():
-            for place, picture in enumerate(pictures, 1):
-                why = explain(picture) if explain is not None and place <= explained else None
-                listed.append(_keep(partial, group, f"{group}-{place}", picture, why))
-        write_json(partial / LIST, [asdict(kept) for kept in listed])
-    return [folder / file for kept in listed for file in (kept.file, kept.why) if file]
-
-
-def _keep(
-    folder: Path, group: str, stem: str, picture: Picture, why: Image.Image | None
-) -> SavedPicture:
-    truth, prediction = picture.truth, picture.prediction
-    bands = _band(truth), _band(prediction)
-    edges = intersection_over_union(*bands) if picture.boundary is None else picture.boundary
-    area, pixels = int(truth.sum()), truth.size
-    facts = [
-        f"IoU {picture.iou:.3f}",
-        f"boundary IoU {edges:.3f}",
-        f"size {100 * area / pixels:.1f} % of the image",
-    ]
-    facts += [f"others of its class: {picture.same_class}"] if picture.same_class >= 0 else []
-    panels = sample_panels(picture.image, truth, prediction, bands, facts)
-    whole = with_heading(panels, picture.sentence, picture.name)
-    whole.save(folder / f"{stem}.png")
-    if why is not None:
-        why.save(folder / f"{stem}-why.png")
-    return SavedPicture(
-        group,
-        f"{stem}.png",
-        picture.name,
-        picture.sentence,
-        round(picture.iou, 6),
-        round(edges, 6),
-        area,
-        pixels,
-        picture.same_class,
-        whole.height - panels.height,
-        f"{stem}-why.png" if why is not None else "",
-    )
-
-
-def _band(mask: np.ndarray) -> np.ndarray:
-    return boundary(torch.from_numpy(np.ascontiguousarray(mask))).numpy()
+        for group, pictures in groups.items():
+            for number, picture in enumerate(pictures, 1):
+                why = None
+                if explain is not None and number <= explained_per_group:
+                    why = explain(picture)
+                saved.append(_save_picture(partial, group, number, picture, why))
+        write_json(partial / LIST_NAME, [asdict(entry) for entry in saved])
+    return [folder / file for file in _files_of(saved)]
 
 
 def read_pictures(folder: Path) -> dict[str, list[SavedPicture]]:
-    """The list of a folder of `keep_pictures` by group, in its order; empty where there is no such folder.
+    """Read the list of a folder of `save_pictures` by group, in its order.
+
+    Empty if there is no such folder.
 
     Raises:
         InputError: the list is damaged, or a file of it is missing.
     """
-    path = folder / LIST
+    path = folder / LIST_NAME
     if not path.is_file():
         return {}
+
+    entries = read_json(path, "the list that `coupalign eval --pictures` writes")
     groups: dict[str, list[SavedPicture]] = {}
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8")):
-            kept = _kept(entry)
-            groups.setdefault(kept.group, []).append(kept)
+        for entry in entries:
+            saved = _parse_entry(entry)
+            groups.setdefault(saved.group, []).append(saved)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error}); score with --pictures again") from None
-    files = [
-        file
-        for group in groups.values()
-        for kept in group
-        for file in (kept.file, kept.why)
-        if file
-    ]
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise InputError(
-            f"{folder / missing[0]}: listed in {LIST} but not there; score with --pictures again"
-        )
+
+    for pictures in groups.values():
+        for file in _files_of(pictures):
+            if not (folder / file).is_file():
+                raise InputError(
+                    f"{folder / file}: missing, though {LIST_NAME} lists it; "
+                    "score with --pictures again"
+                )
     return groups
 
 
-def _kept(entry: dict[str, Any]) -> SavedPicture:
-    """A line of the list; lists of older versions lack the later fields."""
-    boundary = entry.get("boundary")
+def _save_picture(
+    folder: Path, group: str, number: int, picture: Picture, why: Image.Image | None
+) -> SavedPicture:
+    """Draw one picture, and `why` if there is one, as <group>-<number>.png."""
+    truth, prediction = picture.truth, picture.prediction
+    bands = _boundary_of(truth), _boundary_of(prediction)
+    boundary_iou = picture.boundary
+    if boundary_iou is None:
+        boundary_iou = intersection_over_union(*bands)
+
+    area, pixels = int(truth.sum()), truth.size
+    facts = [
+        f"IoU {picture.iou:.3f}",
+        f"boundary IoU {boundary_iou:.3f}",
+        f"size {100 * area / pixels:.1f} % of the image",
+    ]
+    if picture.same_class >= 0:
+        facts.append(f"others of its class: {picture.same_class}")
+
+    panels = sample_panels(picture.image, truth, prediction, bands=bands, facts=facts)
+    strip = with_heading(panels, picture.sentence, picture.name)
+    file = f"{group}-{number}.png"
+    strip.save(folder / file)
+
+    why_file = ""
+    if why is not None:
+        why_file = f"{group}-{number}-why.png"
+        why.save(folder / why_file)
+
     return SavedPicture(
-        str(entry["group"]),
-        str(entry["file"]),
-        str(entry["name"]),
-        str(entry["sentence"]),
-        float(entry["iou"]),
-        None if boundary is None else float(boundary),
-        int(entry.get("area", 0)),
-        int(entry.get("pixels", 0)),
-        int(entry.get("same_class", -1)),
-        int(entry.get("heading", 0)),
-        str(entry.get("why", "")),
+        group=group,
+        file=file,
+        name=picture.name,
+        sentence=picture.sentence,
+        iou=round(picture.iou, 6),
+        boundary=round(boundary_iou, 6),
+        area=area,
+        pixels=pixels,
+        same_class=picture.same_class,
+        heading=strip.height - panels.height,
+        why=why_file,
+    )
+
+
+def _boundary_of(mask: np.ndarray) -> np.ndarray:
+    return boundary(torch.from_numpy(np.ascontiguousarray(mask))).numpy()
+
+
+def _files_of(pictures: Iterable[SavedPicture]) -> list[str]:
+    files = []
+    for picture in pictures:
+        files.append(picture.file)
+        if picture.why:
+            files.append(picture.why)
+    return files
+
+
+def _parse_entry(entry: dict[str, Any]) -> SavedPicture:
+    """Parse one entry of the list. Lists of older versions lack the later fields."""
+    boundary_iou = entry.get("boundary")
+    return SavedPicture(
+        group=str(entry["group"]),
+        file=str(entry["file"]),
+        name=str(entry["name"]),
+        sentence=str(entry["sentence"]),
+        iou=float(entry["iou"]),
+        boundary=None if boundary_iou is None else float(boundary_iou),
+        area=int(entry.get("area", 0)),
+        pixels=int(entry.get("pixels", 0)),
+        same_class=int(entry.get("same_class", -1)),
+        heading=int(entry.get("heading", 0)),
+        why=str(entry.get("why", "")),
     )

@@ -23,7 +23,7 @@ from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.evaluation.rows import rows_path
 from coupalign.files import write_json
 from coupalign.model.base import ReferringModel
-from coupalign.report.explanations import explainer
+from coupalign.report.explanations import build_explainer
 from coupalign.report.pictures import save_pictures
 from coupalign.scoring.splits import Infer, score_split, split_names
 from coupalign.tracking import open_tracker
@@ -94,12 +94,12 @@ def score_checkpoint(
             for one in scores[split].values():
                 _keep(config.directory, checkpoint, split, one)
             if pictures:
-                explain = explainer(model, tokenizer, config.data, world.device)
+                explain = build_explainer(model, tokenizer, config.data, device=world.device)
                 save_pictures(
                     config.directory / "pictures" / split,
                     next(iter(evaluations.values())),
                     pictures,
-                    explain,
+                    explain=explain,
                 )
         if scores:
             split, first = next(

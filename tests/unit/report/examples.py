@@ -133,8 +133,8 @@ def write_run(folder: Path, many: int = 2) -> Path:
         folder / "pictures" / "val",
         evaluation,
         many,
-        lambda picture: Image.fromarray(picture.image),
-        explained=1,
+        explain=lambda picture: Image.fromarray(picture.image),
+        explained_per_group=1,
     )
     (folder / "config.yaml").write_text(f"name: demo # {EVIL}\n")
     return folder

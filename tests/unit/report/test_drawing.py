@@ -75,7 +75,7 @@ def test_panels_are_at_least_256_and_at_most_480_pixels(shape: tuple[int, int]) 
     scale = min(max(max(shape), 256), 480) / max(shape)
     width = max(1, round(shape[1] * scale))
     assert (
-        viz.sample_panels(image, mask, mask, (mask, mask), ["IoU 1"]).width
+        viz.sample_panels(image, mask, mask, bands=(mask, mask), facts=["IoU 1"]).width
         == 3 * width + 4 * viz.GAP
     )
     assert viz.sample_panels(image, None, mask).width == 2 * width + 3 * viz.GAP
@@ -84,7 +84,7 @@ def test_panels_are_at_least_256_and_at_most_480_pixels(shape: tuple[int, int]) 
 def test_boundaries_have_a_panel_where_they_are_given(image: np.ndarray, mask: np.ndarray) -> None:
     bands = mask, np.zeros_like(mask)
     with_bands, without = (
-        np.asarray(viz.sample_panels(image, mask, mask, given)) for given in (bands, None)
+        np.asarray(viz.sample_panels(image, mask, mask, bands=given)) for given in (bands, None)
     )
     assert (
         with_bands.shape == without.shape

@@ -15,7 +15,7 @@ from coupalign.data.tokenizer import SPECIAL, Tokenizer
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import boundary
 from coupalign.model.build import build_model
-from coupalign.report.explanations import explainer
+from coupalign.report.explanations import build_explainer
 from coupalign.report.pictures import read_pictures, save_pictures
 from tests.unit.report.examples import evaluation_of
 
@@ -78,7 +78,9 @@ def test_the_first_of_each_group_are_explained(tmp_path: Path):
         asked.append(picture.number)
         return Image.fromarray(picture.image) if picture.number % 2 else None
 
-    files = save_pictures(tmp_path / "val", evaluation_of(), 3, explain, explained=2)
+    files = save_pictures(
+        tmp_path / "val", evaluation_of(), 3, explain=explain, explained_per_group=2
+    )
     groups = read_pictures(tmp_path / "val")
     assert len(asked) == 4 * 2 and all(
         not kept.why for entries in groups.values() for kept in entries[2:]
@@ -107,7 +109,7 @@ def test_a_model_is_explained_on_the_photograph(resize: str, tmp_path: Path):
         {**ENCODERS, "decoder": {"width": 32}, "proposals": {"count": 3, "layers": 1, "ffn": 32}}
     )
     picture = evaluation_of().pictures[1]  # "left one": four tokens
-    draw = explainer(build_model(config, len(tokenizer), 64).eval(), tokenizer, data)
+    draw = build_explainer(build_model(config, len(tokenizer), 64).eval(), tokenizer, data)
     sheet = draw(picture)
     rows = 1 + 4  # the proposals, and four stages of one row of words
     assert sheet.width == 4 * 160 + 5 * 8 and rows * 107 < sheet.height < rows * 180
@@ -117,12 +119,12 @@ def test_a_model_is_explained_on_the_photograph(resize: str, tmp_path: Path):
         len(tokenizer),
         64,
     )
-    assert explainer(lavt.eval(), tokenizer, data)(picture) is None
+    assert build_explainer(lavt.eval(), tokenizer, data)(picture) is None
 
 
 def test_damaged_pictures_are_named(tmp_path: Path):
     files = save_pictures(
-        tmp_path / "val", evaluation_of(), 1, lambda picture: Image.fromarray(picture.image)
+        tmp_path / "val", evaluation_of(), 1, explain=lambda picture: Image.fromarray(picture.image)
     )
     for file in files[:2]:  # a strip and an explanation
         content = file.read_bytes()
