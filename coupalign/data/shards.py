@@ -1,15 +1,16 @@
-"""Where a sample's bytes come from: a shard on disk, read in place, or one fetched once into a verified local cache.
+"""Read bytes of shards: from local disk in place, or from a remote shard fetched once into a cache.
 
     store = ShardStore(open_index("s3://bucket/refcoco"), cache_dir, cache_bytes)
     data = store.read(shard, offset, length)
 
 The cache is a flat folder that all processes of a node share:
 
-    <sha256>.tar                  a whole, verified shard; its time stamp says when it was last opened
-    <sha256>.<bytes>.partial      one that is being fetched; its final size is taken as used from the start
-    <sha256>.lock, cache.lock     flock: one process fetches a shard, one at a time makes room
+    <sha256>.tar                a complete, verified shard; its time stamp is that of its last use
+    <sha256>.<bytes>.partial    a shard being fetched; counted with its final size from the start
+    <sha256>.lock               flock: one process fetches a shard
+    cache.lock                  flock: one process at a time makes room
 
-A shard in use is one whose file is open under a shared flock; it is never thrown out.
+A shard is in use while a process has its file open under a shared flock. It is not evicted then.
 """
 
 from __future__ import annotations
@@ -33,47 +34,64 @@ from coupalign.files import sha256_of, user_cache, whole_file
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ATTEMPTS = 4
-FIRST_DELAY = 0.5  # seconds before the second attempt; doubled before each further one
-SILENCE_S = 60.0  # without a byte, after which an attempt has failed
-_OPEN_LOCAL = 64  # files a process keeps open
-_OPEN_CACHED = 2  # the same for cached shards, which cannot be thrown out while they are open
-_CANNOT_MEND = (FileNotFoundError, PermissionError, ImportError)
+MAX_ATTEMPTS = 4
+FIRST_DELAY_S = 0.5  # before the second attempt; doubled before each further one
+SILENCE_TIMEOUT_S = 60.0  # an attempt has failed after so long without a byte
+
+MAX_OPEN_LOCAL = 64  # files that a process keeps open
+MAX_OPEN_CACHED = 2  # cached shards that a process keeps open, which therefore cannot be evicted
+
+# Errors that do not go away by themselves.
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, ImportError)
+PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410)
 
 
 def is_remote(location: str) -> bool:
-    """Whether `location` is an address (http, https, s3 …) and not a path."""
+    """Return whether `location` is an address (http, https, s3, ...) and not a path."""
     return "://" in location and not location.startswith("file://")
 
 
 def open_index(location: str) -> ShardIndex:
-    """Read the index of a shard directory, given the directory or its index.json: a path, http(s):// or s3:// address.
+    """Read the index of a shard directory.
+
+    Args:
+        location: the directory or its index.json; a path, or an http(s):// or s3:// address.
 
     Raises:
-        InputError: there is none, it cannot be fetched, or it is not one of ours.
+        InputError: there is no index, it cannot be fetched, or it is not one of ours.
     """
     if not is_remote(location):
         return read_index(location.removeprefix("file://"))
+
     prefix = location.rstrip("/").removesuffix("/index.json")
     return read_index(prefix, fetch(f"{prefix}/index.json"))
 
 
 def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
-    """The vocabulary file that was learned when the shards were packed; a remote one is copied to the cache."""
+    """Return the vocabulary file that was trained when the shards were packed.
+
+    A remote one is copied to the cache.
+
+    Raises:
+        InputError: the shards have no vocabulary, it cannot be fetched, or it is another one.
+    """
     if index.vocabulary is None:
         raise InputError(
             f"{index.location} was packed without a vocabulary: name a tokenizer in data.tokenizer"
         )
     if not is_remote(index.location):
         return Path(index.location) / index.vocabulary
+
     address = f"{index.location}/{index.vocabulary}"
     data = fetch(address)
-    found = hashlib.sha256(data).hexdigest()
-    if found != (index.vocabulary_sha256 or found):
+    sha256 = hashlib.sha256(data).hexdigest()
+    if index.vocabulary_sha256 not in (None, "", sha256):
         raise InputError(
-            f"{address} is not the vocabulary of its index (sha256 {found}, not {index.vocabulary_sha256})"
+            f"{address} is not the vocabulary of its index "
+            f"(sha256 {sha256}, not {index.vocabulary_sha256}). Upload it or the index again"
         )
-    path = (cache_dir or default_cache()) / f"{found}.vocab.txt"
+
+    path = (cache_dir or default_cache()) / f"{sha256}.vocab.txt"
     if not path.is_file():
         with whole_file(path) as file:
             file.write(data)
@@ -81,66 +99,85 @@ def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
 
 
 def default_cache() -> Path:
-    """In the user's cache folder."""
+    """Return the folder for fetched shards, in the user's cache folder."""
     return user_cache("shards")
 
 
+def fetch(url: str) -> bytes:
+    """Fetch the bytes of a small remote file.
+
+    Raises:
+        InputError: it cannot be fetched.
+    """
+    return _with_retries(url, lambda: _file_system(url).cat_file(url))
+
+
 class ShardStore:
-    """Reads byte ranges of the shards of one index. Can be pickled and forked; files are opened when they are needed."""
+    """Reads byte ranges of the shards of one index.
+
+    It can be pickled and forked. Files are opened when they are needed.
+    """
 
     def __init__(
         self, index: ShardIndex, cache_dir: Path | None = None, cache_bytes: float = 100e9
     ) -> None:
         self._shards = index.shards
         self._addresses = tuple(index.address(shard) for shard in range(len(index.shards)))
-        self._cache = (
-            ShardCache(cache_dir or default_cache(), cache_bytes)
-            if is_remote(index.location)
-            else None
-        )
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._cache: ShardCache | None = None
+        if is_remote(index.location):
+            self._cache = ShardCache(cache_dir or default_cache(), cache_bytes)
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, latest last
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` of a shard.
+        """Read `length` bytes of a shard from `offset` on.
 
         Raises:
             InputError: the shard is missing or cannot be fetched whole.
             ValueError: it ends before those bytes.
         """
-        data = os.pread(self._handle(shard), length, offset)
+        data = os.pread(self._descriptor(shard), length, offset)
         if len(data) != length:
             raise ValueError(
-                f"the shard is cut short: {length} bytes at {offset}, of which {len(data)} are there"
+                f"the shard is cut short: {length} bytes are needed at {offset}, "
+                f"{len(data)} are there"
             )
         return data
 
     def address(self, shard: int) -> str:
-        """The path or address of a shard."""
+        """Return the path or address of a shard."""
         return self._addresses[shard]
 
     def close(self) -> None:
-        """Close all files; a later read opens them again."""
+        """Close all files. A later read opens them again."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            _, descriptor = self._open.popitem()
+            os.close(descriptor)
 
-    def _handle(self, shard: int) -> int:
+    def _descriptor(self, shard: int) -> int:
+        """Return an open file of a shard. Closes the one unused longest if there are too many."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        while len(self._open) >= (_OPEN_CACHED if self._cache else _OPEN_LOCAL):
-            os.close(self._open.popitem(last=False)[1])
+
+        max_open = MAX_OPEN_CACHED if self._cache else MAX_OPEN_LOCAL
+        while len(self._open) >= max_open:
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest)
+
+        self._open[shard] = self._open_file(shard)
+        return self._open[shard]
+
+    def _open_file(self, shard: int) -> int:
+        address = self._addresses[shard]
         if self._cache:
-            handle = self._cache.open(self._addresses[shard], self._shards[shard])
-        else:
-            try:
-                handle = os.open(self._addresses[shard], os.O_RDONLY)
-            except OSError as error:
-                raise InputError(
-                    f"shard {self._addresses[shard]} cannot be opened: {error.strerror}; "
-                    "`coupalign verify` shows what else is missing"
-                ) from error
-        self._open[shard] = handle
-        return handle
+            return self._cache.open(address, self._shards[shard])
+        try:
+            return os.open(address, os.O_RDONLY)
+        except OSError as error:
+            raise InputError(
+                f"shard {address} cannot be opened: {error.strerror}; "
+                "`coupalign verify` shows what else is missing"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -151,36 +188,47 @@ class ShardStore:
 
 
 class ShardCache:
-    """Fetched shards below `limit` bytes; the one unused longest goes first. Safe for many processes on one file system."""
+    """A folder of fetched shards, at most `limit` bytes of them.
+
+    Evicts the shard that was unused longest. Safe for many processes on one file system.
+    """
 
     def __init__(self, directory: Path, limit: float) -> None:
         self.directory = Path(directory).expanduser()
         self.limit = limit
 
     def open(self, url: str, shard: Shard) -> int:
-        """A file descriptor of the whole, verified shard, under a shared lock until it is closed.
+        """Open a shard, and fetch it first if it is not in the cache.
+
+        Returns:
+            a file descriptor of the complete, verified shard, under a shared lock until closed.
 
         Raises:
-            InputError: it cannot be fetched, has another sha256 than its index says, or does not fit in the cache.
+            InputError: it cannot be fetched, its SHA-256 is not that of the index, or it does not
+                fit in the cache.
         """
         path = self.directory / f"{shard.sha256}.tar"
         while True:
             try:
-                handle = os.open(path, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                self._bring(url, shard, path)
+                self._fetch(url, shard, path)
                 continue
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            if os.fstat(handle).st_nlink:
-                os.utime(path)
-                return handle
-            os.close(handle)  # it was thrown out between open and flock
 
-    def _bring(self, url: str, shard: Shard, path: Path) -> None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink:
+                os.utime(path)
+                return descriptor
+
+            # Another process evicted it between open and flock.
+            os.close(descriptor)
+
+    def _fetch(self, url: str, shard: Shard, path: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if path.exists():  # another process was faster
                 return
+
             partial = path.with_suffix(f".{shard.bytes}.partial")
             try:
                 self._make_room(partial, shard)
@@ -190,90 +238,87 @@ class ShardCache:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, partial: Path, shard: Shard) -> None:
-        """Create `partial`, which counts with its final size, and throw out old shards until everything fits."""
+        """Create `partial`, then evict old shards until everything fits."""
         with _locked(self.directory / "cache.lock"):
             partial.touch()
             for other in self.directory.glob("*.partial"):
-                _remove_abandoned(other, besides=partial)
+                if other != partial:
+                    _remove_if_abandoned(other)
+
+            # A partial file counts with its final size, which is in its name.
             used = sum(int(other.suffixes[-2][1:]) for other in self.directory.glob("*.partial"))
-            whole = sorted(
-                (path.stat().st_mtime_ns, path.stat().st_size, path)
-                for path in self.directory.glob("*.tar")
-            )
-            used += sum(size for _, size, _ in whole)
-            for _, size, path in whole:
+            complete = []
+            for path in self.directory.glob("*.tar"):
+                status = path.stat()
+                complete.append((status.st_mtime_ns, status.st_size, path))
+                used += status.st_size
+
+            for _, size, path in sorted(complete):
                 if used <= self.limit:
                     return
-                if _remove_unused(path):
+                if _remove_if_unused(path):
                     used -= size
+
             if used > self.limit:
                 raise InputError(
-                    f"the shard cache {self.directory} is full: {used / 1e9:.3f} GB are in use or needed for shard "
-                    f"{shard.url}, data.cache_gb allows {self.limit / 1e9:.3f}; raise it"
+                    f"the shard cache {self.directory} is full: {used / 1e9:.3f} GB are in use or "
+                    f"needed for shard {shard.url}, data.cache_gb allows {self.limit / 1e9:.3f}; "
+                    "raise it"
                 )
 
 
-# ------------------------------------------------------------------------------------------------------ the network
-
-
-def fetch(url: str) -> bytes:
-    """The bytes of a small remote file."""
-    return _persist(url, lambda: _file_system(url).cat_file(url))
+# --------------------------------------------------------------------------------- the network
 
 
 def _download(url: str, shard: Shard, partial: Path) -> None:
-    """Fetch a shard to `partial` and verify it; one that arrives wrong is fetched a second time."""
+    """Fetch a shard to `partial` and verify it. One that arrives wrong is fetched a second time."""
     for last in (False, True):
-        _persist(url, lambda: _file_system(url).get_file(url, str(partial)))
+        _with_retries(url, lambda: _file_system(url).get_file(url, str(partial)))
+
         size = partial.stat().st_size
-        found = sha256_of(partial) if size == shard.bytes else None
-        if found == shard.sha256:
-            return
-        problem = (
-            f"{size} bytes instead of {shard.bytes}"
-            if found is None
-            else f"sha256 {found} instead of {shard.sha256}"
-        )
-        log.warning(
-            "shard %s from %s arrived with %s%s",
-            shard.url,
-            url,
-            problem,
-            "" if last else "; fetching it again",
-        )
+        if size != shard.bytes:
+            problem = f"{size} bytes instead of {shard.bytes}"
+        else:
+            sha256 = sha256_of(partial)
+            if sha256 == shard.sha256:
+                return
+            problem = f"sha256 {sha256} instead of {shard.sha256}"
+
+        again = "" if last else "; fetching it again"
+        log.warning("shard %s from %s arrived with %s%s", shard.url, url, problem, again)
+
     raise InputError(
         f"shard {shard.url} at {url} is not the one its index describes: {problem}, twice. "
         "Upload the shard or the index again (`coupalign verify` on the source finds the wrong one)"
     )
 
 
-def _persist(url: str, act: Callable[[], T]) -> T:
-    """Do `act`; on a failure that may pass, again after a growing pause."""
-    for attempt in range(1, ATTEMPTS + 1):
+def _with_retries(url: str, request: Callable[[], T]) -> T:
+    """Make a request, and repeat it after growing pauses if the failure may be temporary."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return act()
-        except Exception as error:  # each protocol's library has its own kinds
+            return request()
+        except Exception as error:  # each protocol's library has exceptions of its own
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
                     f"the disk of the shard cache is full, {url} does not fit: lower data.cache_gb"
                 ) from error
-            if isinstance(error, _CANNOT_MEND) or getattr(error, "status", 500) in (
-                400,
-                401,
-                403,
-                404,
-                405,
-                410,
-            ):
+            if _is_permanent(error):
                 raise InputError(f"{url} cannot be fetched: {reason}") from error
-            if attempt == ATTEMPTS:
+            if attempt == MAX_ATTEMPTS:
                 raise InputError(
-                    f"{url} cannot be fetched, tried {ATTEMPTS} times: {reason}"
+                    f"{url} cannot be fetched, tried {MAX_ATTEMPTS} times: {reason}"
                 ) from error
-        log.warning("%s: attempt %d of %d failed (%s)", url, attempt, ATTEMPTS, reason)
-        time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
-    raise AssertionError
+
+        log.warning("%s: attempt %d of %d failed (%s)", url, attempt, MAX_ATTEMPTS, reason)
+        time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_permanent(error: Exception) -> bool:
+    status = getattr(error, "status", None)  # of an HTTP response
+    return isinstance(error, PERMANENT_ERRORS) or status in PERMANENT_STATUSES
 
 
 def _file_system(url: str) -> Any:
@@ -282,15 +327,15 @@ def _file_system(url: str) -> Any:
     scheme = url.partition("://")[0]
     if scheme not in ("http", "https"):
         return fsspec.filesystem(scheme)
+
     import aiohttp
 
-    patience = aiohttp.ClientTimeout(
-        total=None, sock_connect=30, sock_read=SILENCE_S
-    )  # the library's own: 5 minutes in all
-    return fsspec.filesystem(scheme, client_kwargs={"timeout": patience})
+    # The library's default gives up after 5 minutes in all, whether bytes arrive or not.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_TIMEOUT_S)
+    return fsspec.filesystem(scheme, client_kwargs={"timeout": timeout})
 
 
-# ------------------------------------------------------------------------------------------------------------ locks
+# --------------------------------------------------------------------------------------- locks
 
 
 @contextmanager
@@ -300,8 +345,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _remove_unused(path: Path) -> bool:
-    """Remove a shard that no process has open."""
+def _remove_if_unused(path: Path) -> bool:
+    """Remove a shard unless a process has it open. Returns whether it is gone."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,10 +358,8 @@ def _remove_unused(path: Path) -> bool:
     return True
 
 
-def _remove_abandoned(partial: Path, besides: Path) -> None:
-    """Remove what a killed process left; one that is being fetched is under its shard's lock."""
-    if partial == besides:
-        return
+def _remove_if_abandoned(partial: Path) -> None:
+    """Remove a partial file of a killed process. A living one holds the lock of its shard."""
     try:
         with open(partial.with_suffix("").with_suffix(".lock"), "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

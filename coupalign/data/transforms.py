@@ -196,7 +196,7 @@ def rle_to_square(rle: dict[str, Any], frame: Frame, mirrored: bool, out: np.nda
         raise ValueError(
             f"the mask is {tuple(rle['size'])}, its picture is {(frame.height, frame.width)}"
         )
-    inner = masks.sample(
+    inner = masks.decode_at(
         rle, _nearest(frame.height, frame.inner_height), _nearest(frame.width, frame.inner_width)
     )
     if inner.shape != out.shape:

@@ -18,8 +18,8 @@ from coupalign.data.index import (
     ImageEntry,
     RefEntry,
     Shard,
-    image_entry,
-    image_record,
+    image_from_json,
+    image_to_json,
     sample_key,
     tar_spans,
 )
@@ -129,7 +129,7 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
         _image_entry(sample, number, jpg, text)
         for sample, jpg, text in zip(layout.samples, spans[::2], spans[1::2], strict=True)
     )
-    records = [image_record(image) for image in images]
+    records = [image_to_json(image) for image in images]
     write_json(receipt, {"plan": fingerprint, "shard": vars(shard), "images": records})
     return WrittenShard(shard, images, reused=False)
 
@@ -141,7 +141,7 @@ def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard 
     record = json.loads(receipt.read_text(encoding="utf-8"))
     if record["plan"] != fingerprint or record["shard"]["sha256"] != sha256_of(file):
         return None
-    images = tuple(image_entry(image) for image in record["images"])
+    images = tuple(image_from_json(image) for image in record["images"])
     return WrittenShard(Shard(**record["shard"]), images, reused=True)
 
 

@@ -72,7 +72,6 @@ def test_the_location_may_be_a_directory_a_file_or_a_url(packed: Path) -> None:
         == "https://host/shards/shard-000001.tar"
         == read_index("https://host/shards", text).address(1)
     )
-    assert remote.vocabulary_address == "https://host/shards/vocab.txt"
     assert remote.images == index.images and remote.fingerprint == index.fingerprint
 
 
@@ -97,9 +96,9 @@ def test_an_index_of_another_version_names_both(packed: Path) -> None:
         (lambda tree: tree.update(format="other"), "not an index of coupalign-shards"),
         (lambda tree: tree.pop("images"), "damaged index .*images"),
         (lambda tree: tree["images"][0].update(shard=3), "damaged index"),
-        (lambda tree: tree["images"][0].update(shard=-1), "image 9 lies outside shard -1"),
-        (lambda tree: tree["images"][0].update(jpg=[512, 10**9]), "image 9 lies outside shard 0"),
-        (lambda tree: tree["images"][0].update(jpg=[-1, 9]), "is no place in a file"),
+        (lambda tree: tree["images"][0].update(shard=-1), "image 9 is outside shard -1"),
+        (lambda tree: tree["images"][0].update(jpg=[512, 10**9]), "image 9 is outside shard 0"),
+        (lambda tree: tree["images"][0].update(jpg=[-1, 9]), "is not an offset and a length"),
         (lambda tree: tree["images"][0].update(jpg=[1]), "damaged index"),
         (lambda tree: tree["shardlist"][0].update(url="../../etc/passwd"), "not a plain file name"),
         (lambda tree: tree.update(vocabulary="/etc/passwd"), "not a plain file name"),

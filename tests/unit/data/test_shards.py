@@ -67,7 +67,7 @@ class Site:
 
 @pytest.fixture
 def site(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(shards, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.01)
     site = Site(packed)
     yield site
     site.server.shutdown()
@@ -101,7 +101,7 @@ def test_a_local_shard_is_read_in_place(packed: Path):
 
 
 def test_few_files_stay_open(packed: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards, "_OPEN_LOCAL", 1)
+    monkeypatch.setattr(shards, "MAX_OPEN_LOCAL", 1)
     index = open_index(str(packed))
     store, before = ShardStore(index), len(os.listdir("/proc/self/fd"))
     for part in parts_of(index) * 2:
@@ -159,7 +159,7 @@ def test_a_server_in_trouble_is_asked_again(site: Site, tmp_path: Path):
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.01)
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     server.server_close()
     with pytest.raises(InputError, match="tried 4 times"):
@@ -170,7 +170,7 @@ def test_a_server_that_stalls_is_asked_again(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     index, over = open_index(site.url), threading.Event()
-    monkeypatch.setattr(shards, "SILENCE_S", 0.3)
+    monkeypatch.setattr(shards, "SILENCE_TIMEOUT_S", 0.3)
 
     def stall(name: str, times: int, body: bytes) -> tuple[int, bytes, int]:
         if times == 1:
@@ -297,7 +297,7 @@ def test_many_processes_share_a_cache(
     shards_that_fit: int,
     processes: int,
 ):
-    monkeypatch.setattr(shards, "_OPEN_CACHED", 1)
+    monkeypatch.setattr(shards, "MAX_OPEN_CACHED", 1)
     index = open_index(site.url)
     limit = shards_that_fit * max(shard.bytes for shard in index.shards)
     results = FORK.SimpleQueue()
@@ -344,7 +344,7 @@ def test_s3(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     boto3 = pytest.importorskip("boto3", reason="S3 is tested with boto3, which is not installed")
     pytest.importorskip("s3fs", reason="s3:// addresses need s3fs, which is not installed")
-    monkeypatch.setattr(shards, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.01)
     server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

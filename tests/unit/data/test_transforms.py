@@ -271,7 +271,7 @@ def test_a_mask_is_sampled_as_if_it_were_decoded(
     mask = np.random.default_rng(height + 99 * width).random((height, width)) < share
     frame, room = frame_of(height, width, size, resize), np.ones((size, size), bool)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "_SMALL", small)
+        patch.setattr(masks, "SMALL_MASK", small)
         rle_to_square(masks.encode(mask), frame, mirrored, room)
     assert np.array_equal(room, mask_to_square(mask, frame, mirrored))
 
