@@ -16,7 +16,7 @@ from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
 from coupalign.evaluation.metrics import METRICS, summarize
 from coupalign.evaluation.rows import Rows, rows_path, write_rows
-from coupalign.report.compare import compare, compare_rows, mcnemar, pair_rows
+from coupalign.report.compare import align_rows, compare, compare_rows, mcnemar_p_value
 from coupalign.tracking import open_tracker
 from coupalign.tracking.outbox import Outbox
 
@@ -64,15 +64,19 @@ def keep(run: Path, rows: Rows, split: str = "val", protocol: str = "ris-v1") ->
     ],
 )
 def test_mcnemar_by_hand(b: int, c: int, p: float):
-    assert mcnemar(b, c) == mcnemar(c, b) == p
+    assert mcnemar_p_value(b, c) == mcnemar_p_value(c, b) == p
 
 
 def test_mcnemar_equals_the_sum_and_holds_for_many_samples():
     for b in range(8):
         for c in range(8):
             tail = sum(Fraction(comb(b + c, heads), 2 ** (b + c)) for heads in range(min(b, c) + 1))
-            assert mcnemar(b, c) == float(min(Fraction(1), 2 * tail))
-    assert mcnemar(5000, 5000) == 1.0 and 0 < mcnemar(2400, 2600) < 0.01 and mcnemar(0, 5000) == 0.0
+            assert mcnemar_p_value(b, c) == float(min(Fraction(1), 2 * tail))
+    assert (
+        mcnemar_p_value(5000, 5000) == 1.0
+        and 0 < mcnemar_p_value(2400, 2600) < 0.01
+        and mcnemar_p_value(0, 5000) == 0.0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
@@ -137,8 +141,8 @@ def test_an_empty_union_counts_as_the_protocol_says():
     a, b = rows_of(1, 4), rows_of(1, 4)
     b.counts[0, 1:] = 0
     assert (
-        compare_rows(a, b, "one", 5).metrics["mIoU"].b
-        > compare_rows(a, b, "zero", 5).metrics["mIoU"].b
+        compare_rows(a, b, "one", bootstrap=5).metrics["mIoU"].b
+        > compare_rows(a, b, "zero", bootstrap=5).metrics["mIoU"].b
     )
 
 
@@ -148,7 +152,7 @@ def test_an_empty_union_counts_as_the_protocol_says():
 def test_the_order_of_the_rows_does_not_matter():
     a, b = rows_of(1), rows_of(2)
     shuffled = b.take(np.random.default_rng(0).permutation(len(b)))
-    first, second = pair_rows(a, shuffled)
+    first, second = align_rows(a, shuffled)
     assert first is a and second.names == b.names and second.counts.tolist() == b.counts.tolist()
 
 
@@ -156,11 +160,13 @@ def test_other_samples_are_refused_by_name_and_count():
     a = rows_of(1)
     with pytest.raises(
         InputError,
-        match=r"x and y were not scored on the same samples: 40 and 38, 2 and 0 .*refcoco/unc/1/3, only in x",
+        match=r"x and y were not scored on the same samples: 40 and 38 samples, 2 and 0 .*refcoco/unc/1/3, only in x",
     ):
-        pair_rows(a, a.take(np.asarray([*range(3), *range(5, 40)])), "x", "y")
-    with pytest.raises(InputError, match=r"39 and 40, 0 and 1 .*refcoco/unc/0/0, only in B"):
-        pair_rows(a.take(np.arange(1, 40)), a)
+        align_rows(a, a.take(np.asarray([*range(3), *range(5, 40)])), name_a="x", name_b="y")
+    with pytest.raises(
+        InputError, match=r"39 and 40 samples, 0 and 1 .*refcoco/unc/0/0, only in B"
+    ):
+        align_rows(a.take(np.arange(1, 40)), a)
 
 
 @pytest.mark.parametrize("field", ["area", "pixels", "image_ids"])
@@ -170,7 +176,7 @@ def test_other_truths_are_refused(field: str):
     with pytest.raises(
         InputError, match=f"2 samples differ in {field}, the first is refcoco/unc/3/7"
     ):
-        pair_rows(a, b)
+        align_rows(a, b)
 
 
 def test_another_protocol_is_refused(tmp_path: Path):
