@@ -69,7 +69,7 @@ def _proposal_section(explanation: Explanation, frame: Frame) -> MapSection:
     """Draw the mask signals of the proposals with the highest weights."""
     heading = (
         "Mask signals of the proposals that the sentence weights highest, with their weights "
-        f"(all proposals: 1; they differ by {float(explanation.spread[0]):.1g} a pixel)"
+        f"(all proposals: 1; the signals differ by {float(explanation.spread[0]):.1g} per pixel)"
     )
     labels = [f"{weight:.3f}" for weight in explanation.weights[0].tolist()]
     return heading, _label_maps(labels, explanation.signals[0], frame)

@@ -27,8 +27,8 @@ _MAX_WIDTH = 1100  # pixels; wider pictures are reduced
 _MAX_PNG_PIXELS = 200_000  # larger pictures are embedded as JPEG
 _JPEG_QUALITY = 88
 _NOTE = (
-    "Image, truth, prediction, the difference of the masks and of their boundaries; a click "
-    "enlarges. Best and worst are those of the samples that the first rank scored."
+    "Image, truth, prediction, the difference of the masks and of their boundaries. Click to "
+    "enlarge. Best and worst are chosen among the samples that rank 0 scored."
 )
 
 

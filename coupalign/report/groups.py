@@ -45,8 +45,7 @@ KINDS = {
     "others": GroupKind(
         "Other objects of its class",
         _OTHERS,
-        "How many the image holds beside the one that is meant: what the sentence "
-        "must tell it from.",
+        "Number of other objects of its class in the image, from which the sentence must tell it.",
     ),
 }
 _METRICS = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
