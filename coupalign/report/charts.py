@@ -73,6 +73,7 @@ def line_chart(
     lines = [_thin(points) for points in series.values()]
     plot = _Plot.around(lines, width, height)
 
+    # Title and axes below, then the lines, then the legend.
     parts = [f'<text class="name" x="{plot.left}" y="18">{escape(title)}</text>']
     parts += _axes(plot)
     for color, points in zip(cycle(_COLORS), lines):
@@ -123,10 +124,12 @@ class _Plot:
 
     def to_pixels(self, x: float, y: float) -> tuple[float, float]:
         xs, ys = self.x_ticks, self.y_ticks
-        inner_width = self.width - self.left - self.right
-        inner_height = self.height - self.top - self.bottom
-        across = self.left + (x - xs[0]) / (xs[-1] - xs[0]) * inner_width
-        down = self.height - self.bottom - (y - ys[0]) / (ys[-1] - ys[0]) * inner_height
+        x_share = (x - xs[0]) / (xs[-1] - xs[0])
+        y_share = (y - ys[0]) / (ys[-1] - ys[0])
+
+        # SVG counts y from the top.
+        across = self.left + x_share * (self.width - self.left - self.right)
+        down = self.height - self.bottom - y_share * (self.height - self.top - self.bottom)
         return across, down
 
 
@@ -167,7 +170,8 @@ def _thin(points: Points, limit: int = 200) -> Points:
     means = []
     for start in range(0, len(points), size):
         xs, ys = zip(*points[start : start + size])
-        means.append((sum(xs) / len(xs), sum(ys) / len(ys)))
+        count = len(xs)
+        means.append((sum(xs) / count, sum(ys) / count))
     return means
 
 
@@ -178,8 +182,12 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     """
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / about))
-    spacing = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / about)
+    for factor in (1, 2, 5, 10):
+        spacing = factor * power
+        if spacing >= span / about:
+            break
 
+    # Border values are ticks themselves, even if they are a rounding error off.
     first = math.floor(low / spacing + 1e-9)
-    last = math.ceil(high / spacing - 1e-9)
-    return [round(index * spacing, 12) for index in range(first, max(last, first + 1) + 1)]
+    last = max(first + 1, math.ceil(high / spacing - 1e-9))
+    return [round(index * spacing, 12) for index in range(first, last + 1)]

@@ -84,11 +84,10 @@ class Comparison:
         """Format everything as text; metrics in percent."""
         rows = []
         for name, metric in self.metrics.items():
+            a, b = f"{100 * metric.a:.2f}", f"{100 * metric.b:.2f}"
             difference = f"{100 * (metric.b - metric.a):+.2f}"
             interval = f"{100 * metric.low:+.2f} … {100 * metric.high:+.2f}"
-            rows.append(
-                [name, f"{100 * metric.a:.2f}", f"{100 * metric.b:.2f}", difference, interval]
-            )
+            rows.append([name, a, b, difference, interval])
         metrics = tabulate(
             rows,
             ["", "A %", "B %", "B - A", "95 % interval"],
@@ -165,6 +164,7 @@ def align_rows(a: Rows, b: Rows, *, name_a: str = "A", name_b: str = "B") -> tup
     Raises:
         InputError: they have different samples or different truths; names the first that differs.
     """
+    # The same samples: the order may differ.
     names_a, names_b = set(a.names), set(b.names)
     only_a = [name for name in a.names if name not in names_b]
     only_b = [name for name in b.names if name not in names_a]
@@ -178,6 +178,7 @@ def align_rows(a: Rows, b: Rows, *, name_a: str = "A", name_b: str = "B") -> tup
 
     indexes = {name: index for index, name in enumerate(b.names)}
     b = b.take(np.asarray([indexes[name] for name in a.names], dtype=np.int64))
+    # The same truths: other polygons or other images have another area or size.
     for field in ("image_ids", "pixels", "area"):
         in_a, in_b = getattr(a, field), getattr(b, field)
         different = np.flatnonzero(in_a != in_b)
@@ -223,10 +224,11 @@ def compare_rows(
     order = np.argsort(change, kind="stable")
 
     def examples(indexes: np.ndarray) -> tuple[Example, ...]:
-        return tuple(
-            Example(a.names[index], a.sentences[index], float(iou_a[index]), float(iou_b[index]))
-            for index in indexes
-        )
+        found = []
+        for index in indexes:
+            values = float(iou_a[index]), float(iou_b[index])
+            found.append(Example(a.names[index], a.sentences[index], *values))
+        return tuple(found)
 
     best, worst = order[::-1][:_MAX_EXAMPLES], order[:_MAX_EXAMPLES]
     return Comparison(

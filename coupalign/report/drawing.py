@@ -82,6 +82,8 @@ def difference(
     """
     _check(image, truth)
     _check(image, prediction)
+
+    # Fade the image, so that the colors of the masks stand out.
     gray = image.mean(2, keepdims=True) * 0.5 + 110
     drawn = np.repeat(gray, 3, 2).astype(np.float32)
 
@@ -269,8 +271,9 @@ def _border(mask: np.ndarray, thickness: int) -> np.ndarray:
 def _fit(array: np.ndarray, side: tuple[int, int] = PANEL_SIDE) -> np.ndarray:
     """Resize an image (bicubic) or mask (nearest), its longer side within `side`."""
     height, width = array.shape[:2]
-    scale = np.clip(max(height, width), *side) / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    longer = max(height, width)
+    scale = np.clip(longer, *side) / longer
+    size = [max(1, round(length * scale)) for length in (width, height)]
 
     is_mask = array.dtype == bool
     resampling = Image.Resampling.NEAREST if is_mask else Image.Resampling.BICUBIC

@@ -24,10 +24,11 @@ def read_scores(run: Path) -> dict[ScoreKey, Score]:
     Raises:
         InputError: there are no scores, or a file is damaged.
     """
-    # Longer names first: those of `coupalign eval` come before those of training.
-    files = sorted((run / "scores").glob("*.json"), key=lambda file: (-len(file.stem), file.stem))
+    files = list((run / "scores").glob("*.json"))
     if not files and (run / "score.json").is_file():
         files = [run / "score.json"]
+    # Longer names first: those of `coupalign eval` come before those of training.
+    files.sort(key=lambda file: (-len(file.stem), file.stem))
 
     scores: dict[ScoreKey, Score] = {}
     for file in files:
