@@ -62,7 +62,7 @@ class _Draft:
     info: SampleInfo
     record: RefRecord
     mirrored: bool
-    jitter: tuple[float, float, float] | None
+    jitter: transforms.Jitter | None
 
 
 class SampleReader:

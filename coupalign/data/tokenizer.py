@@ -1,14 +1,12 @@
-"""Words to numbers: the text encoder's own WordPiece tokenizer, or one whose vocabulary is learned at pack time.
+"""Sentences to token numbers, with a WordPiece tokenizer.
 
-The learned vocabulary is byte-pair merging over the counted words, ties broken by the alphabet, so that its bytes depend
-on nothing but the multiset of sentences: not on their order, on a hash seed or on the number of processes. (The trainer
-of the `tokenizers` library walks hash maps; it gives no such promise.)
+The tokenizer is the text encoder's own, or one whose vocabulary `coupalign pack` trained on the
+packed sentences (see `data/packing/vocabulary.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,44 +16,53 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from coupalign.errors import InputError
-from coupalign.files import whole_file, write_json
+from coupalign.files import read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     import torch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-MAX_WORD_CHARACTERS = 100  # characters; WordPiece calls anything longer unknown
-
-
-# ------------------------------------------------------------------------------------------------------ learning
-
-
-# ------------------------------------------------------------------------------------------------------- reading
+MIN_VOCABULARY = 10  # tokens
+MAX_WORD_CHARACTERS = 100  # WordPiece calls a longer word unknown
 
 
 class Tokenizer:
-    """A WordPiece tokenizer that frames a sentence as [CLS] … [SEP]; it can be pickled."""
+    """A WordPiece tokenizer that frames a sentence as [CLS] … [SEP]. It can be pickled.
+
+    Attributes:
+        source: the file, folder or hub name that it was opened from.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
         backend.no_truncation()
         backend.no_padding()
-        ids = [backend.token_to_id(token) for token in SPECIAL[:4]]
-        missing = [token for token, number in zip(SPECIAL, ids) if number is None]
+
+        needed = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+        missing = [token for token in needed if backend.token_to_id(token) is None]
         if missing:
             raise InputError(
-                f"tokenizer {source}: {', '.join(missing)} not in the vocabulary; it is no BERT tokenizer"
+                f"tokenizer {source}: {', '.join(missing)} not in the vocabulary; "
+                "it is no BERT tokenizer"
             )
-        if backend.get_vocab_size() < 10:
+        if backend.get_vocab_size() < MIN_VOCABULARY:
             raise InputError(
-                f"tokenizer {source}: a vocabulary of {backend.get_vocab_size()} is none; is vocab.txt whole?"
+                f"tokenizer {source}: its vocabulary has only {backend.get_vocab_size()} entries. "
+                "Is vocab.txt truncated?"
             )
+
         self.source = source
         self._backend = backend
-        self._pad, self._unknown, self._start, self._end = ids
+        self._pad = backend.token_to_id("[PAD]")
+        self._start = backend.token_to_id("[CLS]")
+        self._end = backend.token_to_id("[SEP]")
 
     @classmethod
     def open(cls, name: str | Path) -> Tokenizer:
-        """Read a folder (tokenizer.json, else vocab.txt), a vocabulary file, or a Hugging Face hub name.
+        """Open a tokenizer.
+
+        Args:
+            name: a folder (its tokenizer.json, else its vocab.txt), a vocabulary file, or a name on
+                the Hugging Face hub.
 
         Raises:
             InputError: there is nothing of that name, or it is no BERT tokenizer.
@@ -68,41 +75,43 @@ class Tokenizer:
                 if file.is_file():
                     return cls(_read_backend(file), source)
             raise InputError(f"tokenizer folder {path} holds neither tokenizer.json nor vocab.txt")
-        if (
+
+        # Do not ask the hub for what is meant as a path.
+        is_path = (
             source.startswith(("/", "./", "../", "~"))
             or source.count("/") > 1
             or path.suffix in (".txt", ".json")
-        ):
+        )
+        if is_path:
             raise InputError(f"tokenizer {source}: no such file or folder")
         return cls(_fetch_backend(source), source)
 
     def encode(
         self, sentences: Sequence[str], max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Number the words of `sentences`.
+        """Tokenize sentences, and cut or pad them to one length.
 
         Returns:
-            words int64 [B, max_tokens], padded with [PAD]; mask bool [B, max_tokens], true up to [SEP]; for each
-            sentence, whether it was longer and has been cut (its [SEP] is kept).
+            words: int64 [B, max_tokens], token numbers, padded with [PAD].
+            mask: bool [B, max_tokens], true up to and including [SEP].
+            cut: for each sentence, whether it was longer and has been cut. Its [SEP] is kept.
         """
         import torch
 
-        numbers = [
-            self._backend.encode(sentence, add_special_tokens=False).ids for sentence in sentences
-        ]
-        rows = [[self._start, *ids[: max_tokens - 2], self._end] for ids in numbers]
-        words = torch.tensor(
-            [row + [self._pad] * (max_tokens - len(row)) for row in rows], dtype=torch.int64
-        ).view(-1, max_tokens)
-        mask = (
-            torch.arange(max_tokens)
-            < torch.tensor([len(row) for row in rows], dtype=torch.int64)[:, None]
-        )
-        cut = [len(ids) > max_tokens - 2 for ids in numbers]
+        # [CLS], what fits, [SEP].
+        room = max_tokens - 2
+        pieces = [self._backend.encode(text, add_special_tokens=False).ids for text in sentences]
+        framed = [[self._start, *ids[:room], self._end] for ids in pieces]
+        cut = [len(ids) > room for ids in pieces]
+
+        padded = [ids + [self._pad] * (max_tokens - len(ids)) for ids in framed]
+        words = torch.tensor(padded, dtype=torch.int64).view(-1, max_tokens)
+        lengths = torch.tensor([len(ids) for ids in framed], dtype=torch.int64)
+        mask = torch.arange(max_tokens) < lengths[:, None]
         return words, mask, cut
 
     def tokens(self, sentence: str) -> list[str]:
-        """The pieces of `sentence`, without [CLS] and [SEP]."""
+        """Split a sentence into tokens, without [CLS] and [SEP]."""
         return self._backend.encode(sentence, add_special_tokens=False).tokens
 
     def __len__(self) -> int:
@@ -110,7 +119,7 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> list[str]:
-        """Every token, by its number; a number without a token is the empty string."""
+        """Every token, by its number. A number without a token is the empty string."""
         ids = self._backend.get_vocab()
         listed = [""] * (max(ids.values()) + 1)
         for token, number in ids.items():
@@ -119,19 +128,22 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary in the order of its numbers, hex."""
+        """SHA-256 of the vocabulary in the order of its numbers, in hex."""
         return hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json, vocab.txt and tokenizer_config.json, which `open` and `transformers` both read."""
+        """Write a folder that `open` and `transformers` both read.
+
+        It holds tokenizer.json, vocab.txt and tokenizer_config.json.
+        """
         folder = Path(folder)
         with whole_file(folder / "vocab.txt", "w") as file:
             file.write("".join(f"{token}\n" for token in self.vocabulary))
         with whole_file(folder / "tokenizer.json", "w") as file:
             file.write(self._backend.to_str(pretty=True))
-        lower = (
-            self._backend.normalizer is None or self._backend.normalizer.normalize_str("A") == "a"
-        )
+
+        normalizer = self._backend.normalizer
+        lower = normalizer is None or normalizer.normalize_str("A") == "a"
         write_json(
             folder / "tokenizer_config.json",
             {"tokenizer_class": "BertTokenizer", "do_lower_case": lower},
@@ -139,25 +151,32 @@ class Tokenizer:
 
 
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json, or a vocabulary with one token per line."""
     if file.suffix == ".json":
         try:
             return tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception
             raise InputError(f"tokenizer {file} cannot be read: {error}") from error
+
     tokens = file.read_text(encoding="utf-8").split("\n")
-    tokens = tokens[:-1] if tokens[-1] == "" else tokens
+    if tokens[-1] == "":  # after the last newline
+        tokens = tokens[:-1]
     numbers = {token: number for number, token in enumerate(tokens)}
+
     if len(numbers) != len(tokens):
-        twice = next(token for token, times in Counter(tokens).items() if times > 1)
+        repeated = next(token for token, times in Counter(tokens).items() if times > 1)
         raise InputError(
-            f"vocabulary {file}: {twice!r} is listed twice; the numbers after it would be wrong"
+            f"vocabulary {file}: {repeated!r} is listed twice; the numbers after it would be wrong"
         )
     if "[UNK]" not in numbers:
         raise InputError(
-            f"vocabulary {file}: [UNK] is missing; it is no BERT vocabulary (one token a line)"
+            f"vocabulary {file}: [UNK] is missing; it is no BERT vocabulary (one token per line)"
         )
+
     config = file.with_name("tokenizer_config.json")
-    lower = json.loads(config.read_text()).get("do_lower_case", True) if config.is_file() else True
+    lower = True
+    if config.is_file():
+        lower = read_json(config, "the settings of a tokenizer").get("do_lower_case", True)
     return _build_backend(numbers, lower)
 
 
@@ -172,7 +191,7 @@ def _build_backend(numbers: dict[str, int], lower: bool) -> tokenizers.Tokenizer
 
 
 def _fetch_backend(name: str) -> tokenizers.Tokenizer:
-    """The tokenizer of that name on the Hugging Face hub, or in its local cache."""
+    """Fetch a tokenizer from the Hugging Face hub, or from its local cache."""
     from coupalign.compat import prepare_torchvision
 
     prepare_torchvision()

@@ -1,7 +1,7 @@
-"""From a stored picture to the square model input, and the random changes of a training sample.
+"""From a stored image to the square model input, and the augmentation of a training sample.
 
-Pictures are taken as their pixels are stored: an EXIF orientation is ignored, because the annotations of COCO refer to
-the stored pixels.
+Images are used as their pixels are stored. An EXIF orientation is ignored, because the annotations
+of COCO refer to the stored pixels.
 """
 
 from __future__ import annotations
@@ -21,33 +21,35 @@ from coupalign.data import masks
 from coupalign.data.batch import Frame
 
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normalizes to about 0
-_ORDINARY = (
-    "YCbCr",
-    "RGB",
-    "Gray",
-)  # colors of a JPEG that libjpeg-turbo converts as Pillow does; CMYK differs by a level
-_REDUCING_GAP = (
-    2  # as Pillow's `thumbnail`: the rest of the way down hides what the decoder's own filter did
-)
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# Color spaces of a JPEG that libjpeg-turbo converts as Pillow does. CMYK differs by one level.
+EXACT_COLOR_SPACES = ("YCbCr", "RGB", "Gray")
+
+# A JPEG is decoded at no less than so many times the size that is needed, as in Pillow's
+# `thumbnail`. The resize that follows then hides what the decoder's own filter did.
+REDUCING_GAP = 2
+
+Jitter = tuple[float, float, float]  # factors of brightness, contrast and saturation
+
+
+# --------------------------------------------------------------------------------------- images
 
 
 def decode_image(data: bytes, frame: Frame | None = None) -> np.ndarray:
-    """Decode a JPEG or PNG to RGB; gray, palette and CMYK pictures are converted.
+    """Decode a JPEG or PNG to RGB. Gray, palette and CMYK images are converted.
 
-    libjpeg-turbo writes a flawless JPEG straight into the array. Whatever it objects to is Pillow's to judge, which stands on the same
-    library and gives the same pixels.
+    libjpeg-turbo writes a flawless JPEG straight into the array. If it objects to anything, Pillow
+    decides. It is built on the same library and gives the same pixels.
 
     Args:
-        frame: where the picture is to go. It is then decoded at a half, a quarter or an eighth of its size if that is still
-            `_REDUCING_GAP` times what is needed, in both directions.
+        frame: where the image goes. It is then decoded at a half, a quarter or an eighth of its
+            size, if that is still `REDUCING_GAP` times what is needed in both directions.
 
     Returns:
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: the bytes are no picture, the picture is cut short, or not of the size of `frame`.
+        ValueError: the bytes are no image, it is cut short, or it has another size than `frame`.
     """
     pixels, size = _decode_jpeg(data, frame) or _decode_any(data)
     if frame is not None and size != (frame.height, frame.width):
@@ -58,14 +60,22 @@ def decode_image(data: bytes, frame: Frame | None = None) -> np.ndarray:
 
 
 def _decode_jpeg(data: bytes, frame: Frame | None) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """The pixels and the full size (height, width), or None for all that is not an ordinary JPEG without a flaw."""
+    """Decode an ordinary JPEG without a flaw, else return None.
+
+    Returns:
+        the pixels, and the full size (height, width).
+    """
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if colors not in _ORDINARY or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        max_pixels = Image.MAX_IMAGE_PIXELS or math.inf
+        if colors not in EXACT_COLOR_SPACES or height * width > max_pixels:
             return None
-        by = 1 if frame is None else reduction(height, width, frame)
-        least = {"min_height": -(-height // by), "min_width": -(-width // by)} if by > 1 else {}
-        return simplejpeg.decode_jpeg(data, "RGB", **least), (height, width)
+
+        smaller = {}
+        factor = 1 if frame is None else reduction(height, width, frame)
+        if factor > 1:
+            smaller = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+        return simplejpeg.decode_jpeg(data, "RGB", **smaller), (height, width)
     except ValueError:
         return None
 
@@ -79,13 +89,16 @@ def _decode_any(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def reduction(height: int, width: int, frame: Frame) -> int:
-    """By how much a JPEG of that size is decoded smaller on its way into `frame`: 1, 2, 4 or 8."""
-    room = min(height / frame.inner_height, width / frame.inner_width) / _REDUCING_GAP
-    return next((by for by in (8, 4, 2) if room >= by), 1)
+    """Return by which factor a JPEG is decoded smaller on its way into `frame`: 1, 2, 4 or 8."""
+    excess = min(height / frame.inner_height, width / frame.inner_width) / REDUCING_GAP
+    for factor in (8, 4, 2):
+        if excess >= factor:
+            return factor
+    return 1
 
 
 def frame_of(height: int, width: int, size: int, resize: Literal["squash", "letterbox"]) -> Frame:
-    """Where an image of that size comes to lie in the square."""
+    """Compute where an image goes inside the square."""
     if resize == "squash":
         inner_height = inner_width = size
     else:
@@ -107,17 +120,20 @@ def frame_of(height: int, width: int, size: int, resize: Literal["squash", "lett
 def image_to_square(
     pixels: np.ndarray,
     frame: Frame,
+    *,
     mirrored: bool = False,
-    jitter: tuple[float, float, float] | None = None,
+    jitter: Jitter | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Resize (bilinear with antialiasing) into the square, on a gray-mean ground where it is letterboxed.
+    """Resize an image into the square, bilinear with antialiasing.
+
+    A letterbox is padded with gray.
 
     Args:
         pixels: uint8 [H, W, 3], of the size of `frame` or decoded smaller.
-        mirrored: left and right exchanged, inside the frame.
-        jitter: factors of brightness, contrast and saturation.
-        out: uint8 [S, S, 3], written and returned; none: a new array.
+        mirrored: exchange left and right, inside the frame.
+        jitter: factors of brightness, contrast and saturation. None: leave the colors.
+        out: uint8 [S, S, 3], written and returned. None: a new array.
 
     Returns:
         uint8 [S, S, 3].
@@ -126,79 +142,49 @@ def image_to_square(
     inner = square[_inside(frame)]
     if inner.shape != square.shape:
         square[:] = np.tile(np.uint8(PADDING), (frame.size, 1))
-    by = (
-        1
-        if pixels.shape[:2] == (frame.height, frame.width)
-        else reduction(frame.height, frame.width, frame)
-    )
-    _resize(
-        pixels,
-        inner,
-        None
-        if by == 1
-        else (by * frame.inner_height / frame.height, by * frame.inner_width / frame.width),
-    )
+
+    # An image that was decoded smaller may have a last row or column that stands for less than a
+    # whole one. 513 rows at a quarter are 128.25, and libjpeg gives 129. So say the exact scales.
+    scales = None
+    if pixels.shape[:2] != (frame.height, frame.width):
+        factor = reduction(frame.height, frame.width, frame)
+        if factor > 1:
+            scales = (
+                factor * frame.inner_height / frame.height,
+                factor * frame.inner_width / frame.width,
+            )
+    _resize(pixels, inner, scales)
+
     if jitter is not None:
-        inner[:] = _jittered(inner, jitter)
+        inner[:] = _change_colors(inner, jitter)
     if mirrored:
         _mirror(inner)
     return square
 
 
-def _mirror(array: np.ndarray) -> None:
-    """Exchange left and right in place, [H, W, …]; numpy would walk backwards byte by byte, twenty times slower."""
-    view = torch.from_numpy(array)
-    view.copy_(view.flip(1))
+def rle_to_square(
+    rle: dict[str, Any], frame: Frame, *, mirrored: bool = False, out: np.ndarray
+) -> None:
+    """Write a mask that is stored as `rle` into the square, without decoding all of it.
 
-
-def _resize(pixels: np.ndarray, out: np.ndarray, scales: tuple[float, float] | None) -> None:
-    """Bilinear with antialiasing, uint8 [H, W, 3] -> [h, w, 3], into `out`.
-
-    torch's kernel descends from Pillow-SIMD and is within two levels of Pillow: both round after each of the two directions, torch
-    with weights of 16 bits. The operator behind `F.interpolate(antialias=True)` is called by its name: only so it writes into `out`.
+    The result is that of `mask_to_square`.
 
     Args:
-        scales: new by old height and width, where the last old row and column stand for less than a whole one (513 rows, decoded
-            at a quarter, are 128.25, and libjpeg gives 129); none: as the sizes say.
-    """
-    target = (
-        out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
-    )  # the operator would not see gaps between the rows
-    source, written = (
-        torch.from_numpy(
-            array.reshape(1, *array.shape).transpose(0, 3, 1, 2)
-        )  # [1, 3, H, W], channels last
-        for array in (np.require(pixels, np.uint8, ["C", "W"]), target)
-    )
-    torch.ops.aten._upsample_bilinear2d_aa.out(
-        source, list(out.shape[:2]), False, *(scales or (None, None)), out=written
-    )
-    if target is not out:
-        out[:] = target
-
-
-def _jittered(pixels: np.ndarray, factors: tuple[float, float, float]) -> np.ndarray:
-    image = Image.fromarray(pixels)
-    for enhance, factor in zip(
-        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors
-    ):
-        image = enhance(image).enhance(factor)
-    return np.asarray(image)
-
-
-def rle_to_square(rle: dict[str, Any], frame: Frame, mirrored: bool, out: np.ndarray) -> None:
-    """Write `mask_to_square` of the mask that is stored as `rle` into `out`, bool [S, S], without decoding all of it.
+        mirrored: exchange left and right, inside the frame.
+        out: bool [S, S], written.
 
     Raises:
-        ValueError: the mask is damaged or not of the size of `frame`.
+        ValueError: the mask is damaged, or has another size than `frame`.
     """
     if tuple(rle["size"]) != (frame.height, frame.width):
         raise ValueError(
             f"the mask is {tuple(rle['size'])}, its picture is {(frame.height, frame.width)}"
         )
-    inner = masks.decode_at(
-        rle, _nearest(frame.height, frame.inner_height), _nearest(frame.width, frame.inner_width)
-    )
+
+    rows = _nearest(frame.height, frame.inner_height)
+    columns = _nearest(frame.width, frame.inner_width)
+    inner = masks.decode_at(rle, rows, columns)
+
     if inner.shape != out.shape:
         out[:] = False
     out[_inside(frame)] = inner
@@ -206,87 +192,179 @@ def rle_to_square(rle: dict[str, Any], frame: Frame, mirrored: bool, out: np.nda
         _mirror(out[_inside(frame)])
 
 
-def mask_to_square(mask: np.ndarray, frame: Frame, mirrored: bool = False) -> np.ndarray:
-    """The mask, bool [H, W], as bool [S, S]: the nearest pixel, False where there is no image. `rle_to_square` is the fast way."""
+def mask_to_square(mask: np.ndarray, frame: Frame, *, mirrored: bool = False) -> np.ndarray:
+    """Resize a mask into the square by nearest neighbor. Padding is False.
+
+    `rle_to_square` is the fast way to do the same.
+
+    Args:
+        mask: bool [H, W], of the size of `frame`.
+        mirrored: exchange left and right, inside the frame.
+
+    Returns:
+        bool [S, S].
+    """
     rows = _nearest(frame.height, frame.inner_height)
     columns = _nearest(frame.width, frame.inner_width)
-    inner = mask.take(rows, 0).take(columns[::-1] if mirrored else columns, 1)
+    if mirrored:
+        columns = columns[::-1]
+    inner = mask.take(rows, 0).take(columns, 1)
     if inner.shape == (frame.size, frame.size):
         return inner
+
     square = np.zeros((frame.size, frame.size), bool)
     square[_inside(frame)] = inner
     return square
 
 
-def _inside(frame: Frame) -> tuple[slice, slice]:
-    return slice(frame.top, frame.top + frame.inner_height), slice(
-        frame.left, frame.left + frame.inner_width
+def _resize(pixels: np.ndarray, out: np.ndarray, scales: tuple[float, float] | None) -> None:
+    """Resize uint8 [H, W, 3] into `out` [h, w, 3], bilinear with antialiasing.
+
+    torch's kernel descends from Pillow-SIMD and is within two levels of Pillow. Both round after
+    each of the two directions; torch has weights of 16 bits. The operator behind
+    `F.interpolate(antialias=True)` is called by its own name, because only this writes into `out`.
+
+    Args:
+        scales: new height over old height, and the same of the width. None: as the sizes say.
+    """
+    # The operator would not see gaps between the rows.
+    target = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+
+    source = _as_channels_last(np.require(pixels, np.uint8, ["C", "W"]))
+    written = _as_channels_last(target)
+    scale_height, scale_width = scales or (None, None)
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        source, list(out.shape[:2]), False, scale_height, scale_width, out=written
     )
+
+    if target is not out:
+        out[:] = target
+
+
+def _as_channels_last(array: np.ndarray) -> torch.Tensor:
+    """View [H, W, 3] as a tensor [1, 3, H, W] whose channels are last in memory."""
+    return torch.from_numpy(array.reshape(1, *array.shape).transpose(0, 3, 1, 2))
+
+
+def _change_colors(pixels: np.ndarray, factors: Jitter) -> np.ndarray:
+    image = Image.fromarray(pixels)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for enhancer, factor in zip(enhancers, factors):
+        image = enhancer(image).enhance(factor)
+    return np.asarray(image)
+
+
+def _mirror(array: np.ndarray) -> None:
+    """Exchange left and right of [H, W, …] in place.
+
+    numpy would walk backwards byte by byte, which is twenty times slower.
+    """
+    view = torch.from_numpy(array)
+    view.copy_(view.flip(1))
+
+
+def _inside(frame: Frame) -> tuple[slice, slice]:
+    rows = slice(frame.top, frame.top + frame.inner_height)
+    columns = slice(frame.left, frame.left + frame.inner_width)
+    return rows, columns
 
 
 @lru_cache(maxsize=256)
 def _nearest(old: int, new: int) -> np.ndarray:
-    """The old pixel below the center of each new one."""
+    """Return the old pixel below the center of each new one; int64 [new]."""
     return ((2 * np.arange(new) + 1) * old) // (2 * new)
 
 
-# ------------------------------------------------------------------------------------------------------- sentences
-
-_OPPOSITE = {"left": "right", "right": "left"}
-_SIDE = re.compile(
-    r"(?<![a-z0-9])(top|bottom|upper|lower|far|front|back|mid|middle|center)?(left|right)"
-    r"(most|hand|handed|hander|side|sided|ward|wards|er)?(?![a-z0-9])",
-    re.IGNORECASE,
-)
-# "right" that means "directly" unless a word before it makes it a place, abbreviations, and places on a clock or a map
-_UNSURE = re.compile(
-    r"(?<![\w])(?:(?<!the )(?<!on )(?<!to )(?<!at )(?<!far )(?<!top )(?<!bottom )(?<!upper )(?<!lower )right "
-    r"(?:next|behind|above|below|beneath|under|underneath|over|beside|near|by|there|here|now|before|after|where|up|in|on top|at)"
-    r"|all right|l|r|lt|rt|lft|rgt|rite|o'?clock|(?:anti|counter)?-?clockwise|east|west)(?![\w])",
-    re.IGNORECASE,
-)
-
-_COLORS = re.compile(
-    r"(?<![a-z])(?:multi-?)?(?:black|white|gray|grey|red|green|blue|yellow|orange|purple|pink|brown|tan|beige|gold|golden|silver|"
-    r"blonde?|brunette|navy|teal|maroon|turquoise|cyan|magenta|violet|indigo|lavender|khaki|cream|ivory|crimson|scarlet|olive|"
-    r"lime|peach|bronze|copper|rust|charcoal|rainbow|dark|light|bright|pale|faded|shiny|colou?r|colou?red|colou?rful|colou?rless|"
-    r"blk|wht|grn|blu|yello|gry|drk)"
-    r"(?:s|y|er|est|ish)?(?![a-z])|(?<![a-z])(?:reddish|whit(?:er|est|ish)|redd(?:er|est)|bluish|purplish|pal(?:er|est))(?![a-z])",
-    re.IGNORECASE,
-)
+# ------------------------------------------------------------------------------------- sentences
 
 
 def mirror_sentence(sentence: str) -> str | None:
-    """The sentence for the mirrored image: left and right exchanged as whole words ("leftmost", "left-hand", "topright" …).
+    """Exchange left and right in a sentence, for the mirrored image.
 
-    Words that only contain one ("bright", "leftover") stay. None where it is not certain what the sentence means in a
-    mirror ("right behind", "at 3 o'clock", "guy on l"): such a sample is not to be mirrored.
+    Exchanges whole words only ("leftmost", "left-hand", "topright", ...). A word that merely
+    contains one ("bright", "leftover") stays.
+
+    Returns:
+        the sentence; or None if its meaning in a mirror is not certain ("right behind", "at 3
+        o'clock", "guy on l"). Such a sample must not be mirrored.
     """
-    return None if _UNSURE.search(sentence) else _SIDE.sub(_exchange, sentence)
-
-
-def _exchange(match: re.Match[str]) -> str:
-    before, side, after = match.group(1) or "", match.group(2), match.group(3) or ""
-    other = _OPPOSITE[side.lower()]
-    other = other.upper() if side.isupper() else other.capitalize() if side[0].isupper() else other
-    return before + other + after
+    if _UNSURE.search(sentence):
+        return None
+    return _SIDE.sub(_opposite_side, sentence)
 
 
 def names_color(sentence: str) -> bool:
-    """Whether the sentence tells the object by its color or brightness, so that a change of color could make it wrong."""
+    """Return whether a sentence names a color or brightness.
+
+    A change of color could then make the sentence wrong.
+    """
     return _COLORS.search(sentence) is not None
 
 
-# -------------------------------------------------------------------------------------------------------- the dice
+def draw_jitter(sentence: str, strength: float, generator: np.random.Generator) -> Jitter | None:
+    """Draw factors of brightness, contrast and saturation, each in 1 ± strength.
 
-
-def draw_jitter(
-    sentence: str, strength: float, generator: np.random.Generator
-) -> tuple[float, float, float] | None:
-    """Factors of brightness, contrast and saturation, each in 1 ± strength; None where the sentence names a color."""
-    factors = generator.uniform(
-        1 - strength, 1 + strength, 3
-    )  # drawn in any case: the stream does not depend on the text
+    Returns:
+        the factors; None if `strength` is 0 or the sentence names a color.
+    """
+    # Draw in any case: the stream of random numbers does not depend on the text.
+    factors = generator.uniform(1 - strength, 1 + strength, 3)
     if strength == 0 or names_color(sentence):
         return None
     return float(factors[0]), float(factors[1]), float(factors[2])
+
+
+def _opposite_side(match: re.Match[str]) -> str:
+    """Replace the side in a match of `_SIDE`, in the same case."""
+    before, side, after = match.group(1) or "", match.group(2), match.group(3) or ""
+    opposite = {"left": "right", "right": "left"}[side.lower()]
+    if side.isupper():
+        opposite = opposite.upper()
+    elif side[0].isupper():
+        opposite = opposite.capitalize()
+    return before + opposite + after
+
+
+def _any_of(words: str) -> str:
+    """Return a pattern that matches any of the words."""
+    return "|".join(words.split())
+
+
+# A word with a side in it: its first part, its side, its last part.
+_SIDE = re.compile(
+    rf"(?<![a-z0-9])({_any_of('top bottom upper lower far front back mid middle center')})?"
+    r"(left|right)"
+    rf"({_any_of('most hand handed hander side sided ward wards er')})?(?![a-z0-9])",
+    re.IGNORECASE,
+)
+
+# Before "right", these make it a side; without them "right next to" means "directly next to".
+_MAKES_A_SIDE = ("the", "on", "to", "at", "far", "top", "bottom", "upper", "lower")
+_AFTER_DIRECTLY = _any_of(
+    "next behind above below beneath under underneath over beside near by there here now before "
+    "after where up in"
+)
+
+# "right" in the sense of "directly", abbreviations, and directions on a clock or a map.
+_UNSURE = re.compile(
+    rf"(?<![\w])(?:{''.join(f'(?<!{word} )' for word in _MAKES_A_SIDE)}right "
+    rf"(?:{_AFTER_DIRECTLY}|on top|at)"
+    rf"|all right|{_any_of('l r lt rt lft rgt rite')}|o'?clock|(?:anti|counter)?-?clockwise"
+    r"|east|west)(?![\w])",
+    re.IGNORECASE,
+)
+
+_COLOR = _any_of(
+    "black white gray grey red green blue yellow orange purple pink brown tan beige gold golden "
+    "silver blonde? brunette navy teal maroon turquoise cyan magenta violet indigo lavender khaki "
+    "cream ivory crimson scarlet olive lime peach bronze copper rust charcoal rainbow dark light "
+    "bright pale faded shiny colou?r colou?red colou?rful colou?rless blk wht grn blu yello gry drk"
+)
+_IRREGULAR_COLOR = _any_of(
+    "reddish whit(?:er|est|ish) redd(?:er|est) bluish purplish pal(?:er|est)"
+)
+_COLORS = re.compile(
+    rf"(?<![a-z])(?:multi-?)?(?:{_COLOR})(?:s|y|er|est|ish)?(?![a-z])"
+    rf"|(?<![a-z])(?:{_IRREGULAR_COLOR})(?![a-z])",
+    re.IGNORECASE,
+)

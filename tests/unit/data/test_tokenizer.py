@@ -108,7 +108,7 @@ def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("[PAD]\n[UNK]\nred\nred\n", "'red' is listed twice"),
         ("red\nblue\n", r"\[UNK\] is missing"),
         ("[PAD]\n[UNK]\nred\n", r"\[CLS\], \[SEP\] not in"),
-        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", "vocabulary of 5"),
+        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", "its vocabulary has only 5 entries"),
     ],
 )
 def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: str, words: str):

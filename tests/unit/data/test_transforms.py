@@ -272,8 +272,8 @@ def test_a_mask_is_sampled_as_if_it_were_decoded(
     frame, room = frame_of(height, width, size, resize), np.ones((size, size), bool)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "SMALL_MASK", small)
-        rle_to_square(masks.encode(mask), frame, mirrored, room)
-    assert np.array_equal(room, mask_to_square(mask, frame, mirrored))
+        rle_to_square(masks.encode(mask), frame, mirrored=mirrored, out=room)
+    assert np.array_equal(room, mask_to_square(mask, frame, mirrored=mirrored))
 
 
 def test_a_mask_of_another_size_is_refused():
@@ -281,8 +281,7 @@ def test_a_mask_of_another_size_is_refused():
         rle_to_square(
             masks.encode(np.ones((4, 5), bool)),
             frame_of(5, 4, 8, "squash"),
-            False,
-            np.empty((8, 8), bool),
+            out=np.empty((8, 8), bool),
         )
 
 
