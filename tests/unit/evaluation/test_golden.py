@@ -1,4 +1,4 @@
-"""Golden files: polygons and logits small enough to count by eye, through pack, loader, protocols and scores, to integers and fractions.
+"""Golden files: polygons and logits small enough to count by eye, from pack to scores.
 
 The numbers in `golden/` were counted and computed by hand, not copied from a run.
 """
@@ -28,22 +28,20 @@ from coupalign.evaluation.protocols import PROTOCOLS
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"))
 LOGITS = {"+": 4.0, ".": -4.0, "?": -0.5}
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
-    """The refs of a golden file in the `refer` layout, one a photograph, packed."""
-    root, out = folder / "root", folder / "shards"
+def write_refer(golden: dict[str, Any], root: Path) -> None:
+    """Write the refs of a golden file in the `refer` layout, one per image."""
     (root / "train2014").mkdir(parents=True)
     (root / "golden").mkdir()
+
     images, annotations, refs = [], [], []
     for number, ref in enumerate(golden["refs"], 1):
+        height, width = ref["height"], ref["width"]
         name = f"COCO_train2014_{number:012d}.jpg"
-        Image.new("RGB", (ref["width"], ref["height"]), (90, 120, 150)).save(
-            root / "train2014" / name
-        )
-        images.append(
-            {"id": number, "file_name": name, "height": ref["height"], "width": ref["width"]}
-        )
+        Image.new("RGB", (width, height), (90, 120, 150)).save(root / "train2014" / name)
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
         annotations.append(
             {
                 "id": number,
@@ -54,8 +52,8 @@ def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
             }
         )
         sentences = [
-            {"sent_id": 10 * number + place, "raw": one["text"], "sent": one["text"]}
-            for place, one in enumerate(ref["sentences"])
+            {"sent_id": 10 * number + index, "raw": sentence["text"], "sent": sentence["text"]}
+            for index, sentence in enumerate(ref["sentences"])
         ]
         refs.append(
             {
@@ -66,11 +64,20 @@ def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
                 "sentences": sentences,
             }
         )
-    categories = [{"id": 1, "name": "thing"}]
-    (root / "golden" / "instances.json").write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+
+    instances = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    (root / "golden" / "instances.json").write_text(json.dumps(instances))
     (root / "golden" / "refs(unc).json").write_text(json.dumps(refs))
+
+
+def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
+    """Pack the refs of a golden file; returns the folder of the shards."""
+    root, out = folder / "root", folder / "shards"
+    write_refer(golden, root)
     recipe = {
         "name": "golden",
         "root": root,
@@ -82,91 +89,104 @@ def pack_golden(golden: dict[str, Any], folder: Path) -> Path:
 
 
 def texts_of(golden: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the file says of every text that can be read, by its name."""
+    """What the file says of every text that can be read, by the name of its sample."""
     texts = {}
     for number, ref in enumerate(golden["refs"], 1):
-        for place, one in enumerate(ref["sentences"]):
-            texts[f"golden/unc/{number}/{10 * number + place}"] = one
+        for index, sentence in enumerate(ref["sentences"]):
+            texts[f"golden/unc/{number}/{10 * number + index}"] = sentence
         texts[f"golden/unc/{number}/all"] = ref["concatenated"] or ref["sentences"][0]
     return texts
 
 
+def is_sample_of(rule: str, name: str) -> bool:
+    sentence = name.rpartition("/")[2]
+    match rule:
+        case "each":
+            return sentence != "all"
+        case "first":
+            return sentence.endswith("0")
+    return sentence == "all"
+
+
+Scored = tuple[dict[str, Any], EvalLoader, dict[tuple[str, str], Evaluation]]
+
+
 @pytest.fixture(scope="module", params=GOLDEN, ids=lambda file: file.stem)
-def scored(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], EvalLoader, dict[tuple[str, str], Evaluation]]:
+def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     golden = json.loads(request.param.read_text())
-    source = Source(index=str(pack_golden(golden, tmp_path_factory.mktemp("golden"))), split="val")
+    texts = texts_of(golden)
+    shards = pack_golden(golden, tmp_path_factory.mktemp("golden"))
+    source = Source(index=str(shards), split="val")
+
+    # A config refuses images of so few pixels, because a model could not work on them.
     config = DataConfig(train=(source,), resize=golden["resize"], workers=0)
-    config = config.model_copy(
-        update={"image_size": golden["image_size"]}
-    )  # a model could not work on so few pixels
+    config = config.model_copy(update={"image_size": golden["image_size"]})
     loader = build_eval_loader(
         config,
         (source,),
         batch=2,
-        world=World(0, 1, 0, 1, torch.device("cpu")),
+        world=ALONE,
         tokenizer=open_tokenizer(config),
         rules=RULES,
     )
-    texts = texts_of(golden)
 
     def infer(batch: Batch) -> torch.Tensor:
-        return torch.tensor(
-            [
-                [[LOGITS[one] for one in row] for row in texts[info.name]["logits"]]
-                for info in batch.info
-            ]
-        )
+        logits = []
+        for info in batch.info:
+            rows = texts[info.name]["logits"]
+            logits.append([[LOGITS[letter] for letter in row] for row in rows])
+        return torch.tensor(logits)
 
     return golden, loader, evaluate(infer, loader, list(PROTOCOLS.values()), bootstrap=0)
 
 
-def test_the_truth_is_the_union_of_the_polygons(scored) -> None:
+def test_truth_is_union_of_polygons(scored: Scored) -> None:
     golden, loader, _ = scored
     truths = {info.image_id: info.truth for batch in loader for info in batch.info}
+
     for number, ref in enumerate(golden["refs"], 1):
-        assert np.array_equal(
-            truths[number], np.array([list(row) for row in ref["truth"]]) == "#"
-        ), ref["about"]
+        expected = np.array([list(row) for row in ref["truth"]]) == "#"
+        assert np.array_equal(truths[number], expected), ref["about"]
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_integer_is_the_one_counted_by_hand(scored, protocol: str, rule: str) -> None:
+def test_counts_equal_those_counted_by_hand(scored: Scored, protocol: str, rule: str) -> None:
     golden, loader, results = scored
-    texts, rows = texts_of(golden), results[protocol, rule].rows
-    counted = {
-        loader.names_and_sentences[number][0]: [inside, union]
-        for number, inside, union, *_ in rows.tolist()
+
+    counts = {}
+    for number, intersection, union, *_ in results[protocol, rule].rows.tolist():
+        name, _ = loader.names_and_sentences[number]
+        counts[name] = [intersection, union]
+
+    expected = {
+        name: text["expected"][protocol]
+        for name, text in texts_of(golden).items()
+        if is_sample_of(rule, name)
     }
-    places = {name: name.rpartition("/")[2] for name in texts}
-    wanted = {
-        "each": lambda place: place != "all",
-        "first": lambda place: place[-1] == "0",
-        "concatenated": lambda place: place == "all",
-    }
-    names = [name for name, place in places.items() if wanted[rule](place)]
-    assert counted == {name: texts[name]["expected"][protocol] for name in names}
+    assert counts == expected
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_score_is_the_fraction_computed_by_hand(scored, protocol: str, rule: str) -> None:
+def test_scores_equal_fractions_computed_by_hand(scored: Scored, protocol: str, rule: str) -> None:
     golden, _, results = scored
+
     score = results[protocol, rule].score
+
     assert score is not None
-    expected = {
-        name: float(Fraction(value)) for name, value in golden["scores"][protocol][rule].items()
-    }
-    assert {name: score.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-15)
+    by_hand = golden["scores"][protocol][rule]
+    expected = {name: float(Fraction(value)) for name, value in by_hand.items()}
+    actual = {name: score.metrics[name] for name in expected}
+    assert actual == pytest.approx(expected, abs=1e-15)
 
 
-def test_the_joined_text_is_read(scored) -> None:
+def test_concatenated_sentences_are_read(scored: Scored) -> None:
     golden, loader, _ = scored
-    joined = {
-        name: sentence for name, sentence in loader.names_and_sentences if name.endswith("/all")
-    }
-    assert list(joined.values()) == [
-        " ".join(one["text"] for one in ref["sentences"]) for ref in golden["refs"]
-    ]
+
+    joined = [text for name, text in loader.names_and_sentences if name.endswith("/all")]
+
+    expected = []
+    for ref in golden["refs"]:
+        expected.append(" ".join(sentence["text"] for sentence in ref["sentences"]))
+    assert joined == expected

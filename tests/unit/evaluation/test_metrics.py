@@ -1,4 +1,4 @@
-"""Scores from integers: golden values, exact thresholds, intervals against a plain resampling loop."""
+"""Metrics from counts: values by hand, exact thresholds, intervals against a plain loop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from coupalign.evaluation.metrics import (
     METRICS,
     Score,
+    boundary_ious,
     deduplicate,
     ious,
     paired_intervals,
@@ -21,234 +22,250 @@ from coupalign.evaluation.metrics import (
 )
 
 
-def table(*pairs: tuple[int, ...]) -> np.ndarray:
-    """Rows of (I, U) or (I, U, bI, bU), numbered; without a boundary of its own a sample has that of its mask."""
-    return np.asarray(
-        [(number, *pair, *pair)[:5] for number, pair in enumerate(pairs)], dtype=np.int64
-    ).reshape(-1, 5)
+def rows_of(*counts: tuple[int, ...]) -> np.ndarray:
+    """Numbered rows of (I, U) or (I, U, bI, bU). Default boundary: the counts of the mask."""
+    rows = [(number, *pair, *pair)[:5] for number, pair in enumerate(counts)]
+    return np.asarray(rows, dtype=np.int64).reshape(-1, 5)
 
 
-def random_rows(random: np.random.Generator, many: int, largest: int = 1000) -> np.ndarray:
-    union, band = random.integers(1, largest, (2, many))
+def random_rows(random: np.random.Generator, samples: int, largest: int = 1000) -> np.ndarray:
+    union, band_union = random.integers(1, largest, (2, samples))
+    intersection = random.integers(0, union + 1)
+    band_intersection = random.integers(0, band_union + 1)
     return np.column_stack(
-        [np.arange(many), random.integers(0, union + 1), union, random.integers(0, band + 1), band]
+        [np.arange(samples), intersection, union, band_intersection, band_union]
     ).astype(np.int64)
 
 
-def test_golden_values():
-    values = summarize(
-        table((90, 100, 1, 4), (5, 10, 0, 3), (0, 40, 0, 8), (7, 10, 2, 4)), bootstrap=0
-    )
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_by_hand():
+    rows = rows_of((90, 100, 1, 4), (5, 10, 0, 3), (0, 40, 0, 8), (7, 10, 2, 4))
+
+    values = summarize(rows, bootstrap=0)
+
     assert values["oIoU"] == 102 / 160
     assert values["mIoU"] == pytest.approx((0.9 + 0.5 + 0 + 0.7) / 4, abs=1e-15)
-    assert [values[f"P@0.{x}"] for x in (5, 6, 7, 8, 9)] == [0.75, 0.5, 0.5, 0.25, 0.25]
+    assert [values[f"P@0.{tenth}"] for tenth in (5, 6, 7, 8, 9)] == [0.75, 0.5, 0.5, 0.25, 0.25]
     assert values["bIoU"] == 0.75 / 4
     assert (values["samples"], values["images"], values["intervals"]) == (4, 4, {})
+    assert boundary_ious(rows).tolist() == [0.25, 0, 0, 0.5]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10**9])
 def test_thresholds_are_decided_exactly(size: int):
-    """The oracle is rational arithmetic; floating point would lose 7/10 >= 0.7 and its neighbors for some sizes."""
-    rows = table(
-        *[(tenth * size + change, 10 * size) for tenth in (5, 6, 7, 8, 9) for change in (-1, 0, 1)]
-    )
+    """The oracle is rational arithmetic; floats would get 7/10 >= 0.7 and neighbors wrong."""
+    pairs = []
+    for tenth in (5, 6, 7, 8, 9):
+        for change in (-1, 0, 1):
+            pairs.append((tenth * size + change, 10 * size))
+
+    reached = reaches_thresholds(rows_of(*pairs))
+
     expected = [
-        [Fraction(int(i), int(u)) >= Fraction(x, 10) for x in (5, 6, 7, 8, 9)]
-        for _, i, u, *_ in rows
+        [Fraction(intersection, union) >= Fraction(tenth, 10) for tenth in (5, 6, 7, 8, 9)]
+        for intersection, union in pairs
     ]
-    assert reaches_thresholds(rows).tolist() == expected
+    assert reached.tolist() == expected
 
 
-def test_empty_union_counts_as_told():
-    rows = table((0, 0), (1, 4))
+def test_empty_union_counts_as_one_or_zero():
+    rows = rows_of((0, 0), (1, 4))
     one, zero = summarize(rows, 0), summarize(rows, 0, empty="zero")
-    assert ious(rows).tolist() == [1, 0.25] and ious(rows, "zero").tolist() == [0, 0.25]
-    assert (one["mIoU"], one["P@0.9"], one["oIoU"], one["bIoU"]) == (0.625, 0.5, 0.25, 0.625)
-    assert (zero["mIoU"], zero["P@0.9"], zero["oIoU"], zero["bIoU"]) == (0.125, 0.0, 0.25, 0.125)
-    assert (
-        summarize(table((0, 0)), 0)["oIoU"] == 1.0
-        and summarize(table((0, 0)), 0, empty="zero")["oIoU"] == 0.0
-    )
+
+    names = ("mIoU", "P@0.9", "oIoU", "bIoU")
+    assert ious(rows).tolist() == [1, 0.25]
+    assert ious(rows, "zero").tolist() == [0, 0.25]
+    assert [one[name] for name in names] == [0.625, 0.5, 0.25, 0.625]
+    assert [zero[name] for name in names] == [0.125, 0.0, 0.25, 0.125]
+
+    nothing = rows_of((0, 0))
+    assert summarize(nothing, 0)["oIoU"] == 1.0
+    assert summarize(nothing, 0, empty="zero")["oIoU"] == 0.0
 
 
-def test_sums_stay_exact_where_float32_would_not():
-    rows = table(*[(2**24 + 1, 2**24 + 2)] * 1000)
+def test_sums_are_exact_where_float32_is_not():
+    rows = rows_of(*[(2**24 + 1, 2**24 + 2)] * 1000)
+
     assert summarize(rows, 0)["oIoU"] == (2**24 + 1) / (2**24 + 2)
 
 
-def test_intervals_equal_a_plain_loop_over_the_same_draws():
+def test_score_of_no_samples_is_refused():
+    with pytest.raises(AssertionError, match="no samples"):
+        summarize(rows_of())
+
+
+@pytest.mark.parametrize("bad", [(5, 4), (-1, 4), (2, 4, 2, 1)])
+def test_impossible_counts_are_refused(bad: tuple[int, ...]):
+    with pytest.raises(AssertionError, match="sample 1: (boundary )?intersection"):
+        summarize(rows_of((1, 2), bad))
+
+
+# -------------------------------------------------------------------------------------- intervals
+
+
+def draw_images(images: np.ndarray, resamples: int, seed: int) -> list[np.ndarray]:
+    """Row indexes of each resample: whole images, drawn with replacement."""
+    names = np.unique(images)
+    draws = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    return [
+        np.concatenate([np.flatnonzero(images == names[index]) for index in draw]) for draw in draws
+    ]
+
+
+def test_intervals_equal_loop_over_same_draws():
     random = np.random.default_rng(3)
     rows, images = random_rows(random, 60), random.integers(0, 20, 60)
+
     result = summarize(rows, bootstrap=50, seed=7, clusters=images)
-    names = np.unique(images)
-    draws = np.random.default_rng(7).integers(len(names), size=(50, len(names)))
-    samples = [np.concatenate([rows[images == names[place]] for place in draw]) for draw in draws]
-    slow = [summarize(s, bootstrap=0) for s in samples]
+
+    slow = [summarize(rows[indexes], bootstrap=0) for indexes in draw_images(images, 50, seed=7)]
     for name in METRICS:
-        low, high = np.percentile([values[name] for values in slow], [2.5, 97.5])
-        assert result["intervals"][name] == pytest.approx((low, high), abs=1e-12)
+        expected = np.percentile([values[name] for values in slow], [2.5, 97.5])
+        assert result["intervals"][name] == pytest.approx(tuple(expected), abs=1e-12)
 
 
-def test_intervals_know_that_sentences_of_one_image_are_not_independent():
+def test_intervals_treat_sentences_of_one_image_as_dependent():
     rows = random_rows(np.random.default_rng(0), 100)
     fourfold = np.repeat(rows, 4, axis=0)
     fourfold[:, 0] = np.arange(400)
-    honest = summarize(fourfold, 300, clusters=np.repeat(np.arange(100), 4))
-    alone = summarize(rows, 300)["intervals"]
-    assert all(honest["intervals"][name] == pytest.approx(alone[name]) for name in METRICS)
-    width = {name: high - low for name, (low, high) in honest["intervals"].items()}
-    naive = summarize(fourfold, 300)["intervals"]["mIoU"]
-    assert (
-        0.35 < (naive[1] - naive[0]) / width["mIoU"] < 0.65
-    )  # a false half, as the square root of 4 says
-    assert (honest["samples"], honest["images"]) == (400, 100)
+
+    by_image = summarize(fourfold, 300, clusters=np.repeat(np.arange(100), 4))
+    by_sentence = summarize(fourfold, 300)["intervals"]
+    single = summarize(rows, 300)["intervals"]
+
+    for name in METRICS:
+        assert by_image["intervals"][name] == pytest.approx(single[name])
+    assert (by_image["samples"], by_image["images"]) == (400, 100)
+
+    # Independent samples would halve the interval: the square root of 4.
+    low, high = by_image["intervals"]["mIoU"]
+    narrow_low, narrow_high = by_sentence["mIoU"]
+    assert 0.35 < (narrow_high - narrow_low) / (high - low) < 0.65
 
 
-def test_intervals_hold_the_score_and_depend_on_the_seed_only():
+def test_intervals_hold_score_and_depend_on_seed_only():
     rows = random_rows(np.random.default_rng(1), 300)
+
     first, again, other = (summarize(rows, 250, seed=seed) for seed in (0, 0, 1))
+
     assert first == again != other
     assert all(low <= first[name] <= high for name, (low, high) in first["intervals"].items())
 
 
-def test_the_interval_covers_as_often_as_it_says():
+def test_intervals_cover_as_often_as_promised():
     random = np.random.default_rng(5)
     covered = 0
     for trial in range(200):
-        inside = random.integers(0, 101, 80)
-        low, high = summarize(table(*[(int(i), 100) for i in inside]), 200, seed=trial)[
-            "intervals"
-        ]["mIoU"]
+        pairs = [(int(intersection), 100) for intersection in random.integers(0, 101, 80)]
+        low, high = summarize(rows_of(*pairs), 200, seed=trial)["intervals"]["mIoU"]
         covered += low <= 0.5 <= high
-    assert 176 <= covered <= 200  # 95 % of 200 is 190; the binomial's standard deviation is 3
+
+    # 95 % of 200 is 190; the binomial's standard deviation is 3.
+    assert 176 <= covered <= 200
+
+
+def test_paired_intervals_equal_loop_over_same_draws():
+    random = np.random.default_rng(4)
+    rows_a, rows_b = random_rows(random, 50), random_rows(random, 50)
+    images = random.integers(0, 15, 50)
+
+    intervals = paired_intervals(rows_a, rows_b, bootstrap=40, seed=9, clusters=images)
+
+    slow = []
+    for indexes in draw_images(images, 40, seed=9):
+        a, b = (summarize(rows[indexes], bootstrap=0) for rows in (rows_a, rows_b))
+        slow.append([b[name] - a[name] for name in METRICS])
+    for name, differences in zip(METRICS, zip(*slow)):
+        expected = np.percentile(differences, [2.5, 97.5])
+        assert intervals[name] == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_paired_intervals_of_same_rows_are_zero():
+    rows = random_rows(np.random.default_rng(2), 30)
+
+    assert set(paired_intervals(rows, rows, 30).values()) == {(0.0, 0.0)}
+
+
+# ------------------------------------------------------------------------------------ deduplicate
+
+
+def repeated(*rows: list[int]) -> np.ndarray:
+    return np.asarray(rows, dtype=np.int64)
 
 
 def test_deduplicate_sorts_and_keeps_one_of_each():
-    rows = table((1, 2), (3, 4), (5, 6))
-    repeated = np.concatenate([rows[::-1], rows[:2]])
-    assert deduplicate(repeated).tolist() == rows.tolist()
-    wide = np.column_stack([repeated, repeated[:, 0] * 10])
+    rows = rows_of((1, 2), (3, 4), (5, 6))
+    repeats = np.concatenate([rows[::-1], rows[:2]])
+    wide = np.column_stack([repeats, repeats[:, 0] * 10])
+
+    assert deduplicate(repeats).tolist() == rows.tolist()
     assert deduplicate(wide)[:, 5].tolist() == [0, 10, 20]
     assert deduplicate(rows[:0]).shape == (0, 5)
 
 
-def test_deduplicate_names_the_sample_that_two_ranks_disagree_about():
-    rows = np.concatenate([table((1, 2), (3, 4)), np.asarray([[1, 2, 4, 3, 4]], dtype=np.int64)])
-    with pytest.raises(
-        AssertionError, match=r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"
-    ):
+def test_deduplicate_names_sample_that_ranks_disagree_about():
+    rows = np.concatenate([rows_of((1, 2), (3, 4)), repeated([1, 2, 4, 3, 4])])
+
+    message = r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"
+    with pytest.raises(AssertionError, match=message):
         deduplicate(rows)
 
 
-def test_deduplicate_forgives_rounding_up_to_the_slack_only():
-    first, near, far = (
-        [[0, 500, 1000, 40, 80, 9]],
-        [[0, 509, 1010, 50, 90, 9]],
-        [[0, 511, 1000, 40, 80, 9]],
-    )
-    join = lambda *parts: np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])  # noqa: E731
-    assert deduplicate(join(first, near), slack=0.01).tolist() == first
+def test_deduplicate_forgives_rounding_up_to_slack():
+    first = [0, 500, 1000, 40, 80, 9]
+    near = [0, 509, 1010, 50, 90, 9]
+
+    assert deduplicate(repeated(first, near), slack=0.01).tolist() == [first]
+
+
+@pytest.mark.parametrize(
+    "other, slack",
+    [
+        ([0, 511, 1000, 40, 80, 9], 0.01),  # more than the slack
+        ([0, 500, 1000, 40, 80, 8], 0.01),  # a column that is not a count
+        ([0, 500, 1000, 41, 80, 9], 0.0),
+    ],
+)
+def test_deduplicate_refuses_more_than_slack(other: list[int], slack: float):
     with pytest.raises(AssertionError, match="sample 0"):
-        deduplicate(join(first, far), slack=0.01)
-    with pytest.raises(AssertionError, match="sample 0"):
-        deduplicate(join(first, [[0, 500, 1000, 40, 80, 8]]), slack=0.01)
-    with pytest.raises(AssertionError, match="sample 0"):
-        deduplicate(join(first, [[0, 500, 1000, 41, 80, 9]]))
+        deduplicate(repeated([0, 500, 1000, 40, 80, 9], other), slack=slack)
 
 
-@pytest.mark.parametrize("bad", [(5, 4), (-1, 4), (2, 4, 2, 1)])
-def test_impossible_rows_are_refused(bad: tuple[int, ...]):
-    with pytest.raises(AssertionError, match="sample 1: (boundary )?intersection"):
-        summarize(table((1, 2), bad))
-
-
-def test_paired_intervals_equal_a_plain_loop_over_the_same_draws():
-    random = np.random.default_rng(4)
-    rows, others, images = (
-        random_rows(random, 50),
-        random_rows(random, 50),
-        random.integers(0, 15, 50),
-    )
-    found = paired_intervals(rows, others, 40, 9, images)
-    names = np.unique(images)
-    draws = np.random.default_rng(9).integers(len(names), size=(40, len(names)))
-    places = [
-        np.concatenate([np.flatnonzero(images == names[place]) for place in draw]) for draw in draws
-    ]
-    slow = [
-        (summarize(rows[taken], bootstrap=0), summarize(others[taken], bootstrap=0))
-        for taken in places
-    ]
-    for name in METRICS:
-        expected = np.percentile([b[name] - a[name] for a, b in slow], [2.5, 97.5])
-        assert found[name] == pytest.approx(tuple(expected), abs=1e-12)
-
-
-def test_a_pair_of_the_same_rows_has_no_difference_at_all():
-    rows = random_rows(np.random.default_rng(2), 30)
-    assert set(paired_intervals(rows, rows, 30).values()) == {(0.0, 0.0)}
-
-
-def test_a_score_of_nothing_is_refused():
-    with pytest.raises(AssertionError, match="no samples"):
-        summarize(table())
+# ------------------------------------------------------------------------------------------ Score
 
 
 def example_score(blind: bool = True) -> Score:
-    values = summarize(table((90, 100), (5, 10)), bootstrap=20)
-    samples, images, intervals = (
-        values.pop("samples"),
-        values.pop("images"),
-        values.pop("intervals"),
-    )
-    other = example_score(False) if blind else None
+    summary = summarize(rows_of((90, 100), (5, 10)), bootstrap=20)
     return Score(
         protocol="ris-v1",
-        metrics=values,
-        samples=samples,
-        images=images,
-        intervals=intervals,
+        metrics={name: summary[name] for name in METRICS},
+        samples=summary["samples"],
+        images=summary["images"],
+        intervals=summary["intervals"],
         conditions={"truth": "original resolution", "threshold": "p > 0.5"},
         fingerprint="ab" * 32,
-        language_blind=other,
+        language_blind=example_score(blind=False) if blind else None,
     )
 
 
-def test_json_has_the_promised_keys_and_comes_back():
+def test_json_has_promised_keys_and_comes_back():
     score = example_score()
-    text = json.dumps(score.to_json())
-    value = json.loads(text)
+
+    value = json.loads(json.dumps(score.to_json()))
+
     assert set(METRICS) | {"protocol", "samples", "language_blind_oIoU"} <= value.keys()
     assert value["language_blind_oIoU"] == value["language_blind"]["oIoU"]
     assert value["leak"] == "not checked"
     assert Score.from_json(value) == score
-    assert "language_blind_oIoU" not in example_score(False).to_json()
+    assert "language_blind_oIoU" not in example_score(blind=False).to_json()
 
 
-def test_scores_side_by_side_say_what_they_share_and_what_they_do_not():
-    score = example_score()
-    other = replace(
-        example_score(False),
-        protocol="lavt",
-        conditions={**score.conditions, "truth": "nearest-resized"},
-    )
-    text = side_by_side({("ris-v1", "each"): score, ("lavt", "each"): other})
-    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
-    assert (
-        lines["sentences"] == ["each", "each"]
-        and lines["oIoU"] == ["86.36", "86.36"]
-        and lines["samples"][:2] == ["2", "(image,"]
-    )
-    assert (
-        "truth      original resolution  [ris-v1]" in text
-        and "truth      nearest-resized  [lavt]" in text
-    )
-    assert "threshold  p > 0.5\n" in text and "oIoU, shuffled" in text
+def test_table_always_prints_protocol():
+    table = example_score().table()
 
-
-def test_the_table_always_prints_the_protocol():
-    text = example_score().table()
-    for words in (
+    for text in (
         "oIoU",
         "86.36",
         "ris-v1",
@@ -259,5 +276,35 @@ def test_the_table_always_prints_the_protocol():
         "not checked",
         "language-blind",
     ):
-        assert words in text
-    assert "language-blind" not in example_score(False).table()
+        assert text in table
+    assert "language-blind" not in example_score(blind=False).table()
+
+
+def test_table_aligns_numbers_and_starts_facts_with_their_heading():
+    lines = example_score().table().splitlines()
+
+    assert lines[0].split() == ["score", "%", "95", "%", "interval", "language-blind"]
+    metrics = lines[1 : 1 + len(METRICS)]
+    assert [line.split()[0] for line in metrics] == list(METRICS)
+    assert len({len(line) for line in lines[: 1 + len(METRICS)]}) == 1
+    assert any(line.startswith("leak  ") for line in lines)
+
+
+def test_side_by_side_tells_shared_conditions_from_others():
+    score = example_score()
+    other = replace(
+        example_score(blind=False),
+        protocol="lavt",
+        conditions={**score.conditions, "truth": "nearest-resized"},
+    )
+
+    table = side_by_side({("ris-v1", "each"): score, ("lavt", "each"): other})
+
+    lines = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line}
+    assert lines["sentences"] == ["each", "each"]
+    assert lines["oIoU"] == ["86.36", "86.36"]
+    assert lines["samples"][:2] == ["2", "(image,"]
+    assert "oIoU, shuffled" in table
+    assert "truth      original resolution  [ris-v1]" in table
+    assert "truth      nearest-resized  [lavt]" in table
+    assert "threshold  p > 0.5\n" in table
