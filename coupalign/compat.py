@@ -1,8 +1,6 @@
-"""Makes torchvision importable beside a CPU build of torch.
+"""Workarounds for the libraries below us: torchvision without CUDA, slow starts, unwanted imports.
 
-The torchvision wheel on PyPI is linked against CUDA. Beside a CPU-only torch its compiled operators do not load, and
-`import torchvision`, and with it timm and transformers, fails because two operator schemas are unknown. Declaring the
-schemas is enough for everything this project uses; nothing is declared where torch has CUDA.
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -11,10 +9,13 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-_SCHEMAS = (
+# Operators whose schemas torch and torchvision expect when torchvision is imported.
+_OPERATOR_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
@@ -22,37 +23,49 @@ _library: torch.library.Library | None = None
 
 
 def prepare_torchvision() -> None:
-    """Call before the first import of torchvision, timm or transformers; does nothing the second time."""
+    """Make torchvision importable with a CPU build of torch. A second call does nothing.
+
+    Call it before the first import of torchvision, timm or transformers. PyPI's torchvision is
+    linked against CUDA, so its compiled operators do not load with a CPU build of torch. The import
+    then fails, because two operator schemas are unknown. Declaring them is all this project needs.
+    Nothing is declared if torch has CUDA.
+    """
+    import torch
+
     global _library
     if _library is not None or torch.version.cuda is not None:
         return
+
     _library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _SCHEMAS:
+    for schema in _OPERATOR_SCHEMAS:
         _library.define(schema)
 
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Hold the garbage collector back while what is made stays: modules, indexes, a model.
+    """Pause the garbage collector while long-lived objects are made: modules, indexes, a model.
 
-    Importing a training makes some hundred thousand objects, hardly any of them garbage; looking through them takes a seventh of the time.
+    Importing everything for a training makes some hundred thousand objects, hardly any of them
+    garbage. Searching them would take a seventh of the time.
     """
-    before = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if before:
+        if was_enabled:
             gc.enable()
 
 
 @contextmanager
 def package_hidden(package: str) -> Iterator[None]:
-    """Let what is imported meanwhile believe that a package is not installed, unless it is imported already."""
+    """Pretend that a package is not installed, unless it is already imported."""
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None  # documented: an import of it raises ModuleNotFoundError
+
+    # As Python documents it: importing the package now raises ModuleNotFoundError.
+    sys.modules[package] = None
     try:
         yield
     finally:

@@ -1,1 +1,4 @@
-"""The command line: a verb's flags and its body live in one file."""
+"""The command line. The flags and the body of a verb are in one file, one below the other.
+
+`parser.py` has `main`, `options.py` what the verbs share.
+"""

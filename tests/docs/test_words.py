@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli.parser import _parse, _parser
+from coupalign.cli.parser import build_parser, parse_arguments
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -58,7 +58,7 @@ VERBS = {
 
 def verbs() -> dict[str, argparse.ArgumentParser]:
     actions = [
-        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+        action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)
     ]
     return dict(actions[0].choices)
 
@@ -94,7 +94,7 @@ def test_flags_are_frozen() -> None:
 def test_overrides_may_stand_anywhere_and_nothing_else_may(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = _parse(
+    options = parse_arguments(
         ["eval", "runs/x", "data.workers=0", "--split", "val", "evaluate.limit=3", "--json"]
     )
     assert (
@@ -108,7 +108,7 @@ def test_overrides_may_stand_anywhere_and_nothing_else_may(
         ["track", "runs/x", "a=b"],
     ):
         with pytest.raises(SystemExit):
-            _parse(wrong)
+            parse_arguments(wrong)
         assert (
             f"unrecognized arguments: {' '.join(wrong[2:] if wrong[-1] != 'more' else ['more'])}"
             in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_a_shown_command_is_accepted(line: str) -> None:
     else:
         words = words[1:]
     words = words if words[0] in VERBS else ["train", *words]
-    _parse(words)
+    parse_arguments(words)
     for word in words:
         if word.startswith(("configs/", "shards/recipes/")):
             assert (ROOT / word).is_file(), f"{line}: no {word}"
@@ -138,7 +138,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["import coupalign", "import coupalign.cli.parser as cli; cli._parser().format_help()"]
+    "code", ["import coupalign", "import coupalign.cli.parser as cli; cli.build_parser().format_help()"]
 )
 def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
     heavy = "torch numpy pydantic deepspeed transformers timm webdataset mlflow"
@@ -149,6 +149,6 @@ def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        _parser().parse_args([verb, "--help"])
+        build_parser().parse_args([verb, "--help"])
     assert ended.value.code == 0
     assert "--json" in capsys.readouterr().out

@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_whole(config: Path, tmp_path: Pa
     }
     # The limit holds for shared memory too, so the samples come without worker processes.
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
-    code = limit + "from coupalign.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = limit + "from coupalign.cli.parser import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.run(
         [
             os.sys.executable,

@@ -13,7 +13,7 @@ from coupalign.compat import garbage_collection_paused, package_hidden
 from tests.unit.bench.test_step import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINING = "import coupalign.cli.verbs, coupalign.training.loop, coupalign.engine.ddp, coupalign.tracking.forwarder"
+TRAINING = "import coupalign.cli.parser, coupalign.training.loop, coupalign.engine.ddp, coupalign.tracking.forwarder"
 BUILT = f"""
 {TRAINING}
 from coupalign.config.load import read_config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coupalign.cli.parser import _parser, main
+from coupalign.cli.parser import build_parser, main
 from coupalign.costs.footprint import Footprint, Line
 from coupalign.costs.plan import (
     GPUS,
@@ -147,7 +147,7 @@ def test_refused(changes: list[str], options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_the_command_line_knows_every_gpu(gpu: str) -> None:
-    assert _parser().parse_args(["plan", "configs/demo.yaml", "--gpu", gpu]).gpu == gpu
+    assert build_parser().parse_args(["plan", "configs/demo.yaml", "--gpu", gpu]).gpu == gpu
 
 
 def test_the_verb_prints_a_table_and_an_object(capsys: pytest.CaptureFixture[str]) -> None:
