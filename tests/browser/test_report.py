@@ -17,7 +17,7 @@ SHOWN = "figure:not([hidden])"
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
     return report_run(
-        write_run(tmp_path_factory.mktemp("runs") / "demo & <i>more", many=3)
+        write_run(tmp_path_factory.mktemp("runs") / "demo & <i>more", per_group=3)
     ).as_uri()
 
 

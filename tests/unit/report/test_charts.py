@@ -1,4 +1,4 @@
-"""Curves: what is read from the journal, and that a chart stays within its borders and tells the truth."""
+"""Curves: what is read from the journal, and that a chart stays within its borders."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from coupalign.report.charts import line_chart, read_curves
+from coupalign.report.charts import curve_section, line_chart, read_curves
 
 
-def test_curves_survive_torn_lines_and_numbers_that_are_none(tmp_path: Path):
-    journal = tmp_path / "metrics.jsonl"
+def test_read_curves_skips_torn_lines_and_non_finite_values(tmp_path: Path):
     rows = [
         {"step": 20, "time": 0, "metrics": {"a": 2, "b": "NaN"}},
         {"step": 10, "time": 0, "metrics": {"a": 1}},
     ]
-    journal.write_text(
-        "\n".join(map(json.dumps, rows)) + '\nbroken\n{"step": 30, "time": 0, "metrics": {"a"'
-    )
+    lines = [*map(json.dumps, rows), "broken", '{"step": 30, "time": 0, "metrics": {"a"']
+    journal = tmp_path / "metrics.jsonl"
+    journal.write_text("\n".join(lines))
+
     assert read_curves(journal) == {"a": [(10, 1.0), (20, 2.0)]}
     assert read_curves(tmp_path / "none.jsonl") == {}
 
@@ -38,29 +38,44 @@ def test_curves_survive_torn_lines_and_numbers_that_are_none(tmp_path: Path):
         np.linspace(1, 0, 5000).tolist(),
     ],
 )
-def test_a_chart_is_svg_within_its_borders(values: list[float]):
-    chart = line_chart(
-        {"a < b": list(enumerate(values)), "empty": []}, "loss & more", marks=len(values) < 100
-    )
+def test_chart_is_svg_within_its_borders(values: list[float]):
+    series = {"a < b": list(enumerate(values)), "empty": []}
+
+    chart = line_chart(series, "loss & more", marks=len(values) < 100)
+
     root = ElementTree.fromstring(chart)
     width, height = (float(value) for value in root.attrib["viewBox"].split()[2:])
     corners = re.findall(r"([-\d.]+),([-\d.]+)", root.find("polyline").attrib["points"])
     assert 1 <= len(corners) <= 200
-    assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in corners)
+    for x, y in corners:
+        assert 0 <= float(x) <= width
+        assert 0 <= float(y) <= height
     for label in root.findall("text"):
-        assert 0 <= float(label.attrib["x"]) < width and 0 < float(label.attrib["y"]) <= height
-    assert "nan" not in chart and "inf" not in chart
+        assert 0 <= float(label.attrib["x"]) < width
+        assert 0 < float(label.attrib["y"]) <= height
+    assert "nan" not in chart
+    assert "inf" not in chart
 
 
-def test_a_falling_curve_falls_and_a_higher_value_is_drawn_higher():
-    root = ElementTree.fromstring(line_chart({"loss": [(0, 3.0), (10, 2.0), (20, 0.5)]}, "loss"))
-    points = [
-        tuple(map(float, corner.split(",")))
-        for corner in root.find("polyline").attrib["points"].split()
-    ]
-    assert [x for x, _ in points] == sorted(x for x, _ in points)
-    assert [y for _, y in points] == sorted(y for _, y in points)
+def test_chart_draws_higher_values_higher():
+    chart = line_chart({"loss": [(0, 3.0), (10, 2.0), (20, 0.5)]}, "loss")
+
+    corners = ElementTree.fromstring(chart).find("polyline").attrib["points"].split()
+    xs, ys = zip(*(map(float, corner.split(",")) for corner in corners))
+    assert list(xs) == sorted(xs)
+    assert list(ys) == sorted(ys)  # SVG counts y from the top
 
 
-def test_no_curves_no_chart():
+def test_series_without_points_has_no_chart():
     assert line_chart({"loss": []}, "loss") == ""
+
+
+def test_curve_section_charts_losses_and_scores_of_each_split():
+    points = [(10, 0.5), (20, 0.6)]
+    curves = {"train/loss": points, "eval/val/oIoU": points, "eval/testA/mIoU": points}
+
+    section = curve_section(curves)
+
+    for title in ("Training loss by step", "Score on val by step", "Score on testA by step"):
+        assert title in section
+    assert curve_section({"train/lr": points}) == ""

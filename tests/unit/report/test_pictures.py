@@ -1,140 +1,121 @@
-"""Kept pictures: the list that lies beside them, what is drawn, what the model looked at, and damage that is named."""
+"""Saved pictures: the list next to them, what is drawn, and damage that is named."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from coupalign.config.schema import CoupAlignConfig, DataConfig, LavtConfig
-from coupalign.data.tokenizer import SPECIAL, Tokenizer
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import boundary
-from coupalign.model.build import build_model
-from coupalign.report.explanations import build_explainer
+from coupalign.evaluation.shelf import Picture
 from coupalign.report.pictures import read_pictures, save_pictures
 from tests.unit.report.examples import evaluation_of
 
-ENCODERS = {
-    "image": {"kind": "small", "widths": [16, 16, 32, 32]},
-    "text": {"kind": "small", "width": 32, "layers": 4, "heads": 2},
-}
+
+def draw(picture: Picture) -> Image.Image:
+    return Image.fromarray(picture.image)
 
 
-def test_pictures_come_back(tmp_path: Path):
-    evaluation = evaluation_of()
-    files = save_pictures(tmp_path / "val", evaluation, 2)
+def test_saved_pictures_are_read_back_by_group(tmp_path: Path):
+    files = save_pictures(tmp_path / "val", evaluation_of(), 2)
+
     groups = read_pictures(tmp_path / "val")
-    assert {group: len(entries) for group, entries in groups.items()} == {
-        "random": 2,
-        "best": 2,
-        "median": 2,
-        "worst": 2,
-    }
-    assert len(files) == 8 and all(file.is_file() for file in files)
-    assert [kept.iou for kept in groups["best"]] == sorted(
-        (kept.iou for kept in groups["best"]), reverse=True
-    )
+
+    sizes = {group: len(pictures) for group, pictures in groups.items()}
+    assert sizes == {"random": 2, "best": 2, "median": 2, "worst": 2}
+    assert len(files) == 8
+    assert all(file.is_file() for file in files)
+    best = [picture.iou for picture in groups["best"]]
+    assert best == sorted(best, reverse=True)
+
+
+def test_saving_replaces_folder(tmp_path: Path):
+    save_pictures(tmp_path / "val", evaluation_of(), 2)
     save_pictures(tmp_path / "val", evaluation_of(2), 1)
+
     assert len(list((tmp_path / "val").iterdir())) == 4 + 1
+
+
+def test_folder_without_list_has_no_pictures(tmp_path: Path):
     assert read_pictures(tmp_path / "none") == {}
 
 
-def test_the_list_says_what_the_samples_are(tmp_path: Path):
+def test_list_describes_samples(tmp_path: Path):
     evaluation = evaluation_of()
     save_pictures(tmp_path / "val", evaluation, 8)
+
     pictures = {picture.name: picture for picture in evaluation.pictures}
-    for kept in read_pictures(tmp_path / "val")["best"]:
-        picture = pictures[kept.name]
-        bands = [boundary(torch.from_numpy(mask)) for mask in (picture.truth, picture.prediction)]
-        edges = (bands[0] & bands[1]).sum() / (bands[0] | bands[1]).sum()
-        assert (kept.sentence, kept.area, kept.pixels) == (
-            picture.sentence,
-            picture.truth.sum(),
-            picture.truth.size,
-        )
-        assert kept.same_class == picture.same_class and kept.why == ""
-        assert kept.iou == pytest.approx(picture.iou, abs=1e-6) and kept.boundary == pytest.approx(
-            edges.item(), abs=1e-6
-        )
-        with Image.open(tmp_path / "val" / kept.file) as drawn:
-            heading, panels = (
-                np.asarray(drawn)[rows] for rows in (slice(kept.heading), slice(kept.heading, None))
-            )
-        assert (
-            np.ptp(heading.astype(int), axis=2).max() <= 10
-            and np.ptp(panels.astype(int), axis=2).max() > 100
-        )
+    for saved in read_pictures(tmp_path / "val")["best"]:
+        picture = pictures[saved.name]
+        assert (saved.sentence, saved.same_class) == (picture.sentence, picture.same_class)
+        assert (saved.area, saved.pixels) == (picture.truth.sum(), picture.truth.size)
+        assert saved.why == ""
+
+        masks = (picture.truth, picture.prediction)
+        a, b = (boundary(torch.from_numpy(mask)) for mask in masks)
+        boundary_iou = ((a & b).sum() / (a | b).sum()).item()
+        assert saved.iou == pytest.approx(picture.iou, abs=1e-6)
+        assert saved.boundary == pytest.approx(boundary_iou, abs=1e-6)
 
 
-def test_the_first_of_each_group_are_explained(tmp_path: Path):
+def test_heading_of_strip_is_text_and_the_rest_is_not(tmp_path: Path):
+    save_pictures(tmp_path / "val", evaluation_of(), 8)
+
+    for saved in read_pictures(tmp_path / "val")["best"]:
+        with Image.open(tmp_path / "val" / saved.file) as strip:
+            pixels = np.asarray(strip).astype(int)
+        colorfulness = np.ptp(pixels, axis=2)
+        assert colorfulness[: saved.heading].max() <= 10
+        assert colorfulness[saved.heading :].max() > 100
+
+
+def test_first_pictures_of_each_group_are_explained(tmp_path: Path):
     asked = []
 
-    def explain(picture):
+    def explain(picture: Picture) -> Image.Image | None:
         asked.append(picture.number)
-        return Image.fromarray(picture.image) if picture.number % 2 else None
+        return draw(picture) if picture.number % 2 else None
 
     files = save_pictures(
         tmp_path / "val", evaluation_of(), 3, explain=explain, explained_per_group=2
     )
-    groups = read_pictures(tmp_path / "val")
-    assert len(asked) == 4 * 2 and all(
-        not kept.why for entries in groups.values() for kept in entries[2:]
-    )
-    whys = [
-        tmp_path / "val" / kept.why for entries in groups.values() for kept in entries if kept.why
-    ]
-    assert 0 < len(whys) < 8 and set(whys) < set(files)
+
+    groups = read_pictures(tmp_path / "val").values()
+    assert len(asked) == 4 * 2
+    assert not any(saved.why for pictures in groups for saved in pictures[2:])
+    whys = [tmp_path / "val" / saved.why for group in groups for saved in group if saved.why]
+    assert 0 < len(whys) < 8
+    assert set(whys) < set(files)
 
 
-@pytest.mark.parametrize("resize", ["squash", "letterbox"])
-def test_a_model_is_explained_on_the_photograph(resize: str, tmp_path: Path):
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join([*SPECIAL, *"left one man a cup dark dog red star the second".split()]) + "\n"
-    )
-    tokenizer = Tokenizer.open(tmp_path / "vocab.txt")
-    data = DataConfig.model_validate(
-        {
-            "train": [{"index": "shards", "split": "train"}],
-            "image_size": 64,
-            "max_tokens": 8,
-            "resize": resize,
-        }
-    )
-    config = CoupAlignConfig.model_validate(
-        {**ENCODERS, "decoder": {"width": 32}, "proposals": {"count": 3, "layers": 1, "ffn": 32}}
-    )
-    picture = evaluation_of().pictures[1]  # "left one": four tokens
-    draw = build_explainer(build_model(config, len(tokenizer), 64).eval(), tokenizer, data)
-    sheet = draw(picture)
-    rows = 1 + 4  # the proposals, and four stages of one row of words
-    assert sheet.width == 4 * 160 + 5 * 8 and rows * 107 < sheet.height < rows * 180
-    assert np.array_equal(np.asarray(draw(picture)), np.asarray(sheet))
-    lavt = build_model(
-        LavtConfig.model_validate({**ENCODERS, "kind": "lavt", "decoder": {"width": 16}}),
-        len(tokenizer),
-        64,
-    )
-    assert build_explainer(lavt.eval(), tokenizer, data)(picture) is None
+def test_missing_picture_files_are_named(tmp_path: Path):
+    files = save_pictures(tmp_path / "val", evaluation_of(), 1, explain=draw)
 
-
-def test_damaged_pictures_are_named(tmp_path: Path):
-    files = save_pictures(
-        tmp_path / "val", evaluation_of(), 1, explain=lambda picture: Image.fromarray(picture.image)
-    )
     for file in files[:2]:  # a strip and an explanation
         content = file.read_bytes()
         file.unlink()
         with pytest.raises(InputError, match=file.name):
             read_pictures(tmp_path / "val")
         file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", [{}], [{"group": "best"}], {"a": 1}, [{"area": "x"}]], ids=str
+)
+def test_damaged_list_is_named(tmp_path: Path, damage: Any):
+    save_pictures(tmp_path / "val", evaluation_of(), 1)
     path = tmp_path / "val" / "pictures.json"
     first = json.loads(path.read_text())[0]
-    for damage in ([{}], [{"group": "best"}], {"a": 1}, [{**first, "area": "x"}]):
-        path.write_text(json.dumps(damage))
-        with pytest.raises(InputError, match=r"pictures\.json"):
-            read_pictures(tmp_path / "val")
+
+    if damage == [{"area": "x"}]:
+        damage = [{**first, "area": "x"}]
+    path.write_text(damage if isinstance(damage, str) else json.dumps(damage))
+
+    with pytest.raises(InputError, match=r"pictures\.json.*--pictures"):
+        read_pictures(tmp_path / "val")
