@@ -1,4 +1,7 @@
-"""Bidirectional word-pixel attention as a function of tensors; the spec and the fast paths share one signature.
+"""Bidirectional attention between words and pixels, in plain PyTorch and as fused Triton kernels.
+
+`bidirectional_attention` chooses the path. `reference` is the specification in plain PyTorch,
+`fused` the kernels, `plan` how a shape is cut for them; README.md has the derivation.
 
 Shape legend: B batch, P pixels, H heads, T words, C channels.
 """
@@ -16,39 +19,46 @@ from torch import Tensor
 
 from coupalign.errors import InputError
 from coupalign.kernels import reference
-from coupalign.kernels.plan import refusal
+from coupalign.kernels.plan import heads_refusal, refusal
 
-Impl = Literal["auto", "reference", "fused"]
-OLDEST_GPU = (8, 0)  # Ampere: the first with bfloat16 tensor cores and asynchronous copies
+# Ampere, the first with bfloat16 tensor cores and asynchronous copies.
+MIN_CAPABILITY = (8, 0)
 
 F = TypeVar("F", bound=Callable)
 
 log = logging.getLogger("coupalign.kernels")
-_said: set[str] = set()
+_logged_reasons: set[str] = set()
 
 
-def _constant(function: F) -> F:
-    """Mark for torch.compile that the answer never changes. `torch.compiler.assume_constant_result` does the same, but it imports the
-    compiler, half as long as all of torch, where nothing is compiled."""
+def _constant_when_compiled(function: F) -> F:
+    """Tell torch.compile that the function's result never changes.
+
+    `torch.compiler.assume_constant_result` does the same. But it imports the compiler, which takes
+    half as long as importing all of torch, even if nothing is compiled.
+    """
     function._dynamo_marked_constant = True
     return function
 
 
-@_constant
-def choose(impl: str) -> Literal["reference", "fused"]:
-    """The path that `impl` means on this machine; a shape that it cannot run takes the reference all the same.
+@_constant_when_compiled
+def choose(impl: str, heads: int = 1) -> Literal["reference", "fused"]:
+    """Choose the path for `impl` on this machine.
+
+    A call whose shape the fused kernels cannot run still takes the reference.
 
     Raises:
-        InputError: `impl` is unknown, or "fused" where nothing can run it; the message says why.
+        InputError: `impl` is unknown, or it is "fused" and this machine, this installation or this
+            number of heads rules the kernels out.
     """
     match impl:
         case "reference":
             return "reference"
         case "auto":
-            return "reference" if obstacle() or interpreting() else "fused"
+            unavailable = obstacle() or heads_refusal(heads) or interpreting()
+            return "reference" if unavailable else "fused"
         case "fused":
-            if why := obstacle():
-                raise InputError(f"model.wpa.impl = fused: {why}; use auto or reference")
+            if reason := obstacle() or heads_refusal(heads):
+                raise InputError(f"model.wpa.impl = fused: {reason}; use auto or reference")
             return "fused"
         case _:
             raise InputError(
@@ -56,39 +66,39 @@ def choose(impl: str) -> Literal["reference", "fused"]:
             )
 
 
-def describe_choice(impl: str) -> str:
-    """What `choose` takes and why, for people."""
+def describe_choice(impl: str, heads: int = 1) -> str:
+    """Describe the path that `choose` takes, and why, in words for a log."""
     if impl == "plain":
         return "plain PyTorch with the pixel-side projections, the oracle"
-    if choose(impl) == "fused":
-        return (
-            "fused kernels in Triton's interpreter"
-            if interpreting()
-            else f"fused kernels on {torch.cuda.get_device_name()}"
-        )
-    return (
-        "plain PyTorch"
-        if impl == "reference"
-        else f"plain PyTorch ({obstacle() or 'the interpreter is only for impl = fused'})"
-    )
+
+    if choose(impl, heads) == "fused":
+        if interpreting():
+            return "fused kernels in Triton's interpreter"
+        return f"fused kernels on {torch.cuda.get_device_name()}"
+
+    if impl == "reference":
+        return "plain PyTorch"
+    reason = obstacle() or heads_refusal(heads) or "the interpreter is only for impl = fused"
+    return f"plain PyTorch ({reason})"
 
 
 def obstacle() -> str | None:
-    """Why this machine and this installation cannot run the fused kernels; none if they can."""
+    """Say why this machine or installation cannot run the fused kernels, or return None."""
     if not importlib.util.find_spec("triton"):
         return "Triton is not installed"
     if interpreting():
         return None
     if not torch.cuda.is_available() or torch.version.hip:
         return "there is no NVIDIA GPU here"
-    if torch.cuda.get_device_capability() < OLDEST_GPU:
-        return f"{torch.cuda.get_device_name()} is older than compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        oldest = ".".join(map(str, MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name()} is older than compute capability {oldest}"
     return None
 
 
-@_constant
+@_constant_when_compiled
 def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, step by step: TRITON_INTERPRET=1, for tests and debugging."""
+    """Tell whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -98,73 +108,73 @@ def bidirectional_attention(
     """Let every pixel read the words and every word read the pixels, from one matrix of scores.
 
         S = pixels @ keys^T + bias
-        pixels_from_words = softmax_words(S) @ values         one softmax per head, the heads are summed
+        pixels_from_words = softmax_words(S) @ values         one softmax per head, then a sum
         words_from_pixels = softmax_pixels(S)^T @ pixels
 
-    The projections are absorbed into `keys` and `values` by the caller; several heads lie side by side on the word
-    axis, head h in columns h*T .. (h+1)*T-1.
+    The caller absorbs the projections into `keys` and `values`. Heads are adjacent on the word
+    axis: head h has the columns h*T .. (h+1)*T-1.
 
     Args:
-        pixels: [B, P, C] floating point. Under autocast they are rounded to its type, as for any matrix product.
+        pixels: [B, P, C] floating point. Autocast rounds them to its type, as in a matrix product.
         keys: [B, H*T, C], already scaled.
         values: [B, H*T, C].
-        bias: [B, H*T], added to the scores; -inf marks padding, the same words in every head.
-        impl: "auto": the fused kernels where the machine and the shape allow, else the reference; "reference";
-            "fused": like "auto", also in Triton's interpreter, and an error where no kernel can run at all.
-        heads: H.
+        bias: [B, H*T], added to the scores. -inf marks padding, the same words in every head.
+        impl: "auto": the fused kernels on a GPU that has them, the reference elsewhere.
+            "reference": plain PyTorch. "fused": the fused kernels, also in Triton's interpreter, or
+            an error if they cannot run at all. A shape that the kernels do not support takes the
+            reference, and the log says so once.
+        heads: H. With more than one head, "auto" takes the reference and "fused" is an error.
 
     Returns:
-        pixels_from_words [B, P, C] in the (rounded) type of `pixels`, and words_from_pixels [B, H*T, C] in float32
-        (float64 for float64 input). Padded words get zeros, the pixels of an image without words get zeros; gradients
-        are finite.
+        pixels_from_words [B, P, C] in the (rounded) type of `pixels`, and words_from_pixels
+        [B, H*T, C] in float32 (float64 for float64 input). Padded words get zeros, and so do the
+        pixels of an image without words. Gradients are finite.
 
     Raises:
         InputError: see `choose`.
     """
-    path = choose(impl)
+    path = choose(impl, heads)
     batch, _, channels = pixels.shape
     columns = keys.shape[1]
-    assert keys.shape == values.shape == (batch, columns, channels), (
-        pixels.shape,
-        keys.shape,
-        values.shape,
-    )
-    assert bias.shape == (batch, columns) and columns % heads == 0, (bias.shape, columns, heads)
-    pixels = _rounded(pixels)
-    if path == "fused" and _fits(pixels, columns // heads, heads, impl):
+    shapes = (pixels.shape, keys.shape, values.shape, bias.shape, heads)
+    assert keys.shape == values.shape == (batch, columns, channels), shapes
+    assert bias.shape == (batch, columns) and columns % heads == 0, shapes
+
+    pixels = _round_to_autocast_dtype(pixels)
+    if path == "fused" and _kernels_can_run(pixels, columns, impl):
         from coupalign.kernels import fused
 
-        return fused.bidirectional_attention(pixels, keys, values, bias, heads)
+        return fused.bidirectional_attention(pixels, keys, values, bias)
     return reference.bidirectional_attention(pixels, keys, values, bias, heads)
 
 
-def _rounded(pixels: Tensor) -> Tensor:
-    """In autocast's type, where it is on; float64 is left alone, as autocast does."""
-    place = pixels.device.type
-    if (
-        not torch.amp.is_autocast_available(place)
-        or not torch.is_autocast_enabled(place)
-        or pixels.dtype == torch.float64
-    ):
+def _round_to_autocast_dtype(pixels: Tensor) -> Tensor:
+    """Round to autocast's type if autocast is on; like autocast, leave float64 alone."""
+    device = pixels.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return pixels
-    return pixels.to(torch.get_autocast_dtype(place))
+    if pixels.dtype == torch.float64:
+        return pixels
+    return pixels.to(torch.get_autocast_dtype(device))
 
 
-def _fits(pixels: Tensor, words: int, heads: int, impl: str) -> bool:
-    """Whether the fused kernels can run this call; why not is said once."""
-    here, place = pixels.device.type, "cpu" if interpreting() else "cuda"
-    if here == "meta" or (
-        here != place and impl == "auto"
-    ):  # only measured, or as `auto` promises: nothing to tell
+def _kernels_can_run(pixels: Tensor, words: int, impl: str) -> bool:
+    """Tell whether the kernels can run this call with one head; log each reason once if not."""
+    device = pixels.device.type
+    kernel_device = "cpu" if interpreting() else "cuda"
+
+    # Nothing to log: on `meta` a model is only measured, and `auto` follows the tensors anywhere.
+    if device == "meta" or (device != kernel_device and impl == "auto"):
         return False
-    why = refusal(tuple(pixels.shape), words, heads, pixels.dtype)
-    if here != place:
-        why = f"the tensors are on {here}"
-    elif place == "cpu" and pixels.dtype == torch.bfloat16:
-        why = "Triton's interpreter multiplies bfloat16 wrongly"
-    if why and why not in _said and not torch.compiler.is_compiling():
-        _said.add(why)
-        log.warning(
-            "word-pixel alignment runs in plain PyTorch where the fused kernel cannot: %s", why
-        )
-    return why is None
+
+    if device != kernel_device:
+        reason = f"the tensors are on {device}"
+    elif device == "cpu" and pixels.dtype == torch.bfloat16:
+        reason = "Triton's interpreter multiplies bfloat16 wrongly"
+    else:
+        reason = refusal(tuple(pixels.shape), words, heads=1, dtype=pixels.dtype)
+
+    if reason and reason not in _logged_reasons and not torch.compiler.is_compiling():
+        _logged_reasons.add(reason)
+        log.warning("word-pixel alignment runs in plain PyTorch: %s", reason)
+    return reason is None

@@ -1,11 +1,15 @@
-"""Word-pixel attention in both directions as Triton kernels: one pass over the pixels forward, one backward.
+"""Word-pixel attention in both directions as Triton kernels.
 
-README.md beside this file derives what is computed here. Nothing of size pixels x words reaches memory. There are no
-atomics: every program writes its own partial sums and a second kernel adds them in a fixed order, so two runs agree
-bit for bit.
+Forward and backward each pass over the pixels once; README.md in this folder derives the formulas.
+No tensor of size pixels x words reaches memory. There are no atomics: each program writes its own
+partial sums, and a combine kernel adds them in a fixed order, so two runs agree bit for bit.
 
-Shape legend: B batch, P pixels, H heads, T words, C channels; in a kernel P_ pixels of a tile, C_ channels of a block,
-W columns: the words of all heads, each head padded to a power of two.
+Shape legend: B batch, P pixels, T words, C channels. In a kernel, P_ is the pixels per tile, C_ the
+channels per block, and W the columns: T padded to a power of two. Arguments in capitals are tensors
+in memory (or compile-time sizes). Lower-case v, k, u and their products are in registers:
+
+    v pixels [P_, C_]      k keys [W, C_]      u values [W, C_]      do, dv, ... gradients
+    s scores [P_, W]       p softmax over words [P_, W]       q softmax over pixels [P_, W]
 """
 
 from __future__ import annotations
@@ -19,55 +23,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coupalign.kernels.plan import KernelPlan, plan_kernels
+from coupalign.kernels.plan import LARGE_SHARED_MEMORY, Direction, KernelPlan, plan_kernels
 
 LOG2E = tl.constexpr(1.4426950408889634)
-FINEST_SHIFT = (
-    14  # 2^14 is the largest power of two by which a weight of 1 stays far from float16's 65504
-)
-SHAPES = [
-    "pixel_count",
-    "words",
-    "tiles",
-    "blocks",
-    "splits",
-]  # recompiling for a multiple of 16 would gain nothing
+
+# The weights over pixels are scaled by up to 2^14: a weight of 1 then stays below float16's 65504.
+MAX_WEIGHT_EXPONENT = 14
+
+# Sizes that vary from call to call. Recompiling for multiples of 16 would gain nothing.
+UNSPECIALIZED = ["pixel_count", "word_count", "tiles", "blocks", "splits"]
 
 
-# ------------------------------------------------------------------------------------------------------ shared pieces
+# ------------------------------------------------------------------------------------------- blocks
 
 
 @triton.jit
-def _columns(words, HEADS: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
-    """Row of each column in a [H*T, ...] tensor, and which columns are words at all."""
-    column = tl.arange(0, W)
-    head = column // W_HEAD
-    word = column % W_HEAD
-    return head * words + word, (head < HEADS) & (word < words)
+def _block(row, row_mask, column, LENGTH, WHOLE: tl.constexpr):
+    """Return offsets and mask of a block, rows x columns, of a matrix with rows of LENGTH.
+
+    WHOLE: all columns are inside the matrix, so that only the rows need a mask.
+    """
+    offsets = row[:, None] * LENGTH + column[None, :]
+    mask = row_mask[:, None]
+    if not WHOLE:
+        mask = mask & (column < LENGTH)[None, :]
+    return offsets, mask
 
 
 @triton.jit
-def _softmax_over_words(s, P_: tl.constexpr, W: tl.constexpr, W_HEAD: tl.constexpr):
-    """[P_, W] base-2 scores -> weights, head by head. All words lie in the tile, so one tile is enough."""
-    s = tl.reshape(s, [P_, W // W_HEAD, W_HEAD])
-    largest = tl.max(s, 2)
+def _dot(a, b):
+    """Multiply matrices; float32 is not rounded to TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(sums, a, b):
+    """Return sums + a b, as `_dot` computes it."""
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+# ----------------------------------------------------------------------------------------- formulas
+
+
+@triton.jit
+def _softmax_over_words(s):
+    """Turn base-2 scores [P_, W] into weights. Every word is in the tile, so one tile is enough."""
+    largest = tl.max(s, 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    p = tl.exp2(s - largest[:, :, None])
-    total = tl.sum(p, 2)
-    p = p / tl.where(total == 0.0, 1.0, total)[:, :, None]
-    return tl.reshape(p, [P_, W])
+    p = tl.exp2(s - largest[:, None])
+    total = tl.sum(p, 1)
+    return p / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
-def _next_over_pixels(s, there, largest, total):
-    """One more tile of base-2 scores in the softmax over pixels, which runs across tiles: its weights relative to the
-    largest score so far, that score, the factor by which earlier sums shrink, and the new total weight."""
-    s = tl.where(there[:, None], s, float("-inf"))
-    new = tl.maximum(largest, tl.max(s, 0))
-    pivot = tl.where(new == float("-inf"), 0.0, new)
+def _update_softmax_over_pixels(s, in_image, largest, total):
+    """Add a tile of base-2 scores [P_, W] to the softmax over pixels, which runs across tiles.
+
+    Returns the tile's weights relative to the largest score so far, that score, the factor by which
+    earlier sums shrink, and the new total weight.
+    """
+    s = tl.where(in_image[:, None], s, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(s, 0))
+    pivot = tl.where(new_largest == float("-inf"), 0.0, new_largest)
     q = tl.exp2(s - pivot[None, :])
     shrink = tl.exp2(largest - pivot)
-    return q, new, shrink, total * shrink + tl.sum(q, 0)
+    return q, new_largest, shrink, total * shrink + tl.sum(q, 0)
 
 
 @triton.jit
@@ -75,595 +95,624 @@ def _weights_and_score_gradient(
     s,
     dp,
     dq,
-    there,
+    in_image,
     log_sum,
     delta,
-    back,
-    finer,
-    P_: tl.constexpr,
-    W: tl.constexpr,
-    W_HEAD: tl.constexpr,
+    grad_scale,
+    weight_exponent,
 ):
-    """Base-2 scores [P_, W] and the gradients of both weights -> weights over words, 2^finer times those over pixels,
-    and the gradient of the scores. Each softmax gives w (dw - sum w dw); over pixels that sum is `delta`."""
-    p = tl.reshape(_softmax_over_words(s, P_, W, W_HEAD), [P_, W // W_HEAD, W_HEAD])
-    dp = tl.reshape(dp, [P_, W // W_HEAD, W_HEAD])
-    ds = tl.reshape(p * (dp - tl.sum(p * dp, 2)[:, :, None]), [P_, W])
-    q = tl.where(there[:, None], tl.exp2(s - log_sum[None, :] + finer), 0.0)
-    ds = tl.where(there[:, None], ds + (q * back) * (dq - delta[None, :]), 0.0)
-    return tl.reshape(p, [P_, W]), q, ds
+    """Compute both weights and the gradient of the scores from base-2 scores [P_, W].
+
+    dp and dq are the gradients of the weights over words and over pixels. Each softmax with weights
+    w passes on w (dw - sum w dw); over pixels that sum is `delta`. Returns p, 2^weight_exponent q
+    and ds.
+    """
+    p = _softmax_over_words(s)
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+
+    q = tl.exp2(s - log_sum[None, :] + weight_exponent)
+    q = tl.where(in_image[:, None], q, 0.0)
+    ds += (q * grad_scale) * (dq - delta[None, :])
+    return p, q, tl.where(in_image[:, None], ds, 0.0)
 
 
 @triton.jit
-def _power_of_two(x):
-    """The largest power of two that is not above x >= 0, between 2^-100 and 2^100: its exponent without its fraction."""
+def _floor_power_of_two(x):
+    """Round x >= 0 down to a power of two between 2^-100 and 2^100: keep its exponent bits only."""
     x = tl.minimum(tl.maximum(x, 2.0**-100), 2.0**100)
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _unit(ds, before, dtype: tl.constexpr):
-    """In what unit score gradients are rounded to `dtype`: a power of two that grows with the largest of them seen so far.
-
-    float16 would overflow beyond 65504 and lose what is below 6e-8; the other types have the range of float32.
-    """
+def _first_unit(dtype: tl.constexpr):
+    """Return the unit of the score gradients before the first tile; see `_next_unit`."""
     if dtype == tl.float16:
-        if ds is None:
-            return tl.full([], 2.0**-100, tl.float32)
-        else:
-            return tl.maximum(before, _power_of_two(tl.max(tl.abs(ds))))
+        return tl.full([], 2.0**-100, tl.float32)
     else:
         return tl.full([], 1.0, tl.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------ forward
+@triton.jit
+def _next_unit(unit, ds, dtype: tl.constexpr):
+    """Return the unit in which score gradients are rounded to `dtype`.
+
+    The unit is a power of two that grows with the largest gradient so far. float16 would overflow
+    above 65504 and lose values below 6e-8. The other types have the range of float32, and unit 1.
+    """
+    if dtype == tl.float16:
+        return tl.maximum(unit, _floor_power_of_two(tl.max(tl.abs(ds))))
+    else:
+        return tl.full([], 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+# ------------------------------------------------------------------------------------------ forward
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
-    PIXELS,
-    KEYS,
-    VALUES,
-    BIAS,
-    FROM_WORDS,
-    SUMS,
-    LARGEST,
-    TOTAL,
+    PIXELS,  # [B, P, C]
+    KEYS,  # [B, T, C]
+    VALUES,  # [B, T, C]
+    BIAS,  # [B, T]
+    FROM_WORDS,  # out, [B, P, C]
+    SUMS,  # out, [B, splits, C, W]
+    LARGEST,  # out, [B, splits, W]
+    TOTAL,  # out, [B, splits, W]
     pixel_count,
-    words,
+    word_count,
     tiles,
     splits,
     C: tl.constexpr,
-    HEADS: tl.constexpr,
     P_: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
-    """A run of pixel tiles of one image, all channels at once (C <= C_): the sums over pixels stay in registers."""
+    """Process a run of pixel tiles of one image, all channels at once (C <= C_).
+
+    The sums over pixels stay in registers.
+    """
     WHOLE: tl.constexpr = C == C_
+    dtype: tl.constexpr = PIXELS.dtype.element_ty
     split, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    channel = tl.arange(0, C_)
-    inside = channel < C
-    at_words = image * HEADS * words * C + row[:, None] * C + channel[None, :]
-    word_mask = real[:, None] if WHOLE else real[:, None] & inside[None, :]
-    k = tl.load(KEYS + at_words, mask=word_mask, other=0.0).to(PIXELS.dtype.element_ty)
-    u = tl.load(VALUES + at_words, mask=word_mask, other=0.0).to(PIXELS.dtype.element_ty)
-    bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
+    part = image * splits + split
+    channel, pixel, column = tl.arange(0, C_), tl.arange(0, P_), tl.arange(0, W)
+
+    # The word side is loaded once.
+    is_word = column < word_count
+    at_words, word_mask = _block(column, is_word, channel, C, WHOLE)
+    at_words += image * word_count * C
+    # [W, C_]
+    k = tl.load(KEYS + at_words, mask=word_mask, other=0.0).to(dtype)
+    u = tl.load(VALUES + at_words, mask=word_mask, other=0.0).to(dtype)
+    # [W]
+    bias = tl.load(BIAS + image * word_count + column, mask=is_word, other=float("-inf")) * LOG2E
+
+    # [W], and the sums transposed: channels are the long side of the matrix product.
     largest = tl.full([W], float("-inf"), tl.float32)
     total = tl.zeros([W], tl.float32)
-    sums = tl.zeros(
-        [C_, W], tl.float32
-    )  # transposed: channels are the long side of the matrix product
-    place = tl.arange(0, P_)
-    at_tile = place[:, None] * C + channel[None, :]
+    sums = tl.zeros([C_, W], tl.float32)
+
     for i in range(0, tiles):
         first = (split * tiles + i) * P_
-        start = (image * pixel_count + first) * C  # 64 bits; what is added to it fits into 32
-        there = place < pixel_count - first
-        mask = there[:, None] if WHOLE else there[:, None] & inside[None, :]
-        v = tl.load(PIXELS + start + at_tile, mask=mask, other=0.0)
-        s = tl.dot(v, tl.trans(k), input_precision="ieee") * LOG2E + bias[None, :]
-        p = _softmax_over_words(s, P_, W, W_HEAD)
-        o = tl.dot(p.to(v.dtype), u, input_precision="ieee")
-        tl.store(FROM_WORDS + start + at_tile, o.to(v.dtype), mask=mask)
-        q, largest, shrink, total = _next_over_pixels(s, there, largest, total)
-        sums = tl.dot(tl.trans(v), q.to(v.dtype), sums * shrink[None, :], input_precision="ieee")
-    part = image * splits + split
-    column = tl.arange(0, W)
-    tl.store(
-        SUMS + part * C * W + channel[:, None] * W + column[None, :], sums, mask=inside[:, None]
-    )
+        tile = (image * pixel_count + first) * C  # 64 bits; offsets within a tile fit into 32
+        in_image = pixel < pixel_count - first
+        at_tile, mask = _block(pixel, in_image, channel, C, WHOLE)
+        # [P_, C_]
+        v = tl.load(PIXELS + tile + at_tile, mask=mask, other=0.0)
+
+        # Every pixel reads the words.
+        s = _dot(v, tl.trans(k)) * LOG2E + bias[None, :]
+        p = _softmax_over_words(s)
+        o = _dot(p.to(dtype), u)
+        tl.store(FROM_WORDS + tile + at_tile, o.to(dtype), mask=mask)
+
+        # Every word reads the pixels of this tile.
+        q, largest, shrink, total = _update_softmax_over_pixels(s, in_image, largest, total)
+        sums = _add_dot(sums * shrink[None, :], tl.trans(v), q.to(dtype))
+
+    at_sums, mask = _block(channel, channel < C, column, W, WHOLE=True)
+    tl.store(SUMS + part * C * W + at_sums, sums, mask=mask)
     tl.store(LARGEST + part * W + column, largest)
     tl.store(TOTAL + part * W + column, total)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_wide_kernel(
-    PIXELS,
-    KEYS,
-    VALUES,
-    BIAS,
-    FROM_WORDS,
-    SUMS,
-    LARGEST,
-    TOTAL,
+    PIXELS,  # [B, P, C]
+    KEYS,  # [B, T, C]
+    VALUES,  # [B, T, C]
+    BIAS,  # [B, T]
+    FROM_WORDS,  # out, [B, P, C]
+    SUMS,  # out, [B, splits, C, W]
+    LARGEST,  # out, [B, splits, W]
+    TOTAL,  # out, [B, splits, W]
     pixel_count,
-    words,
+    word_count,
     tiles,
     splits,
     blocks,
     C,
-    HEADS: tl.constexpr,
     P_: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
-    """A run of pixel tiles of one image, the channels block by block: the scores over all channels, then the outputs.
+    """Process a run of pixel tiles of one image, block by block of channels.
 
-    A tile is read twice by the same program, the second time from the cache. The sums over pixels are too many for
-    registers: they are added up in memory, where this program alone touches them. Few tiles make few programs, so a
-    group of programs may share a run: each computes the scores, and the outputs of `blocks` channel blocks.
+    The scores need all channels, the outputs come after them. So a program reads each tile twice,
+    the second time from the cache. The sums over pixels are too large for registers: they are added
+    up in memory that no other program touches. An image with few tiles makes few programs, so a
+    group of programs may share a run: each computes the scores, and the outputs of `blocks` blocks.
     """
+    dtype: tl.constexpr = PIXELS.dtype.element_ty
     group, split, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
-    word_start = image * HEADS * words * C
     part = image * splits + split
-    column = tl.arange(0, W)
+    pixel, column = tl.arange(0, P_), tl.arange(0, W)
+    first_channel = group * blocks * C_
+    end_channel = tl.minimum((group + 1) * blocks * C_, C)
+
+    is_word = column < word_count
+    words = image * word_count * C
+    # [W]
+    bias = tl.load(BIAS + image * word_count + column, mask=is_word, other=float("-inf")) * LOG2E
     largest = tl.full([W], float("-inf"), tl.float32)
     total = tl.zeros([W], tl.float32)
-    place = tl.arange(0, P_)
+
     for i in range(0, tiles):
         first = (split * tiles + i) * P_
-        start = (image * pixel_count + first) * C
-        there = place < pixel_count - first
+        tile = (image * pixel_count + first) * C
+        in_image = pixel < pixel_count - first
+
+        # The scores, over all channels.
         s = tl.zeros([P_, W], tl.float32)
         for block in range(0, C, C_):
-            c = block + tl.arange(0, C_)
-            v = tl.load(
-                PIXELS + start + place[:, None] * C + c[None, :],
-                mask=there[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            k = tl.load(
-                KEYS + word_start + row[:, None] * C + c[None, :],
-                mask=real[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            s = tl.dot(v, tl.trans(k), s, input_precision="ieee")
+            channel = block + tl.arange(0, C_)
+            at_tile, mask = _block(pixel, in_image, channel, C, WHOLE=False)
+            at_tile += tile
+            at_words, word_mask = _block(column, is_word, channel, C, WHOLE=False)
+            at_words += words
+            # [P_, C_] and [W, C_]
+            v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
+            k = tl.load(KEYS + at_words, mask=word_mask, other=0.0)
+            s = _add_dot(s, v, tl.trans(k))
         s = s * LOG2E + bias[None, :]
-        p = _softmax_over_words(s, P_, W, W_HEAD).to(PIXELS.dtype.element_ty)
-        q, largest, shrink, total = _next_over_pixels(s, there, largest, total)
-        q = q.to(PIXELS.dtype.element_ty)
-        for block in range(group * blocks * C_, tl.minimum((group + 1) * blocks * C_, C), C_):
-            c = block + tl.arange(0, C_)
-            mask = there[:, None] & (c < C)[None, :]
-            v = tl.load(PIXELS + start + place[:, None] * C + c[None, :], mask=mask, other=0.0)
-            u = tl.load(
-                VALUES + word_start + row[:, None] * C + c[None, :],
-                mask=real[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            o = tl.dot(p, u, input_precision="ieee")
-            tl.store(FROM_WORDS + start + place[:, None] * C + c[None, :], o.to(v.dtype), mask=mask)
-            at_sums = SUMS + part * C * W + c[:, None] * W + column[None, :]
-            sums = tl.load(at_sums, mask=(c < C)[:, None] & (i > 0), other=0.0)
-            tl.store(
-                at_sums,
-                tl.dot(tl.trans(v), q, sums * shrink[None, :], input_precision="ieee"),
-                mask=(c < C)[:, None],
-            )
-        tl.debug_barrier()  # the next tile reads what other threads of this program wrote
+
+        p = _softmax_over_words(s).to(dtype)
+        q, largest, shrink, total = _update_softmax_over_pixels(s, in_image, largest, total)
+        q = q.to(dtype)
+
+        # The outputs, over the channels of this program.
+        for block in range(first_channel, end_channel, C_):
+            channel = block + tl.arange(0, C_)
+            at_tile, mask = _block(pixel, in_image, channel, C, WHOLE=False)
+            at_tile += tile
+            at_words, word_mask = _block(column, is_word, channel, C, WHOLE=False)
+            at_words += words
+            # [P_, C_] and [W, C_]
+            v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
+            u = tl.load(VALUES + at_words, mask=word_mask, other=0.0)
+            o = _dot(p, u)
+            tl.store(FROM_WORDS + at_tile, o.to(dtype), mask=mask)
+
+            # [C_, W], zero before the first tile
+            at_sums, sum_mask = _block(channel, channel < C, column, W, WHOLE=True)
+            at_sums += part * C * W
+            sums = tl.load(SUMS + at_sums, mask=sum_mask & (i > 0), other=0.0)
+            sums = _add_dot(sums * shrink[None, :], tl.trans(v), q)
+            tl.store(SUMS + at_sums, sums, mask=sum_mask)
+
+        tl.debug_barrier()  # the next tile reads sums that other threads of this program wrote
+
     if group == 0:
         tl.store(LARGEST + part * W + column, largest)
         tl.store(TOTAL + part * W + column, total)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_combine_kernel(
-    SUMS,
-    LARGEST,
-    TOTAL,
-    FROM_PIXELS,
-    LOG_SUM,
-    words,
+    SUMS,  # [B, splits, C, W]
+    LARGEST,  # [B, splits, W]
+    TOTAL,  # [B, splits, W]
+    FROM_PIXELS,  # out, [B, T, C]
+    LOG_SUM,  # out, [B, T]
+    word_count,
     splits,
     C,
-    HEADS: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
     """Add the partial sums of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    column = tl.arange(0, W)
-    channel = block * C_ + tl.arange(0, C_)
-    inside = channel < C
+    channel, column = block * C_ + tl.arange(0, C_), tl.arange(0, W)
+    at_sums, mask = _block(channel, channel < C, column, W, WHOLE=True)
+
+    # The largest score of all splits, [W].
     largest = tl.full([W], float("-inf"), tl.float32)
     for i in range(0, splits):
-        largest = tl.maximum(largest, tl.load(LARGEST + (image * splits + i) * W + column))
+        part = image * splits + i
+        largest = tl.maximum(largest, tl.load(LARGEST + part * W + column))
     pivot = tl.where(largest == float("-inf"), 0.0, largest)
+
+    # Totals [W] and sums [C_, W] of all splits, relative to that score.
     total = tl.zeros([W], tl.float32)
     sums = tl.zeros([C_, W], tl.float32)
     for i in range(0, splits):
         part = image * splits + i
         share = tl.exp2(tl.load(LARGEST + part * W + column) - pivot)
         total += share * tl.load(TOTAL + part * W + column)
-        one = tl.load(
-            SUMS + part * C * W + channel[:, None] * W + column[None, :],
-            mask=inside[:, None],
-            other=0.0,
-        )
-        sums += share[None, :] * one
+        split_sums = tl.load(SUMS + part * C * W + at_sums, mask=mask, other=0.0)
+        sums += share[None, :] * split_sums
+
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    tl.store(
-        FROM_PIXELS + image * HEADS * words * C + row[None, :] * C + channel[:, None],
-        sums / total[None, :],
-        mask=real[None, :] & inside[:, None],
-    )
-    if (
-        block == 0
-    ):  # +inf for a word that no pixel reads: its weights exp2(s - inf) are 0 in backward too
-        tl.store(
-            LOG_SUM + image * HEADS * words + row,
-            tl.where(empty, float("inf"), pivot + tl.log2(total)),
-            mask=real,
-        )
+
+    # [C_, W] into [T, C]
+    is_word = column < word_count
+    at_words = image * word_count * C + column[None, :] * C + channel[:, None]
+    mask = is_word[None, :] & (channel < C)[:, None]
+    tl.store(FROM_PIXELS + at_words, sums / total[None, :], mask=mask)
+
+    # A word that no pixel reads gets +inf: its weights exp2(s - inf) are 0 in backward too.
+    if block == 0:
+        log_sum = tl.where(empty, float("inf"), pivot + tl.log2(total))
+        tl.store(LOG_SUM + image * word_count + column, log_sum, mask=is_word)
 
 
-# ----------------------------------------------------------------------------------------------------------- backward
+# ----------------------------------------------------------------------------------------- backward
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_prepare_kernel(
-    KEYS,
-    VALUES,
-    FROM_PIXELS,
-    GRAD_FROM_PIXELS,
-    K,
-    U,
-    G,
-    DELTA,
-    BACK,
-    words,
-    finer,
+    KEYS,  # [B, T, C]
+    VALUES,  # [B, T, C]
+    FROM_PIXELS,  # [B, T, C]
+    GRAD_FROM_PIXELS,  # [B, T, C]
+    ROUNDED_KEYS,  # out, [B, T, C]
+    ROUNDED_VALUES,  # out, [B, T, C]
+    ROUNDED_GRAD,  # out, [B, T, C]
+    DELTA,  # out, [B, W]
+    GRAD_SCALE,  # out, [B]
+    word_count,
+    weight_exponent,
     C,
-    HEADS: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
-    """The word side of one image for backward: keys, values and gradient in the type of the matrix products, and
-    delta [B, W], the mean of the gradient under the softmax over pixels.
+    """Prepare the word side of one image for backward.
 
-    The gradient is divided by a power of two that brings it near 1: float16 then holds it, whatever the loss scale.
-    BACK [B] undoes that and the scale 2^finer of the weights.
+    Keys, values and the gradient of `words_from_pixels` are rounded to the type of the matrix
+    products. DELTA is the mean of that gradient under the softmax over pixels.
+
+    The gradient is divided by a power of two that brings it near 1, so that float16 holds it for
+    any loss scale. GRAD_SCALE undoes that, and the factor 2^weight_exponent of the weights.
     """
+    dtype: tl.constexpr = ROUNDED_KEYS.dtype.element_ty
     image = tl.program_id(0).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    at_words = image * HEADS * words * C
+    column = tl.arange(0, W)
+    is_word = column < word_count
+
+    # Round keys and values; measure the gradient.
     delta = tl.zeros([W], tl.float32)
     largest = tl.zeros([W], tl.float32)
     for first in range(0, C, C_):
-        c = first + tl.arange(0, C_)
-        at = at_words + row[:, None] * C + c[None, :]
-        mask = real[:, None] & (c < C)[None, :]
-        g = tl.load(GRAD_FROM_PIXELS + at, mask=mask, other=0.0)
-        delta += tl.sum(g * tl.load(FROM_PIXELS + at, mask=mask, other=0.0), 1)
+        channel = first + tl.arange(0, C_)
+        at_words, mask = _block(column, is_word, channel, C, WHOLE=False)
+        at_words += image * word_count * C
+        # [W, C_]
+        g = tl.load(GRAD_FROM_PIXELS + at_words, mask=mask, other=0.0)
+        m = tl.load(FROM_PIXELS + at_words, mask=mask, other=0.0)
+        delta += tl.sum(g * m, 1)
         largest = tl.maximum(largest, tl.max(tl.abs(g), 1))
-        tl.store(K + at, tl.load(KEYS + at, mask=mask, other=0.0).to(K.dtype.element_ty), mask=mask)
-        tl.store(
-            U + at, tl.load(VALUES + at, mask=mask, other=0.0).to(U.dtype.element_ty), mask=mask
-        )
-    size = tl.max(largest, 0)
-    near_one = 1.0 / _power_of_two(size)
+
+        k = tl.load(KEYS + at_words, mask=mask, other=0.0)
+        tl.store(ROUNDED_KEYS + at_words, k.to(dtype), mask=mask)
+        u = tl.load(VALUES + at_words, mask=mask, other=0.0)
+        tl.store(ROUNDED_VALUES + at_words, u.to(dtype), mask=mask)
+
+    # Scale and round the gradient.
+    near_one = 1.0 / _floor_power_of_two(tl.max(largest, 0))
     for first in range(0, C, C_):
-        c = first + tl.arange(0, C_)
-        at = at_words + row[:, None] * C + c[None, :]
-        mask = real[:, None] & (c < C)[None, :]
-        g = tl.load(GRAD_FROM_PIXELS + at, mask=mask, other=0.0)
-        tl.store(G + at, (g * near_one).to(G.dtype.element_ty), mask=mask)
-    tl.store(DELTA + image * W + tl.arange(0, W), delta * near_one)
-    tl.store(BACK + image, tl.exp2(-finer) / near_one)
+        channel = first + tl.arange(0, C_)
+        at_words, mask = _block(column, is_word, channel, C, WHOLE=False)
+        at_words += image * word_count * C
+        # [W, C_]
+        g = tl.load(GRAD_FROM_PIXELS + at_words, mask=mask, other=0.0)
+        tl.store(ROUNDED_GRAD + at_words, (g * near_one).to(dtype), mask=mask)
+
+    tl.store(DELTA + image * W + column, delta * near_one)
+    tl.store(GRAD_SCALE + image, tl.exp2(-weight_exponent) / near_one)
 
 
-@triton.jit(do_not_specialize=[*SHAPES, "finer"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "weight_exponent"])
 def backward_kernel(
-    PIXELS,
-    GRAD_FROM_WORDS,
-    KEYS,
-    VALUES,
-    BIAS,
-    LOG_SUM,
-    GRAD_FROM_PIXELS,
-    DELTA,
-    BACK,
-    GRAD_PIXELS,
-    KEY_SUMS,
-    VALUE_SUMS,
-    BIAS_SUMS,
-    UNIT,
+    PIXELS,  # [B, P, C]
+    GRAD_FROM_WORDS,  # [B, P, C]
+    KEYS,  # [B, T, C], rounded
+    VALUES,  # [B, T, C], rounded
+    BIAS,  # [B, T]
+    LOG_SUM,  # [B, T]
+    GRAD_FROM_PIXELS,  # [B, T, C], rounded
+    DELTA,  # [B, W]
+    GRAD_SCALE,  # [B]
+    GRAD_PIXELS,  # out, [B, P, C]
+    KEY_SUMS,  # out, [B, splits, C, W]
+    VALUE_SUMS,  # out, [B, splits, C, W]
+    BIAS_SUMS,  # out, [B, splits, W]
+    UNIT,  # out, [B, splits]
     pixel_count,
-    words,
+    word_count,
     tiles,
     splits,
-    finer,
+    weight_exponent,
     C: tl.constexpr,
-    HEADS: tl.constexpr,
     P_: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
-    """The scores and both softmaxes of a run of pixel tiles again, and all gradients from them (C <= C_)."""
+    """Compute all gradients of a run of pixel tiles of one image, all channels at once (C <= C_).
+
+    The scores and both softmaxes are recomputed.
+    """
     WHOLE: tl.constexpr = C == C_
+    dtype: tl.constexpr = PIXELS.dtype.element_ty
     split, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    channel = tl.arange(0, C_)
-    inside = channel < C
-    at_words = image * HEADS * words * C + row[:, None] * C + channel[None, :]
-    word_mask = real[:, None] if WHOLE else real[:, None] & inside[None, :]
+    part = image * splits + split
+    channel, pixel, column = tl.arange(0, C_), tl.arange(0, P_), tl.arange(0, W)
+
+    # The word side is loaded once.
+    is_word = column < word_count
+    at_words, word_mask = _block(column, is_word, channel, C, WHOLE)
+    at_words += image * word_count * C
+    # [W, C_]
     k = tl.load(KEYS + at_words, mask=word_mask, other=0.0)
     u = tl.load(VALUES + at_words, mask=word_mask, other=0.0)
     g = tl.load(GRAD_FROM_PIXELS + at_words, mask=word_mask, other=0.0)
-    bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
-    log_sum = tl.load(LOG_SUM + image * HEADS * words + row, mask=real, other=float("inf"))
-    column = tl.arange(0, W)
+    # [W]
+    bias = tl.load(BIAS + image * word_count + column, mask=is_word, other=float("-inf")) * LOG2E
+    log_sum = tl.load(LOG_SUM + image * word_count + column, mask=is_word, other=float("inf"))
     delta = tl.load(DELTA + image * W + column)
-    back = tl.load(BACK + image)
-    unit = _unit(None, None, PIXELS.dtype.element_ty)
+    grad_scale = tl.load(GRAD_SCALE + image)
+
+    unit = _first_unit(dtype)
     key_sums = tl.zeros([C_, W], tl.float32)
     value_sums = tl.zeros([C_, W], tl.float32)
     bias_sums = tl.zeros([W], tl.float32)
-    place = tl.arange(0, P_)
-    at_tile = place[:, None] * C + channel[None, :]
+
     for i in range(0, tiles):
         first = (split * tiles + i) * P_
-        start = (image * pixel_count + first) * C
-        there = place < pixel_count - first
-        mask = there[:, None] if WHOLE else there[:, None] & inside[None, :]
-        v = tl.load(PIXELS + start + at_tile, mask=mask, other=0.0)
-        do = tl.load(GRAD_FROM_WORDS + start + at_tile, mask=mask, other=0.0)
-        s = tl.dot(v, tl.trans(k), input_precision="ieee") * LOG2E + bias[None, :]
-        dp = tl.dot(do, tl.trans(u), input_precision="ieee")
-        dq = tl.dot(v, tl.trans(g), input_precision="ieee")
+        tile = (image * pixel_count + first) * C
+        in_image = pixel < pixel_count - first
+        at_tile, mask = _block(pixel, in_image, channel, C, WHOLE)
+        # [P_, C_]
+        v = tl.load(PIXELS + tile + at_tile, mask=mask, other=0.0)
+        do = tl.load(GRAD_FROM_WORDS + tile + at_tile, mask=mask, other=0.0)
+
+        # Scores, and the gradients of both weights, [P_, W].
+        s = _dot(v, tl.trans(k)) * LOG2E + bias[None, :]
+        dp = _dot(do, tl.trans(u))
+        dq = _dot(v, tl.trans(g))
         p, q, ds = _weights_and_score_gradient(
-            s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD
+            s, dp, dq, in_image, log_sum, delta, grad_scale, weight_exponent
         )
         bias_sums += tl.sum(ds, 0)
-        before = unit
-        unit = _unit(ds, unit, v.dtype)
-        ds = (ds / unit).to(v.dtype)
-        dv = tl.dot(q.to(v.dtype), g, input_precision="ieee") * (back / unit)
-        dv = tl.dot(ds, k, dv, input_precision="ieee") * unit
-        tl.store(GRAD_PIXELS + start + at_tile, dv.to(v.dtype), mask=mask)
-        key_sums = tl.dot(tl.trans(v), ds, key_sums * (before / unit), input_precision="ieee")
-        value_sums = tl.dot(tl.trans(do), p.to(v.dtype), value_sums, input_precision="ieee")
-    part = image * splits + split
-    at_sums = part * C * W + channel[:, None] * W + column[None, :]
-    tl.store(KEY_SUMS + at_sums, key_sums, mask=inside[:, None])
-    tl.store(VALUE_SUMS + at_sums, value_sums, mask=inside[:, None])
+
+        previous_unit = unit
+        unit = _next_unit(unit, ds, dtype)
+        ds = (ds / unit).to(dtype)
+
+        dv = _dot(q.to(dtype), g) * (grad_scale / unit)
+        dv = _add_dot(dv, ds, k) * unit
+        tl.store(GRAD_PIXELS + tile + at_tile, dv.to(dtype), mask=mask)
+
+        key_sums *= previous_unit / unit
+        key_sums = _add_dot(key_sums, tl.trans(v), ds)
+        value_sums = _add_dot(value_sums, tl.trans(do), p.to(dtype))
+
+    at_sums, mask = _block(channel, channel < C, column, W, WHOLE=True)
+    at_sums += part * C * W
+    tl.store(KEY_SUMS + at_sums, key_sums, mask=mask)
+    tl.store(VALUE_SUMS + at_sums, value_sums, mask=mask)
     tl.store(BIAS_SUMS + part * W + column, bias_sums)
     tl.store(UNIT + part, unit)
 
 
-@triton.jit
-def _scores_and_weight_gradients(
-    PIXELS,
-    GRAD_FROM_WORDS,
-    KEYS,
-    VALUES,
-    GRAD_FROM_PIXELS,
-    start,
-    word_start,
-    there,
-    row,
-    real,
-    C,
-    P_: tl.constexpr,
-    C_: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Three products of a tile with the words, each over all channels: never over one program's own block of them."""
-    place = tl.arange(0, P_)
-    s = tl.zeros([P_, W], tl.float32)
-    dp = tl.zeros([P_, W], tl.float32)
-    dq = tl.zeros([P_, W], tl.float32)
-    for block in range(0, C, C_):
-        c = block + tl.arange(0, C_)
-        at_tile = start + place[:, None] * C + c[None, :]
-        at_words = word_start + row[:, None] * C + c[None, :]
-        mask = there[:, None] & (c < C)[None, :]
-        word_mask = real[:, None] & (c < C)[None, :]
-        v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
-        do = tl.load(GRAD_FROM_WORDS + at_tile, mask=mask, other=0.0)
-        k = tl.load(KEYS + at_words, mask=word_mask, other=0.0)
-        u = tl.load(VALUES + at_words, mask=word_mask, other=0.0)
-        g = tl.load(GRAD_FROM_PIXELS + at_words, mask=word_mask, other=0.0)
-        s = tl.dot(v, tl.trans(k), s, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(u), dp, input_precision="ieee")
-        dq = tl.dot(v, tl.trans(g), dq, input_precision="ieee")
-    return s, dp, dq
-
-
-@triton.jit(do_not_specialize=[*SHAPES, "finer"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "weight_exponent"])
 def backward_wide_kernel(
-    PIXELS,
-    GRAD_FROM_WORDS,
-    KEYS,
-    VALUES,
-    BIAS,
-    LOG_SUM,
-    GRAD_FROM_PIXELS,
-    DELTA,
-    BACK,
-    GRAD_PIXELS,
-    KEY_SUMS,
-    VALUE_SUMS,
-    BIAS_SUMS,
-    UNIT,
+    PIXELS,  # [B, P, C]
+    GRAD_FROM_WORDS,  # [B, P, C]
+    KEYS,  # [B, T, C], rounded
+    VALUES,  # [B, T, C], rounded
+    BIAS,  # [B, T]
+    LOG_SUM,  # [B, T]
+    GRAD_FROM_PIXELS,  # [B, T, C], rounded
+    DELTA,  # [B, W]
+    GRAD_SCALE,  # [B]
+    GRAD_PIXELS,  # out, [B, P, C]
+    KEY_SUMS,  # out, [B, splits, C, W]
+    VALUE_SUMS,  # out, [B, splits, C, W]
+    BIAS_SUMS,  # out, [B, splits, W]
+    UNIT,  # out, [B, splits]
     pixel_count,
-    words,
+    word_count,
     tiles,
     splits,
-    finer,
+    weight_exponent,
     blocks,
     C,
-    HEADS: tl.constexpr,
     P_: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
-    """A run of pixel tiles of one image, the channels block by block, as in `forward_wide_kernel`."""
+    """Compute all gradients of a run of pixel tiles of one image, block by block of channels.
+
+    Programs share channel blocks and keep sums in memory as in `forward_wide_kernel`.
+    """
+    dtype: tl.constexpr = PIXELS.dtype.element_ty
     group, split, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    bias = tl.load(BIAS + image * HEADS * words + row, mask=real, other=float("-inf")) * LOG2E
-    log_sum = tl.load(LOG_SUM + image * HEADS * words + row, mask=real, other=float("inf"))
-    column = tl.arange(0, W)
-    delta = tl.load(DELTA + image * W + column)
-    back = tl.load(BACK + image)
-    word_start = image * HEADS * words * C
     part = image * splits + split
-    unit = _unit(None, None, PIXELS.dtype.element_ty)
+    pixel, column = tl.arange(0, P_), tl.arange(0, W)
+    first_channel = group * blocks * C_
+    end_channel = tl.minimum((group + 1) * blocks * C_, C)
+
+    is_word = column < word_count
+    words = image * word_count * C
+    # [W]
+    bias = tl.load(BIAS + image * word_count + column, mask=is_word, other=float("-inf")) * LOG2E
+    log_sum = tl.load(LOG_SUM + image * word_count + column, mask=is_word, other=float("inf"))
+    delta = tl.load(DELTA + image * W + column)
+    grad_scale = tl.load(GRAD_SCALE + image)
+
+    unit = _first_unit(dtype)
     bias_sums = tl.zeros([W], tl.float32)
-    place = tl.arange(0, P_)
+
     for i in range(0, tiles):
         first = (split * tiles + i) * P_
-        start = (image * pixel_count + first) * C
-        there = place < pixel_count - first
-        s, dp, dq = _scores_and_weight_gradients(
-            PIXELS,
-            GRAD_FROM_WORDS,
-            KEYS,
-            VALUES,
-            GRAD_FROM_PIXELS,
-            start,
-            word_start,
-            there,
-            row,
-            real,
-            C,
-            P_,
-            C_,
-            W,
-        )
+        tile = (image * pixel_count + first) * C
+        in_image = pixel < pixel_count - first
+
+        # Scores, and the gradients of both weights, over all channels, [P_, W].
+        s = tl.zeros([P_, W], tl.float32)
+        dp = tl.zeros([P_, W], tl.float32)
+        dq = tl.zeros([P_, W], tl.float32)
+        for block in range(0, C, C_):
+            channel = block + tl.arange(0, C_)
+            at_tile, mask = _block(pixel, in_image, channel, C, WHOLE=False)
+            at_tile += tile
+            at_words, word_mask = _block(column, is_word, channel, C, WHOLE=False)
+            at_words += words
+            # [P_, C_]
+            v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
+            do = tl.load(GRAD_FROM_WORDS + at_tile, mask=mask, other=0.0)
+            # [W, C_]
+            k = tl.load(KEYS + at_words, mask=word_mask, other=0.0)
+            u = tl.load(VALUES + at_words, mask=word_mask, other=0.0)
+            g = tl.load(GRAD_FROM_PIXELS + at_words, mask=word_mask, other=0.0)
+            s = _add_dot(s, v, tl.trans(k))
+            dp = _add_dot(dp, do, tl.trans(u))
+            dq = _add_dot(dq, v, tl.trans(g))
         s = s * LOG2E + bias[None, :]
+
         p, q, ds = _weights_and_score_gradient(
-            s, dp, dq, there, log_sum, delta, back, finer, P_, W, W_HEAD
+            s, dp, dq, in_image, log_sum, delta, grad_scale, weight_exponent
         )
         bias_sums += tl.sum(ds, 0)
-        before = unit
-        unit = _unit(ds, unit, PIXELS.dtype.element_ty)
-        p = p.to(PIXELS.dtype.element_ty)
-        q = q.to(PIXELS.dtype.element_ty)
-        ds = (ds / unit).to(PIXELS.dtype.element_ty)
-        for block in range(group * blocks * C_, tl.minimum((group + 1) * blocks * C_, C), C_):
-            c = block + tl.arange(0, C_)
-            at_tile = start + place[:, None] * C + c[None, :]
-            at_words = word_start + row[:, None] * C + c[None, :]
-            mask = there[:, None] & (c < C)[None, :]
-            word_mask = real[:, None] & (c < C)[None, :]
+
+        previous_unit = unit
+        unit = _next_unit(unit, ds, dtype)
+        p, q, ds = p.to(dtype), q.to(dtype), (ds / unit).to(dtype)
+
+        # The gradients, over the channels of this program.
+        for block in range(first_channel, end_channel, C_):
+            channel = block + tl.arange(0, C_)
+            at_tile, mask = _block(pixel, in_image, channel, C, WHOLE=False)
+            at_tile += tile
+            at_words, word_mask = _block(column, is_word, channel, C, WHOLE=False)
+            at_words += words
+            at_sums, sum_mask = _block(channel, channel < C, column, W, WHOLE=True)
+            at_sums += part * C * W
+
+            # [W, C_], then [P_, C_]
             k = tl.load(KEYS + at_words, mask=word_mask, other=0.0)
             g = tl.load(GRAD_FROM_PIXELS + at_words, mask=word_mask, other=0.0)
-            dv = tl.dot(q, g, input_precision="ieee") * (back / unit)
-            dv = tl.dot(ds, k, dv, input_precision="ieee") * unit
-            tl.store(GRAD_PIXELS + at_tile, dv.to(PIXELS.dtype.element_ty), mask=mask)
-            at_sums = part * C * W + c[:, None] * W + column[None, :]
-            again = (c < C)[:, None] & (i > 0)
+            dv = _dot(q, g) * (grad_scale / unit)
+            dv = _add_dot(dv, ds, k) * unit
+            tl.store(GRAD_PIXELS + at_tile, dv.to(dtype), mask=mask)
+
+            # [P_, C_], and the sums [C_, W]: zero before the first tile
             v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
-            sums = tl.load(KEY_SUMS + at_sums, mask=again, other=0.0) * (before / unit)
-            tl.store(
-                KEY_SUMS + at_sums,
-                tl.dot(tl.trans(v), ds, sums, input_precision="ieee"),
-                mask=(c < C)[:, None],
-            )
+            sums = tl.load(KEY_SUMS + at_sums, mask=sum_mask & (i > 0), other=0.0)
+            sums *= previous_unit / unit
+            tl.store(KEY_SUMS + at_sums, _add_dot(sums, tl.trans(v), ds), mask=sum_mask)
+
             do = tl.load(GRAD_FROM_WORDS + at_tile, mask=mask, other=0.0)
-            sums = tl.load(VALUE_SUMS + at_sums, mask=again, other=0.0)
-            tl.store(
-                VALUE_SUMS + at_sums,
-                tl.dot(tl.trans(do), p, sums, input_precision="ieee"),
-                mask=(c < C)[:, None],
-            )
-        tl.debug_barrier()  # the next tile reads what other threads of this program wrote
+            sums = tl.load(VALUE_SUMS + at_sums, mask=sum_mask & (i > 0), other=0.0)
+            tl.store(VALUE_SUMS + at_sums, _add_dot(sums, tl.trans(do), p), mask=sum_mask)
+
+        tl.debug_barrier()  # the next tile reads sums that other threads of this program wrote
+
     if group == 0:
         tl.store(BIAS_SUMS + part * W + column, bias_sums)
         tl.store(UNIT + part, unit)
 
 
-@triton.jit(do_not_specialize=SHAPES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def backward_combine_kernel(
-    KEY_SUMS,
-    VALUE_SUMS,
-    BIAS_SUMS,
-    UNIT,
-    GRAD_KEYS,
-    GRAD_VALUES,
-    GRAD_BIAS,
-    words,
+    KEY_SUMS,  # [B, splits, C, W]
+    VALUE_SUMS,  # [B, splits, C, W]
+    BIAS_SUMS,  # [B, splits, W]
+    UNIT,  # [B, splits]
+    GRAD_KEYS,  # out, [B, T, C]
+    GRAD_VALUES,  # out, [B, T, C]
+    GRAD_BIAS,  # out, [B, T]
+    word_count,
     splits,
     C,
-    HEADS: tl.constexpr,
     C_: tl.constexpr,
     W: tl.constexpr,
-    W_HEAD: tl.constexpr,
 ):
     """Add the word-side gradients of one channel block of one image, in the order of the splits."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, real = _columns(words, HEADS, W, W_HEAD)
-    column = tl.arange(0, W)
-    channel = block * C_ + tl.arange(0, C_)
-    inside = channel < C
+    channel, column = block * C_ + tl.arange(0, C_), tl.arange(0, W)
+    at_block, mask = _block(channel, channel < C, column, W, WHOLE=True)
+
     key_sums = tl.zeros([C_, W], tl.float32)
     value_sums = tl.zeros([C_, W], tl.float32)
     bias_sums = tl.zeros([W], tl.float32)
     for i in range(0, splits):
         part = image * splits + i
-        at_sums = part * C * W + channel[:, None] * W + column[None, :]
-        key_sums += tl.load(KEY_SUMS + at_sums, mask=inside[:, None], other=0.0) * tl.load(
-            UNIT + part
-        )
-        value_sums += tl.load(VALUE_SUMS + at_sums, mask=inside[:, None], other=0.0)
+        at_sums = part * C * W + at_block
+        key_sums += tl.load(KEY_SUMS + at_sums, mask=mask, other=0.0) * tl.load(UNIT + part)
+        value_sums += tl.load(VALUE_SUMS + at_sums, mask=mask, other=0.0)
         bias_sums += tl.load(BIAS_SUMS + part * W + column)
-    at_words = image * HEADS * words * C + row[None, :] * C + channel[:, None]
-    mask = real[None, :] & inside[:, None]
+
+    # [C_, W] into [T, C]
+    is_word = column < word_count
+    at_words = image * word_count * C + column[None, :] * C + channel[:, None]
+    mask = is_word[None, :] & (channel < C)[:, None]
     tl.store(GRAD_KEYS + at_words, key_sums.to(GRAD_KEYS.dtype.element_ty), mask=mask)
     tl.store(GRAD_VALUES + at_words, value_sums.to(GRAD_VALUES.dtype.element_ty), mask=mask)
     if block == 0:
-        tl.store(GRAD_BIAS + image * HEADS * words + row, bias_sums, mask=real)
+        tl.store(GRAD_BIAS + image * word_count + column, bias_sums, mask=is_word)
 
 
-# ---------------------------------------------------------------------------------------------- registered operations
+# --------------------------------------------------------------------------- registered operations
 
 
 @torch.library.custom_op("coupalign::bidirectional_attention", mutates_args=())
 def attention_forward(
-    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pixels_from_words [B, P, C], words_from_pixels [B, H*T, C] and the base-2 log-sum of each word's scores [B, H*T]."""
+    """Compute both outputs, and what backward needs.
+
+    Returns:
+        pixels_from_words [B, P, C], words_from_pixels [B, T, C], and the base-2 log-sum of each
+        word's scores [B, T].
+    """
     pixels, keys, values, bias = (x.contiguous() for x in (pixels, keys, values, bias))
-    cut = _plan("forward", pixels, keys, heads)
-    batch, count, channels = pixels.shape
-    if cut.wide:  # it reads the words once for each tile: worth rounding once
+    batch, pixel_count, channels = pixels.shape
+    word_count = keys.shape[1]
+    plan = _plan("forward", pixels, keys)
+
+    # The wide kernel reads the words once per tile, so rounding them beforehand pays.
+    if plan.wide:
         keys, values = keys.to(pixels.dtype), values.to(pixels.dtype)
+
+    # Outputs.
     from_words = torch.empty_like(pixels)
     from_pixels = pixels.new_empty(keys.shape, dtype=torch.float32)
     log_sum = pixels.new_empty(bias.shape, dtype=torch.float32)
-    sums = pixels.new_empty(batch, cut.splits, channels, cut.columns, dtype=torch.float32)
-    largest, total = pixels.new_empty(2, batch, cut.splits, cut.columns, dtype=torch.float32)
-    words = keys.shape[1] // heads
+
+    # Partial results of the splits.
+    per_word = (batch, plan.splits, plan.columns)
+    per_channel_and_word = (batch, plan.splits, channels, plan.columns)
+    sums = pixels.new_empty(per_channel_and_word, dtype=torch.float32)
+    largest, total = pixels.new_empty(2, *per_word, dtype=torch.float32)
+
     with torch.cuda.device_of(pixels):
         _launch(
-            forward_wide_kernel if cut.wide else forward_kernel,
-            cut,
+            forward_wide_kernel if plan.wide else forward_kernel,
+            plan,
             batch,
             channels,
-            heads,
             pixels,
             keys,
             values,
@@ -672,24 +721,23 @@ def attention_forward(
             sums,
             largest,
             total,
-            count,
-            words,
-            cut.tiles,
-            cut.splits,
+            pixel_count,
+            word_count,
+            plan.tiles,
+            plan.splits,
         )
         _launch_combine(
             forward_combine_kernel,
-            cut,
+            plan,
             batch,
             channels,
-            heads,
             sums,
             largest,
             total,
             from_pixels,
             log_sum,
-            words,
-            cut.splits,
+            word_count,
+            plan.splits,
         )
     return from_words, from_pixels, log_sum
 
@@ -704,77 +752,81 @@ def attention_backward(
     log_sum: Tensor,
     grad_from_words: Tensor,
     grad_from_pixels: Tensor,
-    heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of pixels, keys, values and bias."""
-    pixels, keys, values, bias, grad_from_words, grad_from_pixels = (
-        x.contiguous() for x in (pixels, keys, values, bias, grad_from_words, grad_from_pixels)
-    )
-    cut = _plan("backward", pixels, keys, heads)
-    batch, count, channels = pixels.shape
-    words = keys.shape[1] // heads
-    finer = float(min(FINEST_SHIFT, int(math.log2(count))))
-    k, u, g = pixels.new_empty(3, *keys.shape)
-    delta = pixels.new_empty(batch, cut.columns, dtype=torch.float32)
-    back = pixels.new_empty(batch, dtype=torch.float32)
-    grad_pixels, grad_keys, grad_values, grad_bias = (
-        torch.empty_like(x) for x in (pixels, keys, values, bias)
-    )
-    unit = pixels.new_empty(batch, cut.splits, dtype=torch.float32)
-    key_sums, value_sums = pixels.new_empty(
-        2, batch, cut.splits, channels, cut.columns, dtype=torch.float32
-    )
-    bias_sums = pixels.new_empty(batch, cut.splits, cut.columns, dtype=torch.float32)
+    """Compute the gradients of pixels, keys, values and bias."""
+    pixels, keys, values, bias = (x.contiguous() for x in (pixels, keys, values, bias))
+    grad_from_words = grad_from_words.contiguous()
+    grad_from_pixels = grad_from_pixels.contiguous()
+    batch, pixel_count, channels = pixels.shape
+    word_count = keys.shape[1]
+    plan = _plan("backward", pixels, keys)
+    weight_exponent = float(min(MAX_WEIGHT_EXPONENT, int(math.log2(pixel_count))))
+
+    # The word side, rounded and scaled.
+    rounded_keys, rounded_values, rounded_grad = pixels.new_empty(3, *keys.shape)
+    delta = pixels.new_empty(batch, plan.columns, dtype=torch.float32)
+    grad_scale = pixels.new_empty(batch, dtype=torch.float32)
+
+    # Outputs.
+    grad_pixels = torch.empty_like(pixels)
+    grad_keys = torch.empty_like(keys)
+    grad_values = torch.empty_like(values)
+    grad_bias = torch.empty_like(bias)
+
+    # Partial results of the splits.
+    per_word = (batch, plan.splits, plan.columns)
+    per_channel_and_word = (batch, plan.splits, channels, plan.columns)
+    key_sums, value_sums = pixels.new_empty(2, *per_channel_and_word, dtype=torch.float32)
+    bias_sums = pixels.new_empty(per_word, dtype=torch.float32)
+    unit = pixels.new_empty(batch, plan.splits, dtype=torch.float32)
+
     with torch.cuda.device_of(pixels):
         backward_prepare_kernel[(batch,)](
             keys,
             values,
             from_pixels,
             grad_from_pixels,
-            k,
-            u,
-            g,
+            rounded_keys,
+            rounded_values,
+            rounded_grad,
             delta,
-            back,
-            words,
-            finer,
+            grad_scale,
+            word_count,
+            weight_exponent,
             C=channels,
-            HEADS=heads,
-            **cut.helper_constants,
+            **plan.helper_constants,
             num_warps=4,
         )
         _launch(
-            backward_wide_kernel if cut.wide else backward_kernel,
-            cut,
+            backward_wide_kernel if plan.wide else backward_kernel,
+            plan,
             batch,
             channels,
-            heads,
             pixels,
             grad_from_words,
-            k,
-            u,
+            rounded_keys,
+            rounded_values,
             bias,
             log_sum,
-            g,
+            rounded_grad,
             delta,
-            back,
+            grad_scale,
             grad_pixels,
             key_sums,
             value_sums,
             bias_sums,
             unit,
-            count,
-            words,
-            cut.tiles,
-            cut.splits,
-            finer,
+            pixel_count,
+            word_count,
+            plan.tiles,
+            plan.splits,
+            weight_exponent,
         )
         _launch_combine(
             backward_combine_kernel,
-            cut,
+            plan,
             batch,
             channels,
-            heads,
             key_sums,
             value_sums,
             bias_sums,
@@ -782,75 +834,68 @@ def attention_backward(
             grad_keys,
             grad_values,
             grad_bias,
-            words,
-            cut.splits,
+            word_count,
+            plan.splits,
         )
     return grad_pixels, grad_keys, grad_values, grad_bias
 
 
-def _plan(direction: str, pixels: Tensor, keys: Tensor, heads: int) -> KernelPlan:
-    batch, count, channels = pixels.shape
+def _plan(direction: Direction, pixels: Tensor, keys: Tensor) -> KernelPlan:
+    batch, pixel_count, channels = pixels.shape
     return plan_kernels(
         direction,
-        batch,
-        count,
-        keys.shape[1] // heads,
-        channels,
-        heads,
-        pixels.dtype,
-        _shared_memory(pixels.device),
+        batch=batch,
+        pixels=pixel_count,
+        words=keys.shape[1],
+        channels=channels,
+        dtype=pixels.dtype,
+        shared_memory=_shared_memory(pixels.device),
     )
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program can have; the interpreter runs what the large GPUs run."""
-    return (
-        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if device.type == "cuda"
-        else 227 * 1024
-    )
+    """Return the bytes available to one program; the interpreter runs what the large GPUs run."""
+    if device.type != "cuda":
+        return LARGE_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _launch(
     kernel: triton.JITFunction,
-    cut: KernelPlan,
+    plan: KernelPlan,
     batch: int,
     channels: int,
-    heads: int,
     *arguments: Tensor | int | float,
 ) -> None:
-    grid = (cut.groups, cut.splits, batch) if cut.wide else (cut.splits, batch)
-    more = {"blocks": cut.blocks} if cut.wide else {}
+    """Launch a forward or backward kernel, narrow or wide."""
+    grid = (plan.groups, plan.splits, batch) if plan.wide else (plan.splits, batch)
+    blocks = {"blocks": plan.blocks} if plan.wide else {}
     kernel[grid](
         *arguments,
-        **more,
+        **blocks,
         C=channels,
-        HEADS=heads,
-        **cut.constants,
-        num_warps=cut.tiling.warps,
-        num_stages=cut.tiling.stages,
+        **plan.constants,
+        num_warps=plan.tiling.warps,
+        num_stages=plan.tiling.stages,
     )
 
 
 def _launch_combine(
     kernel: triton.JITFunction,
-    cut: KernelPlan,
+    plan: KernelPlan,
     batch: int,
     channels: int,
-    heads: int,
     *arguments: Tensor | int,
 ) -> None:
-    constants = cut.helper_constants
-    kernel[(-(-channels // constants["C_"]), batch)](
-        *arguments, C=channels, HEADS=heads, **constants, num_warps=4
-    )
+    """Launch a combine kernel: one program per channel block and image."""
+    constants = plan.helper_constants
+    grid = (triton.cdiv(channels, constants["C_"]), batch)
+    kernel[grid](*arguments, C=channels, **constants, num_warps=4)
 
 
 @attention_forward.register_fake
-def _(
-    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         pixels.new_empty(pixels.shape),
         pixels.new_empty(keys.shape, dtype=torch.float32),
@@ -868,25 +913,26 @@ def _(
     log_sum: Tensor,
     grad_from_words: Tensor,
     grad_from_pixels: Tensor,
-    heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(x.new_empty(x.shape) for x in (pixels, keys, values, bias))
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.heads = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    _, from_pixels, log_sum = output
+    ctx.save_for_backward(*inputs, from_pixels, log_sum)
 
 
-def _differentiate(
+def _backward(
     ctx: Any, grad_from_words: Tensor | None, grad_from_pixels: Tensor | None, _: Tensor | None
-) -> tuple:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pixels, keys, values, bias, from_pixels, log_sum = ctx.saved_tensors
-    grad_from_words = torch.zeros_like(pixels) if grad_from_words is None else grad_from_words
-    grad_from_pixels = (
-        torch.zeros_like(from_pixels) if grad_from_pixels is None else grad_from_pixels
-    )
-    gradients = attention_backward(
+    if grad_from_words is None:
+        grad_from_words = torch.zeros_like(pixels)
+    if grad_from_pixels is None:
+        grad_from_pixels = torch.zeros_like(from_pixels)
+    return attention_backward(
         pixels,
         keys,
         values,
@@ -895,19 +941,20 @@ def _differentiate(
         log_sum,
         grad_from_words,
         grad_from_pixels,
-        ctx.heads,
     )
-    return *gradients, None
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save)
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def bidirectional_attention(
-    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor, heads: int = 1
+    pixels: Tensor, keys: Tensor, values: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `coupalign.kernels.bidirectional_attention`; what `plan.refusal` refuses must not come here."""
+    """Compute `coupalign.kernels.bidirectional_attention` with one head in the fused kernels.
+
+    The caller must have asked `plan.refusal` whether they can run this call.
+    """
     from_words, from_pixels, _ = attention_forward(
-        pixels, keys.float(), values.float(), bias.float(), heads
+        pixels, keys.float(), values.float(), bias.float()
     )
     return from_words, from_pixels

@@ -1,4 +1,7 @@
-"""What each kernel asks of a GPU, compiled ahead of time: no GPU, no driver and no CUDA toolkit are needed."""
+"""Compile each kernel ahead of time and count what it needs of a GPU.
+
+No GPU, no driver and no CUDA toolkit are needed.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ from pathlib import Path
 
 import torch
 import triton
+from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from coupalign.errors import InputError
 from coupalign.kernels import fused
-from coupalign.kernels.plan import MOST_CHANNELS, Direction, KernelPlan, plan_kernels, refusal
+from coupalign.kernels.plan import MAX_CHANNELS, Direction, KernelPlan, plan_kernels, refusal
 
-# Channels after the four stages of each supported backbone.
+# Channels after the four stages of each supported backbone; `small` is the demo's.
 STAGES = {
     "swin_t": (96, 192, 384, 768),
     "swin_b": (128, 256, 512, 1024),
@@ -30,8 +34,8 @@ STAGES = {
     "resnet101": (256, 512, 1024, 2048),
     "darknet53": (128, 256, 512, 1024),
     "small": (32, 64, 96, 128),
-}  # small: the demo's
-# Bytes of shared memory that one program can have, by compute capability (CUDA C++ Programming Guide, table of
+}
+# Shared memory per program in bytes, by compute capability (CUDA C++ Programming Guide, table of
 # technical specifications).
 SHARED_MEMORY = {
     80: 163 * 1024,
@@ -41,91 +45,88 @@ SHARED_MEMORY = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
-SPILL_FREE = 90  # the architecture for which the tilings were chosen
+# The architecture that the tilings were chosen for: nothing may spill there.
+SPILL_FREE = 90
+
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# Arguments that have the type of the pixels; all other tensors are float32.
+
+_WORD_SIDE = {"KEYS", "VALUES", "GRAD_FROM_PIXELS"}
+_PIXEL_SIDE = {"PIXELS", "GRAD_FROM_WORDS", "GRAD_PIXELS"}
+# Arguments in the type of the pixels. All other tensors are float32.
 IN_PIXEL_TYPE = {
     "forward_kernel": {"PIXELS", "FROM_WORDS"},
     "forward_wide_kernel": {"PIXELS", "KEYS", "VALUES", "FROM_WORDS"},
     "forward_combine_kernel": set(),
-    "backward_prepare_kernel": {"K", "U", "G"},
-    "backward_kernel": {
-        "PIXELS",
-        "GRAD_FROM_WORDS",
-        "KEYS",
-        "VALUES",
-        "GRAD_FROM_PIXELS",
-        "GRAD_PIXELS",
-    },
-    "backward_wide_kernel": {
-        "PIXELS",
-        "GRAD_FROM_WORDS",
-        "KEYS",
-        "VALUES",
-        "GRAD_FROM_PIXELS",
-        "GRAD_PIXELS",
-    },
+    "backward_prepare_kernel": {"ROUNDED_KEYS", "ROUNDED_VALUES", "ROUNDED_GRAD"},
+    "backward_kernel": _PIXEL_SIDE | _WORD_SIDE,
+    "backward_wide_kernel": _PIXEL_SIDE | _WORD_SIDE,
     "backward_combine_kernel": set(),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel for a shape on an architecture."""
+    """One kernel for one shape on one architecture."""
 
     kernel: str
     architecture: int  # compute capability x 10
     dtype: torch.dtype
-    channels: int | None  # none: the kernel is the same for any number
+    channels: int | None  # None: the same kernel serves any number
     words: int = 20
-    heads: int = 1
 
     @property
     def helper(self) -> bool:
-        """Whether it is one of the small kernels before and after."""
+        """Whether it is one of the small kernels: prepare or combine."""
         return "combine" in self.kernel or "prepare" in self.kernel
 
     @property
-    def plan_kernels(self) -> KernelPlan:
+    def plan(self) -> KernelPlan:
+        """How the kernel is launched for 32 images of 14,400 pixels."""
         direction: Direction = "forward" if self.kernel.startswith("forward") else "backward"
-        channels = self.channels or MOST_CHANNELS
         return plan_kernels(
             direction,
-            32,
-            14_400,
-            self.words,
-            channels,
-            self.heads,
-            self.dtype,
-            SHARED_MEMORY[self.architecture],
+            batch=32,
+            pixels=14_400,
+            words=self.words,
+            channels=self.channels or MAX_CHANNELS,
+            dtype=self.dtype,
+            shared_memory=SHARED_MEMORY[self.architecture],
         )
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports for a case."""
+    """What ptxas reports for a case.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes per thread.
+        shared: bytes of shared memory per program.
+        tensor_cores: the matrix instructions used: wgmma, mma.sync, tcgen05.mma or none.
+        failure: the compiler's message if it failed.
+    """
 
     case: Case
-    registers: int  # of one thread
-    spilled: int  # bytes of one thread
-    shared: int  # bytes of one program
-    tensor_cores: str  # which matrix instructions: wgmma, mma.sync, tcgen05 or none
-    failure: str = ""  # what the compiler said, where it gave up
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: str
+    failure: str = ""
 
     @property
     def fault(self) -> str | None:
-        """Why this case must not ship."""
+        """Say why this kernel must not ship, or return None."""
         if self.failure:
             return f"does not compile: {self.failure}"
         limit = SHARED_MEMORY[self.case.architecture]
         if self.shared > limit:
             return f"{self.shared:,} bytes of shared memory are more than {limit:,}"
         if self.spilled and self.case.architecture == SPILL_FREE:
-            return f"{self.spilled} bytes a thread are spilled"
+            return f"{self.spilled} bytes per thread are spilled"
         return None
 
     def row(self) -> dict[str, str | int]:
-        """Plain values for a table or JSON."""
+        """Return plain values for a table or JSON."""
         case, tiling = self.case, self.case.plan.tiling
         tile = f"{tiling.pixels}x{tiling.channels} {tiling.warps}w {tiling.stages}s"
         return {
@@ -134,7 +135,6 @@ class Resources:
             "dtype": str(case.dtype).removeprefix("torch."),
             "channels": case.channels or "any",
             "words": case.words,
-            "heads": case.heads,
             "tile": "" if case.helper else tile,
             "registers": self.registers,
             "spilled": self.spilled,
@@ -147,49 +147,50 @@ class Resources:
 def cases(
     architectures: Sequence[int] = (80, 90, 100),
     dtypes: Sequence[torch.dtype] = tuple(TYPES),
-    columns: Sequence[tuple[int, int]] = ((20, 1),),
+    words: Sequence[int] = (20,),
 ) -> list[Case]:
-    """Every kernel that a backbone stage can need x architecture x type x (words, heads), each once."""
-    widths = sorted({width for stages in STAGES.values() for width in stages})
-    wanted = (_needed(*shape) for shape in product(architectures, columns, dtypes, widths))
-    return list(dict.fromkeys(chain.from_iterable(wanted)))
+    """List every kernel that a backbone stage can need, each once.
+
+    The list covers architectures x words x dtypes x the channels of all backbone stages.
+    """
+    widths = sorted(set(chain.from_iterable(STAGES.values())))
+    shapes = product(architectures, words, dtypes, widths)
+    needed = chain.from_iterable(_needed(*shape) for shape in shapes)
+    return list(dict.fromkeys(needed))
 
 
-def _needed(
-    architecture: int, columns: tuple[int, int], dtype: torch.dtype, width: int
-) -> Iterator[Case]:
-    """The kernels of one shape."""
-    if refusal((1, 1, width), *columns, dtype):
+def _needed(architecture: int, words: int, dtype: torch.dtype, width: int) -> Iterator[Case]:
+    """List the kernels of one shape."""
+    if refusal((1, 1, width), words, heads=1, dtype=dtype):
         return
+
     for direction in ("forward", "backward"):
-        narrow = Case(f"{direction}_kernel", architecture, dtype, width, *columns)
-        yield (
-            replace(narrow, kernel=f"{direction}_wide_kernel", channels=None)
-            if narrow.plan.wide
-            else narrow
-        )
-        yield Case(
-            f"{direction}_combine_kernel", architecture, torch.bfloat16, None, *columns
-        )  # whatever the type of the pixels
-    yield Case("backward_prepare_kernel", architecture, dtype, None, *columns)
+        narrow = Case(f"{direction}_kernel", architecture, dtype, width, words)
+        wide = replace(narrow, kernel=f"{direction}_wide_kernel", channels=None)
+        yield wide if narrow.plan.wide else narrow
+        # The combine kernels are the same for every type of pixels.
+        yield Case(f"{direction}_combine_kernel", architecture, torch.bfloat16, None, words)
+    yield Case("backward_prepare_kernel", architecture, dtype, None, words)
 
 
-def everything() -> list[Case]:
-    """What `coupalign bench registers` shows: every kernel x type x backbone stage on the data-center GPUs with 20 words; on
-    sm_90 every number of columns as well; and GPUs with little shared memory, where only the sum of both decides."""
-    columns = ((16, 1), (64, 1), (20, 2), (64, 2), (20, 4), (64, 4))
+def all_cases() -> list[Case]:
+    """List the kernels that `coupalign bench registers` shows.
+
+    Every kernel, type and backbone stage on the data-center GPUs with 20 words; on sm_90 the other
+    numbers of columns too; and a selection for GPUs with little shared memory.
+    """
     return [
         *cases(),
-        *cases((SPILL_FREE,), columns=columns),
-        *cases((89, 120), (torch.bfloat16,), ((20, 1), (64, 4))),
+        *cases((SPILL_FREE,), words=(16, 64)),
+        *cases((89, 120), dtypes=(torch.bfloat16,), words=(20, 64)),
     ]
 
 
 def measure(wanted: Sequence[Case], processes: int = os.cpu_count() or 1) -> Iterator[Resources]:
-    """Compile the cases side by side; results come in their order.
+    """Compile the cases in parallel; yield the results in the order of the cases.
 
     Raises:
-        InputError: this process, or its children, would interpret the kernels instead.
+        InputError: TRITON_INTERPRET is set, so Triton would interpret the kernels instead.
     """
     if triton.knobs.runtime.interpret:
         raise InputError(
@@ -200,71 +201,67 @@ def measure(wanted: Sequence[Case], processes: int = os.cpu_count() or 1) -> Ite
 
 
 def table(results: Iterable[Resources]) -> str:
-    """For people."""
+    """Format the results as a table for people."""
     rows = [{name: str(value) for name, value in result.row().items()} for result in results]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = [dict(zip(widths, widths)), *rows]
-    return "\n".join(
-        "  ".join(f"{line[name]:<{width}}" for name, width in widths.items()).rstrip()
-        for line in lines
-    )
+    return tabulate(rows, headers="keys", tablefmt="plain", disable_numparse=True)
 
 
 def compile_case(case: Case) -> Resources:
-    """Compile one case and read what it needs from the cubin."""
-    kernel, cut = getattr(fused, case.kernel), case.plan
-    constants = {"HEADS": case.heads, **(cut.helper_constants if case.helper else cut.constants)}
+    """Compile one case and read from the cubin what it needs."""
+    kernel, plan = getattr(fused, case.kernel), case.plan
+    constants = dict(plan.helper_constants if case.helper else plan.constants)
     if case.channels:
         constants["C"] = case.channels
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _type(case, name) for name in names}
-    # What the launcher's specialization finds out: torch allocates at multiples of 16 bytes, and every width is one of 16.
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
-        if signature[name].startswith("*") or (name == "C" and not case.channels)
-    }
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        aligned,
-    )
-    options = (
-        {"num_warps": 4}
-        if case.helper
-        else {"num_warps": cut.tiling.warps, "num_stages": cut.tiling.stages}
-    )
+    if case.helper:
+        options = {"num_warps": 4}
+    else:
+        options = {"num_warps": plan.tiling.warps, "num_stages": plan.tiling.stages}
+
+    # What the launcher would find out about the arguments: torch allocates at multiples of 16
+    # bytes, and every backbone's width is a multiple of 16.
+    signature, alignment = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else _type(case, name)
+        if signature[name].startswith("*") or (name == "C" and not case.channels):
+            alignment[(position,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+
+    source = ASTSource(kernel, signature, values, alignment)
+    target = GPUTarget("cuda", case.architecture, 32)
     try:
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", case.architecture, 32), options=options
-        )
-    except (
-        Exception
-    ) as error:  # whatever the compiler throws is a finding about this case, and the others go on
-        return Resources(
-            case, 0, 0, 0, "none", f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
-        )
-    registers, spilled = _registers(compiled.asm["cubin"])
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:
+        # Whatever the compiler raises is a finding about this case; the other cases continue.
+        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
+        return Resources(case, 0, 0, 0, "none", failure)
+
+    registers, spilled = _registers_and_spills(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     used = [name for name in ("wgmma", "mma.sync", "tcgen05.mma") if f"{name}." in ptx]
-    return Resources(case, registers, spilled, compiled.metadata.shared, " + ".join(used) or "none")
+    tensor_cores = " + ".join(used) or "none"
+    return Resources(case, registers, spilled, compiled.metadata.shared, tensor_cores)
 
 
 def _type(case: Case, name: str) -> str:
+    """Return the Triton type of a kernel's argument."""
+    if name == "weight_exponent":
+        return "fp32"
     if name == "C" or not name.isupper():
-        return "fp32" if name == "finer" else "i32"
+        return "i32"
     return TYPES[case.dtype] if name in IN_PIXEL_TYPE[case.kernel] else "*fp32"
 
 
-def _registers(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory of a thread; kernels without local arrays have local memory by spilling only."""
+def _registers_and_spills(cubin: bytes) -> tuple[int, int]:
+    """Read the registers and the bytes of local memory per thread.
+
+    A kernel without local arrays has local memory only because it spills.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        command = [tool, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]

@@ -2,89 +2,84 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coupalign.kernels.plan import (
-    LITTLE_SHARED_MEMORY,
-    MOST_SPLITS,
+    LARGE_SHARED_MEMORY,
+    MAX_SPLITS,
     PROGRAMS,
+    SMALL_SHARED_MEMORY,
+    heads_refusal,
     plan_kernels,
     refusal,
 )
 
-SHAPES = {
-    "batch": st.integers(1, 65),
-    "pixels": st.integers(1, 40_000),
-    "words": st.integers(1, 64),
-    "channels": st.integers(1, 2048),
-    "heads": st.integers(1, 4),
-    "dtype": st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
-    "direction": st.sampled_from(("forward", "backward")),
-    "shared_memory": st.sampled_from((LITTLE_SHARED_MEMORY, 227 * 1024)),
-}
+SHAPES = st.fixed_dictionaries(
+    {
+        "direction": st.sampled_from(("forward", "backward")),
+        "batch": st.integers(1, 65),
+        "pixels": st.integers(1, 40_000),
+        "words": st.integers(1, 64),
+        "channels": st.integers(1, 2048),
+        "dtype": st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
+    }
+)
+SHARED_MEMORY = st.sampled_from((SMALL_SHARED_MEMORY, LARGE_SHARED_MEMORY))
 
 
-@given(**SHAPES)
-def test_everything_is_covered_once(
-    batch: int,
-    pixels: int,
-    words: int,
-    channels: int,
-    heads: int,
-    dtype: torch.dtype,
-    direction: str,
-    shared_memory: int,
-) -> None:
-    if refusal((batch, pixels, channels), words, heads, dtype):
-        return
-    cut = plan_kernels(direction, batch, pixels, words, channels, heads, dtype, shared_memory)
-    size = cut.tiling.pixels * cut.tiles
-    assert (cut.splits - 1) * size < pixels <= cut.splits * size, (
-        "no split is empty, none is missing"
-    )
-    blocks = -(-channels // cut.tiling.channels)
-    assert (cut.groups - 1) * cut.blocks < blocks <= cut.groups * cut.blocks
-    assert cut.wide or (blocks == 1 and cut.groups == 1)
-    assert (
-        cut.columns >= 16 and cut.head_columns >= words and cut.columns >= heads * cut.head_columns
-    )
-    assert cut.columns & (cut.columns - 1) == 0 == cut.head_columns & (cut.head_columns - 1)
-    assert cut.splits <= MOST_SPLITS and batch * cut.splits * cut.groups <= max(PROGRAMS, batch)
+@given(SHAPES, SHARED_MEMORY)
+def test_plan_covers_every_pixel_and_channel_once(shape: dict, shared_memory: int) -> None:
+    batch, pixels, channels = shape["batch"], shape["pixels"], shape["channels"]
+    assert refusal((batch, pixels, channels), shape["words"], 1, shape["dtype"]) is None
+
+    plan = plan_kernels(**shape, shared_memory=shared_memory)
+
+    # No split is empty, and none is missing.
+    split_size = plan.tiling.pixels * plan.tiles
+    assert (plan.splits - 1) * split_size < pixels <= plan.splits * split_size
+
+    # The same for the groups of channel blocks.
+    blocks = -(-channels // plan.tiling.channels)
+    assert (plan.groups - 1) * plan.blocks < blocks <= plan.groups * plan.blocks
+    assert plan.wide or (blocks == 1 and plan.groups == 1)
+
+    # The columns are a power of two that holds the words.
+    assert plan.columns >= 16 and plan.columns >= shape["words"]
+    assert plan.columns & (plan.columns - 1) == 0
+
+    # The programs are few.
+    assert plan.splits <= MAX_SPLITS
+    assert batch * plan.splits * plan.groups <= max(PROGRAMS, batch)
 
 
-@given(**SHAPES)
-def test_little_shared_memory_changes_only_what_does_not_fit(
-    batch: int,
-    pixels: int,
-    words: int,
-    channels: int,
-    heads: int,
-    dtype: torch.dtype,
-    direction: str,
-    shared_memory: int,
-) -> None:
-    """Only the backward of up to 256 channels holds more than 99 KiB."""
-    if refusal((batch, pixels, channels), words, heads, dtype):
-        return
-    cuts = [
-        plan_kernels(direction, batch, pixels, words, channels, heads, dtype, size)
-        for size in (LITTLE_SHARED_MEMORY, 227 * 1024)
-    ]
-    assert cuts[0] == cuts[1] or (direction == "backward" and 128 < channels <= 256)
+@given(SHAPES)
+def test_small_shared_memory_changes_only_backward_up_to_256_channels(shape: dict) -> None:
+    """Only the backward of 129 to 256 channels needs more than 99 KiB."""
+    small = plan_kernels(**shape, shared_memory=SMALL_SHARED_MEMORY)
+    large = plan_kernels(**shape, shared_memory=LARGE_SHARED_MEMORY)
+
+    assert small == large or (shape["direction"] == "backward" and 128 < shape["channels"] <= 256)
 
 
-def test_what_is_refused_is_named() -> None:
-    half = torch.float16
-    assert refusal((1, 8, 2048), 64, 4, half) is None
-    for shape, words, heads, dtype, part in (
-        ((1, 8, 2049), 8, 1, half, "2049 channels"),
-        ((1, 8, 64), 65, 1, half, "65 words"),
-        ((1, 8, 64), 8, 5, half, "5 heads"),
-        ((70_000, 1, 16), 1, 1, half, "70000 images"),
-        ((1, 8, 64), 8, 1, torch.float64, "float64"),
-        ((1, 8, 64), 64, 4, torch.float32, "float32"),
-        ((0, 8, 64), 8, 1, half, "nothing"),
-    ):
-        assert part in refusal(shape, words, heads, dtype)
+@pytest.mark.parametrize(
+    "shape, words, heads, dtype, reason",
+    [
+        ((1, 8, 2049), 8, 1, torch.float16, "2048 channels, not 2049"),
+        ((1, 8, 64), 65, 1, torch.float16, "64 words, not 65"),
+        ((1, 8, 64), 8, 5, torch.float16, "one head, not 5"),
+        ((1, 8, 64), 64, 4, torch.float32, "one head, not 4"),
+        ((70_000, 1, 16), 1, 1, torch.float16, "65535 images per batch, not 70000"),
+        ((1, 8, 64), 8, 1, torch.float64, "not in float64"),
+        ((0, 8, 64), 8, 1, torch.float16, "nothing to compute"),
+    ],
+)
+def test_refusal_names_the_limit(shape, words, heads, dtype, reason) -> None:
+    assert reason in refusal(shape, words, heads, dtype)
+
+
+def test_largest_shape_is_not_refused() -> None:
+    assert refusal((1, 8, 2048), 64, 1, torch.float16) is None
+    assert heads_refusal(1) is None
