@@ -1,7 +1,8 @@
-"""CoupAlign: distributed training of referring image segmentation, from annotation files to tracked scores.
+"""CoupAlign: train and score models for referring image segmentation, on one machine or many.
 
-`coupalign.load(path).predict(image, sentence)` uses a trained model; everything else is a verb of the command line
-(`coupalign --help`). Importing the package imports none of torch, deepspeed, transformers, timm, webdataset or mlflow.
+Use a trained model with `coupalign.load(path).predict(image, sentence)`. Everything else is a verb
+of the command line, see `coupalign --help`. Importing the package imports no heavy library, such as
+torch, deepspeed, transformers, timm, webdataset or mlflow.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coupalign.predict.predictor import Predictor
+
 __all__ = ["__version__", "load"]
 
 
 def load(path: str | Path, device: str | None = None) -> Predictor:
-    """Read a trained model.
+    """Load a trained model.
 
     Args:
-        path: a run directory (its best checkpoint, else its newest) or one checkpoint directory.
-        device: "cpu", "cuda", "cuda:1" …; none: the GPU where there is one.
+        path: a run directory (its best checkpoint is taken, else its newest) or a checkpoint.
+        device: "cpu", "cuda", "cuda:1" … Default: the GPU if there is one, else the CPU.
     """
     from coupalign.predict.predictor import Predictor
 

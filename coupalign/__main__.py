@@ -1,4 +1,4 @@
-"""`python -m coupalign VERB …`: what every launcher starts."""
+"""`python -m coupalign VERB …`: the command line; launchers start it on every rank."""
 
 from coupalign.cli.parser import main
 

@@ -9,22 +9,27 @@ __version__ = "0.1.0"
 
 
 def git_revision(folder: Path) -> str:
-    """The commit that `folder` is checked out from: "1a2b3c4", "1a2b3c4+dirty" where files in it differ, else "unknown".
+    """Return the git commit of a folder, for example "1a2b3c4".
 
-    An installed package inside somebody's checkout is "unknown": git must track the folder's own files.
+    "1a2b3c4+dirty" means that files in the folder differ from the commit. "unknown" means that git
+    does not track the folder's files, as with a package installed into another project's checkout.
     """
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
 
     try:
         if not git("ls-files", "--", "."):
             return "unknown"
-        return git("rev-parse", "--short=7", "HEAD") + (
-            "+dirty" if git("status", "--porcelain", "--", ".") else ""
-        )
+        commit = git("rev-parse", "--short=7", "HEAD")
+        is_dirty = bool(git("status", "--porcelain", "--", "."))
+        return f"{commit}+dirty" if is_dirty else commit
     except (OSError, subprocess.SubprocessError):
         return "unknown"
