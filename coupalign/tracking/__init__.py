@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: the journal in the run directory always, an MLflow server besides where one is asked for."""
+"""Record the numbers of a run: always in its journal, and in MLflow if asked for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The tracker that feeds MLflow: the journal, and a thread that sends it.
 
-The training side only writes files. Where the server is away the thread tries again later; what is left at the end
-goes out at the next start of the run or by `sync`.
+Training only writes files. If the server is down, the thread retries later. What is left at the end
+is sent at the next start of the run or by `sync`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from coupalign.tracking.mlflow import Delivery, brief
 from coupalign.tracking.outbox import STATE, Outbox, sole_sender
 
 POLL_S = 2.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-CLOSE_WAIT_S = 30.0
-"""Longest wait at the end of a session for a server that does not answer …"""
-CLOSE_WAIT_WORKING_S = 120.0
-"""… and for one that is taking what is sent, or a database that is being set up."""
-CLOSE_WAIT_FAILED_S = 2.0
-"""The wait of a session that failed: its launcher may be about to start the next one, which sends the rest."""
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
 SYSTEM_EVERY_S = 10.0
+
+# How long the end of a session waits for a server that does not answer …
+CLOSE_WAIT_S = 30.0
+# … for one that is accepting data, or a database that is being set up …
+CLOSE_WAIT_WORKING_S = 120.0
+# … and after a failure, where the launcher may be about to start the session that sends the rest.
+CLOSE_WAIT_FAILED_S = 2.0
 
 
 class MlflowTracker:
@@ -44,26 +46,28 @@ class MlflowTracker:
         tags: Mapping[str, str],
     ) -> None:
         self._journal = journal
-        self._system = config.system_metrics
+        self._system_metrics = config.system_metrics
         self._system_due = 0.0
-        if self._system:
-            system_reading()
+        if self._system_metrics:
+            system_reading()  # percentages are since the previous reading
+
+        # Continue the MLflow run of an earlier session, unless it was on another server.
         run_dir = journal.path.parent
         self._outbox = Outbox.read(run_dir) or Outbox(
-            run_dir / STATE, uri, config.experiment, run_name
+            path=run_dir / STATE, uri=uri, experiment=config.experiment, run_name=run_name
         )
         if (self._outbox.uri, self._outbox.experiment) != (uri, config.experiment):
             logger.warning(
-                "MLflow: this run was sent to %s (%s) before; %s (%s) gets all of it",
+                "MLflow: this run was sent to %s (%s) before; everything goes to %s (%s) now",
                 self._outbox.uri,
                 self._outbox.experiment,
                 uri,
                 config.experiment,
             )
             self._outbox.start_over(uri=uri, experiment=config.experiment)
-        words = {name: str(value) for name, value in params.items()}
-        self._keep(
-            params=words,
+
+        self._change(
+            params={name: str(value) for name, value in params.items()},
             params_sent=False,
             run_name=run_name,
             status="RUNNING",
@@ -71,12 +75,13 @@ class MlflowTracker:
             status_sent=False,
         )
         self.tag(tags)
+
         self._thread = Forwarder(self._outbox)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._journal.log(step, metrics)
-        if self._system and time.monotonic() >= self._system_due:
+        if self._system_metrics and time.monotonic() >= self._system_due:
             self._system_due = time.monotonic() + SYSTEM_EVERY_S
             self._journal.log(step, system_reading())
 
@@ -90,25 +95,27 @@ class MlflowTracker:
         with self._outbox.lock:
             merged = self._outbox.tags | {name: str(value) for name, value in tags.items()}
             if merged != self._outbox.tags:
-                self._keep(tags=merged, tags_sent=False)
+                self._change(tags=merged, tags_sent=False)
 
     def close(self, status: Status = "FINISHED") -> None:
         if self._outbox.status != "RUNNING":
             return
+
         self._journal.close()
-        self._keep(status=status, ended=int(time.time() * 1000), status_sent=False)
-        if not self._thread.finish(hurry=status in ("FAILED", "KILLED")):
+        self._change(status=status, ended=int(time.time() * 1000), status_sent=False)
+        all_sent = self._thread.finish(hurry=status in ("FAILED", "KILLED"))
+        if not all_sent:
             rows, artifacts = self._outbox.waiting()
             logger.warning(
-                "MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` or the next start "
-                "of this run sends them",
+                "MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` "
+                "or the next start of this run sends them",
                 self._outbox.uri,
                 rows,
                 artifacts,
                 self._outbox.path.parent,
             )
 
-    def _keep(self, **values: Any) -> None:
+    def _change(self, **values: Any) -> None:
         try:
             self._outbox.change(**values)
         except OSError as error:
@@ -116,7 +123,7 @@ class MlflowTracker:
 
 
 class Forwarder(threading.Thread):
-    """Sends what the outbox and the journal hold, again and again until told to finish."""
+    """Sends what the outbox and the journal hold, again and again until asked to finish."""
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(name="mlflow-forwarder", daemon=True)
@@ -128,61 +135,67 @@ class Forwarder(threading.Thread):
     def run(self) -> None:
         pause = FIRST_PAUSE_S
         with ExitStack() as stack:
-            sole = False
+            locked = False
             while not self._given_up:
+                # Read before sending: what is written until `finish` must be sent once more.
                 last = self._closing.is_set()
                 try:
-                    if not sole:
+                    if not locked:
                         stack.enter_context(sole_sender(self._delivery.run_dir))
-                        sole = True
+                        locked = True
                     self._delivery.send_all(lambda: self._given_up)
                 except Exception as error:
-                    self._say_away(error)
-                    time.sleep(FIRST_PAUSE_S) if last else self._closing.wait(pause)
+                    self._report_failure(error)
+                    if last:
+                        time.sleep(FIRST_PAUSE_S)
+                    else:
+                        self._closing.wait(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_S)
                     continue
-                self._say_back()
+
+                self._report_recovery()
                 pause = FIRST_PAUSE_S
                 if last:
                     return
                 self._closing.wait(POLL_S)
 
     def finish(self, hurry: bool = False) -> bool:
-        """Ask the thread to send what is left and wait for it, within bounds; whether everything was sent."""
+        """Ask the thread to send the rest and wait for a limited time.
+
+        Returns whether all was sent.
+        """
         start = time.monotonic()
         self._closing.set()
         while self.is_alive():
             self.join(0.1)
             waited = time.monotonic() - start
-            patience = (
-                CLOSE_WAIT_FAILED_S
-                if hurry
-                else CLOSE_WAIT_S
-                if self._failing
-                else CLOSE_WAIT_WORKING_S
-            )
-            if self.is_alive() and waited > patience:
+            if self.is_alive() and waited > self._patience(hurry):
                 self._given_up = True
                 return False
         return True
 
-    def _say_away(self, error: Exception) -> None:
+    def _patience(self, hurry: bool) -> float:
+        if hurry:
+            return CLOSE_WAIT_FAILED_S
+        return CLOSE_WAIT_S if self._failing else CLOSE_WAIT_WORKING_S
+
+    def _report_failure(self, error: Exception) -> None:
         if not self._failing:
             logger.warning(
-                "MLflow (%s) cannot be reached: %s. Training goes on; the numbers are kept in the run directory "
-                "and sent when it is back.",
+                "MLflow (%s) cannot be reached: %s. Training continues; the numbers stay in the "
+                "run directory and are sent when it is back.",
                 self._delivery.outbox.uri,
                 brief(error),
             )
         self._failing = True
 
-    def _say_back(self) -> None:
+    def _report_recovery(self) -> None:
         if self._failing:
             logger.warning("MLflow (%s) is back and has everything.", self._delivery.outbox.uri)
         self._failing = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Synced:
     """What `sync` did."""
 
@@ -197,36 +210,45 @@ class Synced:
 
 
 def sync(run_dir: Path) -> Synced:
-    """Send what an earlier session left; a server that does not answer is reported in `error`.
+    """Send what an earlier session left. `error` tells why a server did not answer.
 
-    Raises InputError where the directory holds no run that was tracked with MLflow.
+    Raises:
+        InputError: the directory holds no run that was tracked with MLflow.
     """
-    run_dir, error = Path(run_dir), None
-    if (outbox := Outbox.read(run_dir)) is None:
+    run_dir = Path(run_dir)
+    outbox = Outbox.read(run_dir)
+    if outbox is None:
         raise InputError(
-            f"{run_dir / STATE} is missing or damaged: this run was not tracked with MLflow (tracking.kind)"
+            f"{run_dir / STATE} is missing or damaged: this run was not tracked with MLflow "
+            "(tracking.kind)"
         )
+
     delivery = Delivery(outbox)
+    error = None
     try:
         with sole_sender(run_dir):
+            # Read again: another process may have sent something before this one had the lock.
             delivery = Delivery(Outbox.read(run_dir) or outbox)
             delivery.send_all()
     except Exception as problem:
         error = brief(problem)
+
     outbox = delivery.outbox
+    rows_left, artifacts_left = outbox.waiting()
     return Synced(
-        outbox.uri,
-        outbox.experiment,
-        outbox.run_id,
-        delivery.rows,
-        delivery.artifacts,
-        *outbox.waiting(),
-        error,
+        uri=outbox.uri,
+        experiment=outbox.experiment,
+        run_id=outbox.run_id,
+        rows=delivery.rows,
+        artifacts=delivery.artifacts,
+        rows_left=rows_left,
+        artifacts_left=artifacts_left,
+        error=error,
     )
 
 
 def system_reading() -> dict[str, float]:
-    """Load of this machine and memory of this process (GB, 1e9 bytes); percentages since the reading before."""
+    """Read CPU load (percent since the last call) and memory in use (GB, 1e9 bytes)."""
     import psutil
 
     memory = psutil.virtual_memory()

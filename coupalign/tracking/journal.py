@@ -1,12 +1,12 @@
 """The journal of a run, and the tracker that the training loop talks to.
 
-<run_dir>/metrics.jsonl is the truth about what was measured. One line a row:
+<run_dir>/metrics.jsonl is the record of what was measured, one line per measurement:
 
     {"step": 120, "time": 1790000000.25, "metrics": {"train/loss": 0.41, "train/grad_norm": "NaN"}}
 
-`time` is in seconds since 1970; numbers that JSON does not have are the strings "NaN", "Infinity" and "-Infinity".
-A name appears once at a step: what a resumed run measures again is not written again. Anything else that shows
-the numbers (MLflow) is fed from this file, so it can be away, die, or be filled later.
+`time` is in seconds since 1970. Numbers that JSON lacks are the strings "NaN", "Infinity" and
+"-Infinity". A name appears once per step: a resumed run does not write it again. MLflow is fed from
+this file, so a server may be down, fail, or be filled later.
 """
 
 from __future__ import annotations
@@ -28,19 +28,28 @@ logger = logging.getLogger("coupalign.tracking")
 
 
 class Tracker(Protocol):
-    """What the training loop may say about a run. No method waits for a network; none raises because a tracker is away."""
+    """What the training loop may report about a run.
+
+    No method waits for a network, and none raises because a server is down.
+    """
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record numbers measured at a step; a name that this step has already is left as it is."""
+        """Record numbers measured at a step. A name that this step already has keeps its value."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Keep a file, or all files of a directory, with the run; asking again sends the newer version."""
+        """Keep a file, or all files of a directory, with the run.
+
+        Calling again sends the newer version.
+        """
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Set words that describe the run."""
+        """Set tags that describe the run."""
 
     def close(self, status: Status = "FINISHED") -> None:
-        """End the session; SCHEDULED is a run that goes on later. Only the first call counts."""
+        """End the session.
+
+        SCHEDULED means that the run resumes later. Only the first call counts.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Measurement:
 
     @classmethod
     def parse(cls, line: bytes) -> Measurement | None:
-        """The row of a journal line, or none where the line is damaged."""
+        """Parse a journal line. Returns None if the line is damaged."""
         try:
             value = json.loads(line)
             metrics = {str(name): float(number) for name, number in value["metrics"].items()}
@@ -62,84 +71,93 @@ class Measurement:
             return None
 
     def line(self) -> bytes:
-        metrics = {
-            name: number if math.isfinite(number) else _spell(number)
-            for name, number in self.metrics.items()
-        }
-        row = {"step": self.step, "time": self.time, "metrics": metrics}
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        """Format the measurement as a journal line."""
+        metrics = {name: _json_number(number) for name, number in self.metrics.items()}
+        record = {"step": self.step, "time": self.time, "metrics": metrics}
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def read_journal(journal: Path, start: int = 0) -> Iterator[tuple[Measurement, int]]:
-    """Rows of a journal file from byte `start` on, each with the offset of the byte behind it.
+    """Read the measurements of a journal from byte `start`, each with the offset of the next byte.
 
-    Ends before a line that is still being written; leaves out damaged lines. A missing file has no rows.
+    Stops before a line that is still being written and skips damaged lines. A missing file has no
+    measurements.
     """
     if not journal.exists():
         return
+
     with open(journal, "rb") as file:
         end = file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):
                 return
             end += len(line)
-            if (row := Measurement.parse(line)) is not None:
-                yield row, end
+
+            measurement = Measurement.parse(line)
+            if measurement is not None:
+                yield measurement, end
 
 
 class Journal:
-    """The open journal: a Tracker that writes numbers to the run directory and needs nothing else."""
+    """A Tracker that writes numbers to the run directory and needs nothing else."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / JOURNAL
         run_dir.mkdir(parents=True, exist_ok=True)
-        _mend_tail(self.path)
-        self._names: dict[int, frozenset[str]] = {}
-        self._same: dict[frozenset[str], frozenset[str]] = {}
-        for row, _ in read_journal(self.path):
-            self._remember(row)
+        _repair_last_line(self.path)
+
+        # Most steps have the same names, so equal sets are stored once.
+        self._names_by_step: dict[int, frozenset[str]] = {}
+        self._shared_names: dict[frozenset[str], frozenset[str]] = {}
+        for measurement, _ in read_journal(self.path):
+            self._remember_names(measurement)
+
         self._file = open(self.path, "ab", buffering=0)
         self._unwritten = b""
         self._failing = False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        known = self._names.get(step, frozenset())
-        fresh = {name: float(number) for name, number in metrics.items() if name not in known}
+        logged = self._names_by_step.get(step, frozenset())
+        fresh = {name: float(number) for name, number in metrics.items() if name not in logged}
         if not fresh or self._file.closed:
             return
-        row = Measurement(int(step), round(time.time(), 3), fresh)
-        self._remember(row)
-        self._unwritten += row.line()
+
+        measurement = Measurement(int(step), round(time.time(), 3), fresh)
+        self._remember_names(measurement)
+        self._unwritten += measurement.line()
         self._write()
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing to do: the file is there."""
+        """Do nothing: the file is in the run directory."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Nothing to do: the run directory describes itself."""
+        """Do nothing: the run directory describes itself."""
 
     def close(self, status: Status = "FINISHED") -> None:
         if self._file.closed:
             return
+
         self._write()
         if self._unwritten:
-            logger.warning(
-                "%s: %d rows could not be written and are lost",
-                self.path,
-                self._unwritten.count(b"\n"),
-            )
+            lost = self._unwritten.count(b"\n")
+            logger.warning("%s: %d rows could not be written and are lost", self.path, lost)
+
         try:
             os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
             logger.warning("%s: %s", self.path, error)
 
-    def _remember(self, row: Measurement) -> None:
-        names = self._names.get(row.step, frozenset()).union(row.metrics)
-        self._names[row.step] = self._same.setdefault(names, names)
+    def _remember_names(self, measurement: Measurement) -> None:
+        logged = self._names_by_step.get(measurement.step, frozenset())
+        names = logged.union(measurement.metrics)
+        self._names_by_step[measurement.step] = self._shared_names.setdefault(names, names)
 
     def _write(self) -> None:
-        """Write what is waiting. On a full disk the rest waits in memory and the next call goes on at the very byte."""
+        """Write what is pending.
+
+        On a full disk the rest stays in memory, and the next call continues.
+        """
         try:
             while self._unwritten:
                 written = self._file.write(self._unwritten)
@@ -147,7 +165,7 @@ class Journal:
         except OSError as error:
             if not self._failing:
                 logger.warning(
-                    "%s: %s; training goes on, rows wait in memory until the file can be written",
+                    "%s: %s; training continues, rows stay in memory until the file is writable",
                     self.path,
                     error,
                 )
@@ -159,7 +177,7 @@ class Journal:
 
 
 class NullTracker:
-    """The tracker of the other ranks."""
+    """The tracker of the ranks other than 0."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def artifact(self, path: Path, folder: str = "") -> None: ...
@@ -167,20 +185,27 @@ class NullTracker:
     def close(self, status: Status = "FINISHED") -> None: ...
 
 
-def _spell(number: float) -> str:
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+def _json_number(number: float) -> float | str:
+    """Return a finite number as it is, and the others by the names that `float` reads."""
+    if math.isfinite(number):
+        return number
+    if math.isnan(number):
+        return "NaN"
+    return "Infinity" if number > 0 else "-Infinity"
 
 
-def _mend_tail(journal: Path) -> None:
-    """Cut off a last line that a kill left half-written; end it where only its newline is missing."""
+def _repair_last_line(journal: Path) -> None:
+    """Cut off a last line that a kill left half-written. End it if only its newline is missing."""
     if not journal.exists():
         return
+
     with open(journal, "rb+") as file:
         content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole == len(content):
+        end_of_lines = content.rfind(b"\n") + 1
+        if end_of_lines == len(content):
             return
-        if Measurement.parse(content[whole:]) is not None:
+
+        if Measurement.parse(content[end_of_lines:]) is not None:
             file.write(b"\n")
         else:
-            file.truncate(whole)
+            file.truncate(end_of_lines)

@@ -1,8 +1,10 @@
-"""One conversation with an MLflow server; the only importer of mlflow, and only when it is used (it takes seconds).
+"""Talk to an MLflow server.
 
-A request whose answer was lost is simply repeated: a metric in MLflow's SQL stores is a set of (name, step, time, value)
-and the journal fixes all four (primary key `metric_pk` in mlflow/store/tracking/dbmodels/models.py); a run is looked up
-by a tag of ours before it is created.
+Only this module imports mlflow, and only on use, because it takes seconds.
+
+A request whose answer was lost is simply repeated. The key of a metric in MLflow's SQL stores is
+(name, step, time, value), and the journal fixes all four (primary key `metric_pk` in
+mlflow/store/tracking/dbmodels/models.py). A run is looked up by a tag of ours before it is created.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,27 +25,31 @@ from coupalign.tracking.journal import JOURNAL, logger, read_journal
 from coupalign.tracking.outbox import Outbox
 
 KEY_TAG = "coupalign.key"
-METRICS_A_REQUEST, WORDS_A_REQUEST, PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = (
-    1000,
-    100,
-    6000,
-    8000,
-    250,
-)
-"""MLflow's limits (mlflow/utils/validation.py): metrics, params or tags a request; characters of a value, of a name."""
+
+# MLflow's limits (mlflow/utils/validation.py): items per request, then characters.
+METRICS_PER_REQUEST = 1000
+PARAMS_PER_REQUEST = 100
+TAGS_PER_REQUEST = 100
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+NAME_LENGTH = 250
+
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+# MLflow alone would hold one request for about four minutes (7 retries), but we retry ourselves.
+# Standard output is ours. The user's own values win.
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""MLflow alone would hold one request for about four minutes (7 retries); we retry ourselves. Standard output is ours.
-The user's own values win."""
 
 
 class Delivery:
-    """What one process sends, as the sole sender of its run. Raises whatever MLflow raises; repeating it is always right."""
+    """What one process sends, as the sole sender of its run.
+
+    Raises whatever MLflow raises. It is always right to repeat a call.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
@@ -54,7 +60,10 @@ class Delivery:
         self._refused: set[str] = set()
 
     def send_all(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Send everything that is not there yet; stops early, between requests, when `stopped()`."""
+        """Send everything that the server lacks.
+
+        Stops early, between requests, when `stopped()`.
+        """
         try:
             if self._client is None:
                 self._client = self._connect()
@@ -71,10 +80,11 @@ class Delivery:
             raise
 
     def _connect(self) -> Any:
-        """Open the server, the experiment and the run; create what is missing."""
+        """Open the server, the experiment and the run. Creates what is missing."""
         client = _client(self.outbox.uri)
         from mlflow.exceptions import MlflowException
 
+        # The run of an earlier session, if the server still has it.
         if self.outbox.run_id is not None:
             try:
                 self._require_active(client)
@@ -88,17 +98,23 @@ class Delivery:
                 self.outbox.run_id,
             )
             self.outbox.start_over()
+
+        # A run that was created although its answer was lost.
         experiment_id = _experiment(client, self.outbox)
-        found = client.search_runs(
-            [experiment_id], filter_string=f"tags.`{KEY_TAG}` = '{self.outbox.key}'", max_results=1
-        )
-        if found:
-            self.outbox.change(run_id=found[0].info.run_id)
+        same_key = f"tags.`{KEY_TAG}` = '{self.outbox.key}'"
+        runs = client.search_runs([experiment_id], filter_string=same_key, max_results=1)
+        if runs:
+            self.outbox.change(run_id=runs[0].info.run_id)
             return client
-        first = next((row.time for row, _ in read_journal(self.run_dir / JOURNAL)), time.time())
+
+        journal = read_journal(self.run_dir / JOURNAL)
+        start = next((measurement.time for measurement, _ in journal), time.time())
         tags = {KEY_TAG: self.outbox.key, "mlflow.user": _user(), "mlflow.source.name": "coupalign"}
         run = client.create_run(
-            experiment_id, start_time=int(first * 1000), tags=tags, run_name=self.outbox.run_name
+            experiment_id,
+            start_time=int(start * 1000),
+            tags=tags,
+            run_name=self.outbox.run_name,
         )
         self.outbox.change(run_id=run.info.run_id)
         return client
@@ -107,58 +123,66 @@ class Delivery:
         run = client.get_run(self.outbox.run_id)
         if run.info.lifecycle_stage != "active":
             raise RuntimeError(
-                f"run {self.outbox.run_id} was deleted there; restore it, or delete {self.outbox.path}"
+                f"run {self.outbox.run_id} was deleted there; "
+                f"restore it, or delete {self.outbox.path}"
             )
 
     def _send_params(self) -> None:
-        """Params of a run cannot change in MLflow: what a resumed run changed becomes a tag `changed.<name>`."""
+        """Send the configuration. Params cannot change in MLflow, so a change becomes a tag."""
         if self.outbox.params_sent:
             return
         from mlflow.entities import Param, RunTag
 
         wanted = {_name(name): value[:PARAM_LENGTH] for name, value in self.outbox.params.items()}
-        there = self._client.get_run(self.outbox.run_id).data.params
-        params = [Param(name, value) for name, value in wanted.items() if name not in there]
-        tags = [
-            RunTag(f"changed.{name}"[:NAME_LENGTH], f"{there[name]} -> {value}"[:TAG_LENGTH])
-            for name, value in wanted.items()
-            if name in there and there[name] != value
-        ]
-        for start in range(0, len(params), WORDS_A_REQUEST):
-            self._client.log_batch(
-                self.outbox.run_id, params=params[start : start + WORDS_A_REQUEST], synchronous=True
-            )
-        for start in range(0, len(tags), WORDS_A_REQUEST):
-            self._client.log_batch(
-                self.outbox.run_id, tags=tags[start : start + WORDS_A_REQUEST], synchronous=True
-            )
+        on_server = self._client.get_run(self.outbox.run_id).data.params
+
+        params, tags = [], []
+        for name, value in wanted.items():
+            if name not in on_server:
+                params.append(Param(name, value))
+            elif on_server[name] != value:
+                change = f"{on_server[name]} -> {value}"
+                tags.append(RunTag(f"changed.{name}"[:NAME_LENGTH], change[:TAG_LENGTH]))
+
+        for chunk in _chunks(params, PARAMS_PER_REQUEST):
+            self._client.log_batch(self.outbox.run_id, params=chunk, synchronous=True)
+        for chunk in _chunks(tags, TAGS_PER_REQUEST):
+            self._client.log_batch(self.outbox.run_id, tags=chunk, synchronous=True)
         self.outbox.change(params_sent=True)
 
     def _send_rows(self) -> bool:
-        """Send the next request's worth of rows; whether there were any."""
+        """Send rows of the journal that fill one request. Returns whether there were any."""
         from mlflow.entities import Metric
 
+        # The cursor is of another file if it points past the end.
         journal = self.run_dir / JOURNAL
         if journal.exists() and journal.stat().st_size < self.outbox.sent:
             self.outbox.change(sent=0)
-        metrics, count, end = [], 0, self.outbox.sent
-        for row, behind in read_journal(journal, self.outbox.sent):
-            if metrics and len(metrics) + len(row.metrics) > METRICS_A_REQUEST:
+
+        metrics: list[Any] = []
+        rows, end = 0, self.outbox.sent
+        for measurement, next_byte in read_journal(journal, self.outbox.sent):
+            if metrics and len(metrics) + len(measurement.metrics) > METRICS_PER_REQUEST:
                 break
+            milliseconds = int(measurement.time * 1000)
             metrics += [
-                Metric(_name(name), value, int(row.time * 1000), row.step)
-                for name, value in row.metrics.items()
+                Metric(_name(name), value, milliseconds, measurement.step)
+                for name, value in measurement.metrics.items()
             ]
-            count, end = count + 1, behind
-        for start in range(0, len(metrics), METRICS_A_REQUEST):
-            self._send_metrics(metrics[start : start + METRICS_A_REQUEST])
-        if count:
+            rows, end = rows + 1, next_byte
+
+        for chunk in _chunks(metrics, METRICS_PER_REQUEST):
+            self._send_metrics(chunk)
+        if rows:
             self.outbox.change(sent=end)
-            self.rows += count
-        return count > 0
+            self.rows += rows
+        return rows > 0
 
     def _send_metrics(self, metrics: list[Any]) -> None:
-        """Send metrics; what the server refuses by itself is named and left out, so that it does not hold up the rest."""
+        """Send metrics.
+
+        One that the server refuses is named and skipped, so the rest gets through.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -167,9 +191,12 @@ class Delivery:
             if error.error_code not in _REFUSALS:
                 raise
             self._require_active(self._client)
+
+            # Halve the request until the refused metric is alone.
             if len(metrics) > 1:
-                self._send_metrics(metrics[: len(metrics) // 2])
-                self._send_metrics(metrics[len(metrics) // 2 :])
+                middle = len(metrics) // 2
+                self._send_metrics(metrics[:middle])
+                self._send_metrics(metrics[middle:])
             elif metrics[0].key not in self._refused:
                 self._refused.add(metrics[0].key)
                 logger.warning(
@@ -179,31 +206,32 @@ class Delivery:
                 )
 
     def _send_artifact(self) -> bool:
-        """Send one artifact; whether there was one to send."""
+        """Send one artifact. Returns whether there was one to send."""
         with self.outbox.lock:
-            artifact = next(
-                (
-                    artifact
-                    for artifact in self.outbox.artifacts
-                    if artifact["sent"] < artifact["asked"]
-                ),
-                None,
-            )
-            asked = artifact["asked"] if artifact else 0
-        if artifact is None:
-            return False
+            artifact = self._next_artifact()
+            if artifact is None:
+                return False
+            asked = artifact["asked"]
+
         path, folder = self.run_dir / artifact["path"], artifact["folder"]
         if path.is_dir():
             self._client.log_artifacts(self.outbox.run_id, str(path), folder or path.name)
         elif path.exists():
             self._client.log_artifact(self.outbox.run_id, str(path), folder or None)
         else:
-            logger.warning("MLflow: the artifact %s is gone before it was sent", path)
+            logger.warning("MLflow: the artifact %s was removed before it was sent", path)
+
         with self.outbox.lock:
             artifact["sent"] = asked
             self.outbox.change()
         self.artifacts += 1
         return True
+
+    def _next_artifact(self) -> dict[str, Any] | None:
+        for artifact in self.outbox.artifacts:
+            if artifact["sent"] < artifact["asked"]:
+                return artifact
+        return None
 
     def _send_tags(self) -> None:
         from mlflow.entities import RunTag
@@ -212,11 +240,12 @@ class Delivery:
             if self.outbox.tags_sent:
                 return
             tags = dict(self.outbox.tags)
-        words = [RunTag(_name(name), value[:TAG_LENGTH]) for name, value in tags.items()]
-        for start in range(0, len(words), WORDS_A_REQUEST):
-            self._client.log_batch(
-                self.outbox.run_id, tags=words[start : start + WORDS_A_REQUEST], synchronous=True
-            )
+
+        run_tags = [RunTag(_name(name), value[:TAG_LENGTH]) for name, value in tags.items()]
+        for chunk in _chunks(run_tags, TAGS_PER_REQUEST):
+            self._client.log_batch(self.outbox.run_id, tags=chunk, synchronous=True)
+
+        # A tag may have been set while these were sent.
         with self.outbox.lock:
             self.outbox.change(tags_sent=tags == self.outbox.tags)
 
@@ -225,6 +254,7 @@ class Delivery:
             status, ended, sent = self.outbox.status, self.outbox.ended, self.outbox.status_sent
         if sent:
             return
+
         if ended is None:
             self._client.update_run(self.outbox.run_id, status=status)
         else:
@@ -234,15 +264,16 @@ class Delivery:
 
 
 def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
-    """Download an artifact of the run with that id or name into `folder`; its place there.
+    """Download an artifact of the run with that id or name. Returns the file in `folder`.
 
     Raises:
-        InputError: the server does not answer, there is no such run or more than one of that name, or it has no such artifact.
+        InputError: the server does not answer, it has no such run or several of that name, or the
+            run has no such artifact.
     """
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise InputError(
-            f"{run}: neither a run directory nor a run of a tracking server ({uri} does not exist); name the server with "
-            "--tracking-uri or MLFLOW_TRACKING_URI"
+            f"{run}: neither a run directory nor a run on a tracking server "
+            f"({uri} does not exist); name the server with --tracking-uri or MLFLOW_TRACKING_URI"
         )
     from mlflow.exceptions import MlflowException
 
@@ -250,11 +281,10 @@ def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
         client = _client(uri)
         run_id = _run_id(client, uri, run)
         parent = path.rpartition("/")[0]
-        there = [found.path for found in client.list_artifacts(run_id, parent or None)]
-        if path not in there:
-            raise InputError(
-                f"run {run} on {uri} has no artifact {path}; it has {', '.join(there) or 'none'} there"
-            )
+        paths = [artifact.path for artifact in client.list_artifacts(run_id, parent or None)]
+        if path not in paths:
+            listing = ", ".join(paths) or "none"
+            raise InputError(f"run {run} on {uri} has no artifact {path}; it has {listing} there")
         return Path(client.download_artifacts(run_id, path, str(folder)))
     except (MlflowException, OSError) as error:
         raise InputError(
@@ -263,24 +293,27 @@ def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
 
 
 def _run_id(client: Any, uri: str, run: str) -> str:
+    """Find the id of a run by its id or its name."""
     if re.fullmatch(r"[0-9a-f]{32}", run):
         return run
+
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     quote = '"' if "'" in run else "'"
-    found = client.search_runs(
-        experiments, filter_string=f"attributes.run_name = {quote}{run}{quote}", max_results=10
-    )
-    if not found:
+    same_name = f"attributes.run_name = {quote}{run}{quote}"
+    runs = client.search_runs(experiments, filter_string=same_name, max_results=10)
+
+    if not runs:
         raise InputError(f"{run}: neither a run directory nor the name of a run on {uri}")
-    if len(found) > 1:
+    if len(runs) > 1:
+        ids = ", ".join(one.info.run_id for one in runs)
         raise InputError(
-            f"{run}: {len(found)} runs on {uri} are called that; name one by its id: "
-            f"{', '.join(one.info.run_id for one in found)}"
+            f"{run}: {len(runs)} runs on {uri} are called that; name one by its id: {ids}"
         )
-    return found[0].info.run_id
+    return runs[0].info.run_id
 
 
 def _client(uri: str) -> Any:
+    """Open a client, with our defaults where the user set none."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -293,11 +326,10 @@ def _client(uri: str) -> Any:
 
 
 def _create_database(file: Path) -> None:
-    """Create MLflow's SQLite file where it is missing, whole or not at all.
+    """Create MLflow's SQLite file if it is missing, whole or not at all.
 
-    MLflow fills it in some seconds of migrations; a kill in the middle, or two runs at once, would leave a database
-    that no later start can open ("table _alembic_tmp_… already exists").
-    """
+    MLflow fills it with some seconds of migrations. A kill in the middle, or two runs at once,
+    would leave a database that no later start can open ("table _alembic_tmp_… already exists")."""
     if file.exists():
         return
     from mlflow import MlflowClient
@@ -307,44 +339,61 @@ def _create_database(file: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         if file.exists():
             return
-        for left in file.parent.glob(f".{file.name}.*.partial*"):
-            left.unlink()
-        beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
+
+        for leftover in file.parent.glob(f".{file.name}.*.partial*"):
+            leftover.unlink()
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
         try:
-            MlflowClient(tracking_uri=f"sqlite:///{beside}").search_experiments(max_results=1)
-            os.replace(beside, file)
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            os.replace(partial, file)
         finally:
-            beside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
 
 def _experiment(client: Any, outbox: Outbox) -> str:
-    """The id of the experiment, created where it is missing.
-
-    Without a server MLflow would put artifacts below the working directory: there they go beside the database.
-    """
+    """Find the id of the experiment, which is created if it is missing."""
     from mlflow.exceptions import MlflowException
 
-    if (experiment := client.get_experiment_by_name(outbox.experiment)) is not None:
+    experiment = client.get_experiment_by_name(outbox.experiment)
+    if experiment is not None:
         return experiment.experiment_id
-    location = None
-    if urlsplit(outbox.uri).scheme not in ("http", "https", ""):
-        sqlite = outbox.uri.startswith("sqlite:///")
-        neighbor = (
-            Path(outbox.uri.removeprefix("sqlite:///")) if sqlite else outbox.path.resolve().parent
-        )
-        location = (
-            neighbor.parent / "mlartifacts" / re.sub(r"[^\w.-]", "_", outbox.experiment)
-        ).as_uri()
+
     try:
-        return client.create_experiment(outbox.experiment, artifact_location=location)
+        return client.create_experiment(
+            outbox.experiment, artifact_location=_artifact_location(outbox)
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return client.get_experiment_by_name(outbox.experiment).experiment_id
 
 
+def _artifact_location(outbox: Outbox) -> str | None:
+    """Choose where artifacts go: a server decides itself; without one, next to the database.
+
+    MLflow's own choice would be a folder below the working directory.
+    """
+    if urlsplit(outbox.uri).scheme in ("http", "https", ""):
+        return None
+
+    neighbor = outbox.path.resolve().parent
+    if outbox.uri.startswith("sqlite:///"):
+        neighbor = Path(outbox.uri.removeprefix("sqlite:///"))
+    folder = re.sub(r"[^\w.-]", "_", outbox.experiment)
+    return (neighbor.parent / "mlartifacts" / folder).as_uri()
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Cut a list into pieces that one request may hold."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 def _name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and _-. :/ (so "P@0.5" becomes "P_at_0.5")."""
+    """Turn a name into one that MLflow accepts: letters, digits and _-. :/ ("P@0.5":
+
+    "P_at_0.5").
+    """
     return re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))[:NAME_LENGTH]
 
 
@@ -356,6 +405,6 @@ def _user() -> str:
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error, cut to a readable length."""
+    """Return the first line of an error, cut to a readable length."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:200]}"

@@ -20,29 +20,38 @@ def open_tracker(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[Tracker]:
-    """The tracker of a session: the journal and what follows it on rank 0, a null object elsewhere.
+    """Open the tracker of a session: the journal and MLflow on rank 0, a null object elsewhere.
 
     Args:
         params: the configuration with dotted keys (see `config.load.flatten`).
-        tags: data fingerprint, git revision and other words that describe the run.
-    Raises InputError on every rank for a tracking address that cannot work; an address that does not answer is no error.
+        tags: data fingerprint, git revision and others that describe the run.
+
+    Raises:
+        InputError: on every rank, for a tracking address that cannot work. An address that does not
+            answer is no error.
     """
-    tracker: Tracker
+    tracker: Tracker = NullTracker()
     match config:
         case MlflowTracking():
-            from coupalign.tracking.forwarder import MlflowTracker
             from coupalign.tracking.outbox import tracking_address
 
+            # Every rank checks the address, so that all of them fail together.
             uri = tracking_address(config, run_dir)
-            tracker = (
-                NullTracker()
-                if rank
-                else MlflowTracker(
-                    Journal(run_dir), uri, config, run_name, params or {}, tags or {}
+            if rank == 0:
+                from coupalign.tracking.forwarder import MlflowTracker
+
+                tracker = MlflowTracker(
+                    journal=Journal(run_dir),
+                    uri=uri,
+                    config=config,
+                    run_name=run_name,
+                    params=params or {},
+                    tags=tags or {},
                 )
-            )
         case NoTracking():
-            tracker = NullTracker() if rank else Journal(run_dir)
+            if rank == 0:
+                tracker = Journal(run_dir)
+
     status: Status = "FAILED"
     try:
         yield tracker

@@ -1,4 +1,4 @@
-"""What an MLflow run should hold and how much of it is there, in files that need no MLflow.
+"""What an MLflow run should hold and how much of it was sent, in files that need no MLflow.
 
 <run_dir>/metrics.jsonl   the journal; rows are sent from a cursor on
 <run_dir>/tracking.json   the cursor, the id of the MLflow run, and what is still to be sent
@@ -28,33 +28,37 @@ STATE = "tracking.json"
 
 
 def tracking_address(config: MlflowTracking, run_dir: Path) -> str:
-    """The address that a run is sent to: configured, else MLFLOW_TRACKING_URI, else an SQLite file beside the run directory.
+    """Find the MLflow address: configured, else MLFLOW_TRACKING_URI, else SQLite next to the run.
 
-    Raises InputError for a folder (MLflow refuses its old file store) and for an address with a password in it.
+    Raises:
+        InputError: the address is a folder (MLflow refuses its old file store) or holds a password.
     """
-    uri = (
-        config.uri
-        or os.environ.get("MLFLOW_TRACKING_URI")
-        or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    )
+    database = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database
+
     parts = urlsplit(uri)
     if uri != "databricks" and parts.scheme in ("", "file"):
         raise InputError(
-            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes to: give sqlite:///FILE.db or http://HOST:PORT"
+            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes to: "
+            "use sqlite:///FILE.db or http://HOST:PORT"
         )
     if parts.scheme in ("http", "https") and parts.password:
         raise InputError(
-            "tracking.uri holds a password, and the address is written into files of the run: put the user and the "
-            "password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "tracking.uri holds a password, and the address is written into files of the run: "
+            "put user and password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     return uri
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Outbox:
-    """What an MLflow run should hold and how much of it is there; lives in <run_dir>/tracking.json. Shared by two threads."""
+    """What an MLflow run should hold and how much of it was sent, kept in <run_dir>/tracking.json.
+
+    The training thread and the sending thread share it under `lock`.
+    """
 
     path: Path
     uri: str
@@ -77,14 +81,12 @@ class Outbox:
 
     @classmethod
     def read(cls, run_dir: Path) -> Outbox | None:
-        """The state of an earlier session; none where there was none or its file is damaged."""
+        """Read the state of an earlier session. Returns None if it is missing or damaged."""
+        field_names = {f.name for f in fields(cls)} - {"path"}
         try:
-            values = json.loads((run_dir / STATE).read_text("utf-8"))
-            known = {f.name for f in fields(cls)} - {"path"}
-            return cls(
-                path=run_dir / STATE,
-                **{name: value for name, value in values.items() if name in known},
-            )
+            state = json.loads((run_dir / STATE).read_text("utf-8"))
+            values = {name: value for name, value in state.items() if name in field_names}
+            return cls(path=run_dir / STATE, **values)
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
@@ -93,12 +95,13 @@ class Outbox:
         with self.lock:
             for name, value in values.items():
                 setattr(self, name, value)
-            write_json(
-                self.path, {name: value for name, value in asdict(self).items() if name != "path"}
-            )
+
+            state = asdict(self)
+            del state["path"]
+            write_json(self.path, state)
 
     def start_over(self, **values: Any) -> None:
-        """Mark everything as unsent: another server, or the run is gone from it."""
+        """Mark everything as unsent, because the server changed or lost the run."""
         with self.lock:
             for artifact in self.artifacts:
                 artifact["sent"] = 0
@@ -107,9 +110,12 @@ class Outbox:
             )
 
     def add_artifact(self, path: Path, folder: str) -> None:
-        place = path.resolve()
+        """Ask for a file or directory to be sent, again if it was sent before."""
+        absolute = path.resolve()
         run_dir = self.path.parent.resolve()
-        name = str(place.relative_to(run_dir)) if place.is_relative_to(run_dir) else str(place)
+        inside = absolute.is_relative_to(run_dir)
+        name = str(absolute.relative_to(run_dir) if inside else absolute)
+
         with self.lock:
             for artifact in self.artifacts:
                 if (artifact["path"], artifact["folder"]) == (name, folder):
@@ -120,19 +126,26 @@ class Outbox:
             self.change()
 
     def waiting(self) -> tuple[int, int]:
-        """How many rows and artifacts are not on the server."""
+        """Count the rows and the artifacts that the server does not have."""
         rows = sum(1 for _ in read_journal(self.path.parent / JOURNAL, self.sent))
-        return rows, sum(artifact["sent"] < artifact["asked"] for artifact in self.artifacts)
+        artifacts = sum(artifact["sent"] < artifact["asked"] for artifact in self.artifacts)
+        return rows, artifacts
 
 
 @contextmanager
 def sole_sender(run_dir: Path) -> Iterator[None]:
-    """Hold the sender's lock; forked loader workers do not inherit it, and it ends with the process."""
+    """Hold the sender's lock.
+
+    Forked loader workers do not inherit it, and it ends with the process.
+
+    Raises:
+        RuntimeError: another process is sending this run.
+    """
     with open(run_dir / "tracking.lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise RuntimeError(f"another process is sending {run_dir}") from None
         except OSError:
-            pass
+            pass  # a file system without locks: MLflow accepts repeated rows
         yield
