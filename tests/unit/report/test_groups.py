@@ -1,4 +1,4 @@
-"""Groups of samples: which one a sample belongs to, and that a group's scores are those of its rows alone."""
+"""Groups of samples: which ones a sample is in, and that their scores are of their rows alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from coupalign.report.groups import FEW_SAMPLES, KINDS, group_section, groups_of
 
 
 @pytest.mark.parametrize(
-    ("sentence", "named"),
+    ("sentence", "kinds"),
     [
         ("man", ("none of them",)),
         ("the bright leftover pizza", ("color",)),
@@ -45,8 +45,8 @@ from coupalign.report.groups import FEW_SAMPLES, KINDS, group_section, groups_of
         ("", ("none of them",)),
     ],
 )
-def test_the_words_of_a_sentence(sentence: str, named: tuple[str, ...]):
-    assert groups_of(sentence, 1, 100, 0)["words"] == named
+def test_words_of_sentence_are_recognized(sentence: str, kinds: tuple[str, ...]):
+    assert groups_of(sentence, 1, 100, 0)["words"] == kinds
 
 
 @pytest.mark.parametrize(
@@ -62,91 +62,89 @@ def test_the_words_of_a_sentence(sentence: str, named: tuple[str, ...]):
         (10_000, "over 16 %"),
     ],
 )
-def test_sizes(area: int, size: str):
+def test_size_is_share_of_image(area: int, size: str):
     assert groups_of("man", area, 10_000, 0)["size"] == (size,)
-    assert "size" not in groups_of("man", area, 0, 0)
 
 
-def test_lengths_and_others():
-    lengths = [groups_of(" word" * count, 1, 9, 0)["length"][0] for count in range(1, 11)]
+def test_size_is_unknown_without_pixels():
+    assert "size" not in groups_of("man", 99, 0, 0)
+
+
+def test_length_counts_words():
+    lengths = [groups_of(" word" * words, 1, 9, 0)["length"][0] for words in range(1, 11)]
+
     assert lengths == ["1–2 words"] * 2 + ["3–4 words"] * 2 + ["5–7 words"] * 3 + ["8 or more"] * 3
-    assert [groups_of("man", 1, 9, many)["others"] for many in (-1, 0, 1, 2, 3, 17)] == [
-        ("not known",),
-        ("0",),
-        ("1",),
-        ("2",),
-        ("3 or more",),
-        ("3 or more",),
-    ]
+
+
+@pytest.mark.parametrize(
+    ("same_class", "label"),
+    [(-1, "not known"), (0, "0"), (1, "1"), (2, "2"), (3, "3 or more"), (17, "3 or more")],
+)
+def test_others_count_objects_of_same_class(same_class: int, label: str):
+    assert groups_of("man", 1, 9, same_class)["others"] == (label,)
 
 
 @pytest.fixture
 def rows() -> Rows:
     random = np.random.default_rng(0)
-    count = 200
-    union, edges = random.integers(1, 500, count), random.integers(0, 50, count)
-    union[:5] = edges[:5] = 0
-    counts = np.stack(
-        [
-            np.arange(count),
-            random.integers(0, union + 1),
-            union,
-            random.integers(0, edges + 1),
-            edges,
-        ],
-        axis=1,
-    )
-    sentences = tuple(
-        str(words)
-        for words in random.choice(
-            ["left man", "red car", "dog", "a <b> on the second red chair"], count
-        )
-    )
+    samples = 200
+    union, band_union = random.integers(1, 500, samples), random.integers(0, 50, samples)
+    union[:5] = band_union[:5] = 0
+    intersection = random.integers(0, union + 1)
+    band_intersection = random.integers(0, band_union + 1)
+
+    texts = ["left man", "red car", "dog", "a <b> on the second red chair"]
     return Rows(
-        names=("s",) * count,
-        sentences=sentences,
-        counts=counts,
-        image_ids=random.integers(0, 50, count),
-        area=random.integers(0, 4000, count),
-        pixels=np.full(count, 10_000),
-        same_class=random.choice([-1, 0, 1, 2, 5], count, p=[0.05, 0.4, 0.25, 0.25, 0.05]),
+        names=("s",) * samples,
+        sentences=tuple(str(text) for text in random.choice(texts, samples)),
+        counts=np.column_stack(
+            [np.arange(samples), intersection, union, band_intersection, band_union]
+        ),
+        image_ids=random.integers(0, 50, samples),
+        area=random.integers(0, 4000, samples),
+        pixels=np.full(samples, 10_000),
+        same_class=random.choice([-1, 0, 1, 2, 5], samples, p=[0.05, 0.4, 0.25, 0.25, 0.05]),
     )
+
+
+def members_of(rows: Rows, kind: str, label: str) -> list[int]:
+    """Indexes of the rows that are in a group."""
+    members = []
+    for index, sentence in enumerate(rows.sentences):
+        facts = (rows.area[index], rows.pixels[index], rows.same_class[index])
+        if label in groups_of(sentence, *facts)[kind]:
+            members.append(index)
+    return members
+
+
+def find_line(table: str, label: str) -> re.Match[str] | None:
+    few = r'(?P<few> <span class="few">few</span>)?'
+    pattern = rf"<tr><th>{label}{few}</th><td>(?P<n>\d+)</td>(?P<cells>.*?)</tr>"
+    return re.search(pattern, table)
 
 
 @pytest.mark.parametrize("empty", ["one", "zero"])
-def test_every_line_is_the_score_of_its_rows_alone(rows: Rows, empty: str):
+def test_each_line_is_score_of_its_rows_alone(rows: Rows, empty: str):
     page = group_section("val & more", rows, empty)
+
     assert "val &amp; more" in page
     for kind, (heading, labels, _) in KINDS.items():
         table = page[page.index(f"<h3>{heading}</h3>") :].partition("</table>")[0]
         total = 0
         for label in labels:
-            members = [
-                number
-                for number in range(len(rows))
-                if label
-                in groups_of(
-                    rows.sentences[number],
-                    rows.area[number],
-                    rows.pixels[number],
-                    rows.same_class[number],
-                )[kind]
-            ]
-            found = re.search(
-                rf'<tr><th>{label}(?P<few> <span class="few">few</span>)?</th><td>(?P<n>\d+)</td>(?P<cells>.*?)</tr>',
-                table,
-            )
+            members = members_of(rows, kind, label)
+            line = find_line(table, label)
             if not members:
-                assert found is None
+                assert line is None
                 continue
-            expected = summarize(rows.counts[members], 0, empty=empty)
-            assert int(found["n"]) == len(members) and (found["few"] is not None) == (
-                len(members) < FEW_SAMPLES
-            )
-            shown = re.findall(r">([\d.]+)</td>", found["cells"])
-            assert shown == [
-                f"{100 * expected[metric]:.1f}"
-                for metric in ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
-            ]
+
+            assert int(line["n"]) == len(members)
+            assert (line["few"] is not None) == (len(members) < FEW_SAMPLES)
+            scores = summarize(rows.counts[members], 0, empty=empty)
+            metrics = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
+            shown = re.findall(r">([\d.]+)</td>", line["cells"])
+            assert shown == [f"{100 * scores[metric]:.1f}" for metric in metrics]
             total += len(members)
-        assert total == len(rows) if kind != "words" else total > len(rows)
+
+        # A sentence with several kinds of words counts for each of them.
+        assert total > len(rows) if kind == "words" else total == len(rows)
