@@ -1,4 +1,4 @@
-"""The verbs that only look: each runs, prints, and ends with one JSON object where it is asked to."""
+"""The verbs that only look: each runs, prints, and ends with a JSON object if asked to."""
 
 from __future__ import annotations
 
@@ -12,52 +12,65 @@ import torch
 from coupalign.cli.parser import main
 
 
-def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict]:
-    """Exit status and the last line as JSON."""
+def run_verb(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict]:
+    """Run a verb with --json; return its exit status and its last line, parsed."""
     capsys.readouterr()
-    status = main([*map(str, words), "--json"])
+    status = main([*map(str, arguments), "--json"])
     return status, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = said(capsys, "doctor")
+def test_doctor_reports_the_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run_verb(capsys, "doctor")
+
     assert status == 0
     path = "fused kernels on" if torch.cuda.is_available() else "plain PyTorch ("
-    assert found["alignment attention"].startswith(f"auto takes {path}")
-    assert {"torch", "deepspeed", "gpu", "bf16", "apex"} <= found.keys()
+    assert report["alignment attention"].startswith(f"auto takes {path}")
+    assert {"torch", "deepspeed", "gpu", "bf16", "apex"} <= report.keys()
 
 
-def test_describe(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = said(capsys, "describe", config)
-    assert status == 0 and "wpa" in json.dumps(found)
+def test_describe_names_the_parts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run_verb(capsys, "describe", config)
+
+    assert status == 0
+    assert "wpa" in json.dumps(report)
 
 
-def test_the_traffic_of_a_step(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = said(capsys, "bench", "traffic", config, "--batch", 4)
-    assert (status, found["batch"]) == (0, 4) and found["parts"]["wpa"]["bytes"] > 0
-
-
-def test_config_and_its_deepspeed_dictionary(
+def test_bench_traffic_counts_bytes_by_part(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said(capsys, "config", config, "seed=3")[1]["seed"] == 3
-    status, found = said(
-        capsys, "config", config, "engine.kind=deepspeed", "--deepspeed", "--ranks", "2"
-    )
-    assert (status, found["train_batch_size"], found["gradient_accumulation_steps"]) == (0, 8, 2)
+    status, report = run_verb(capsys, "bench", "traffic", config, "--batch", 4)
+
+    assert (status, report["batch"]) == (0, 4)
+    assert report["parts"]["wpa"]["bytes"] > 0
+
+
+def test_config_prints_overrides_and_the_deepspeed_dictionary(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, whole = run_verb(capsys, "config", config, "seed=3")
+    assert (status, whole["seed"]) == (0, 3)
+
+    with_deepspeed = ("config", config, "engine.kind=deepspeed", "--deepspeed", "--ranks", "2")
+    status, derived = run_verb(capsys, *with_deepspeed)
+    assert (status, derived["train_batch_size"]) == (0, 8)
+    assert derived["gradient_accumulation_steps"] == 2
+
+    # The dictionary of a run that does not use DeepSpeed does not exist.
     assert main(["config", str(config), "--deepspeed"]) == 2
 
 
-def test_verify_says_no_to_a_flipped_byte(
+def test_verify_finds_a_flipped_byte(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(shards, tmp_path / "shards")
-    assert said(capsys, "verify", copy)[0] == 0
+    assert run_verb(capsys, "verify", copy)[0] == 0
+
     shard = sorted(copy.glob("*.tar"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     capsys.readouterr()
+
     assert main(["verify", str(copy)]) == 1
     assert shard.name in capsys.readouterr().out
 
@@ -66,18 +79,9 @@ def test_track_sends_what_is_left(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert (
-        main(
-            [
-                "train",
-                str(config),
-                f"run_dir={run}",
-                "train.steps=1",
-                "data.evaluate=[]",
-                "tracking.kind=mlflow",
-            ]
-        )
-        == 0
-    )
-    status, sent = said(capsys, "track", run)
-    assert (status, sent["rows_left"], sent["error"]) == (0, 0, None)
+    changes = [f"run_dir={run}", "train.steps=1", "data.evaluate=[]", "tracking.kind=mlflow"]
+    assert main(["train", str(config), *changes]) == 0
+
+    status, result = run_verb(capsys, "track", run)
+
+    assert (status, result["rows_left"], result["error"]) == (0, 0, None)
