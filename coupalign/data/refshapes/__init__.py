@@ -1,1 +1,1 @@
-"""RefShapes: a generated data set in the layout of RefCOCO. Only `cli` and `reproduce` import it."""
+"""RefShapes, a generated data set in the layout of RefCOCO. `cli` and `reproduce` use it."""

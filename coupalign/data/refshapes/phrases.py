@@ -1,10 +1,12 @@
-"""What RefShapes says about an object, and the proof that it can mean no other.
+"""Describe an object of a RefShapes scene, and prove that the description fits no other object.
 
-A `Phrase` is a logical description. Each of its parts is true, false or *unclear* of an object: "on the left" is true
-below 0.42 of the width, false above 0.54 and unclear between; a part counts as unclear wherever two people could
-disagree. `Scene.refers` accepts a phrase only if it is true of one object and false (not: unclear) of every other one.
-Left and right occur only as words of their own, so that exchanging them describes the mirrored picture; every
-threshold is symmetric.
+A `Phrase` is a logical description. Each of its parts is true, false or *unclear* for an object.
+For example, "on the left" is true below 0.42 of the width, false above 0.54, and unclear between.
+A part counts as unclear wherever two people could disagree. `Scene.find_referent` accepts a phrase
+only if it is true for one object and false (not: unclear) for every other one.
+
+Left and right occur only as separate words, so exchanging them describes the mirrored picture. All
+thresholds are symmetric.
 """
 
 from __future__ import annotations
@@ -15,150 +17,185 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coupalign.data.refshapes.drawing import Thing
+from coupalign.data.refshapes.drawing import SceneObject
 
+# Axis of each word, and the sign of the direction that goes away from it.
 SIDES = {"left": ("x", 1), "right": ("x", -1), "top": ("y", 1), "bottom": ("y", -1)}
 RELATIONS = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
 ORDINALS = ("first", "second", "third")
-SURE, NEITHER = 0.42, 0.54  # "on the left": true up to, false from; shares of the side
-STEP = 0.09  # smallest gap between neighbors that are counted
-APART, ALIGNED = 0.11, 0.02  # "left of": true from, false up to
-CONE = 0.8  # "left of": largest sideways offset, relative to the distance
 SYNONYMS = {"small": ("small", "little"), "big": ("big", "large")}
 NOUNS = ("one", "shape", "thing")
 
-Verdict = bool | None
+# Thresholds, as shares of the side of the picture.
+SIDE_TRUE, SIDE_FALSE = 0.42, 0.54  # "on the left": true up to, false from
+ORDER_GAP = 0.09  # smallest gap between neighbors that can be counted
+RELATION_TRUE, RELATION_FALSE = 0.11, 0.02  # "left of": true from, false up to
+CONE = 0.8  # "left of": largest sideways offset, relative to the distance
+
+Verdict = bool | None  # None: unclear
 
 
 class Phrase(NamedTuple):
-    """Parts that are None or empty are not said. An order counts the objects that shape, color and size allow."""
+    """A description; a part that is None or empty is not mentioned."""
 
     shape: str | None = None
     color: str | None = None
     size: str | None = None
-    places: tuple[str, ...] = ()
-    order: tuple[int, str] | None = None  # (0 for the first, side it is counted from)
+    sides: tuple[str, ...] = ()
+    # (0 for the first, side it is counted from), among the objects of this shape, color and size.
+    order: tuple[int, str] | None = None
     relation: tuple[str, Phrase] | None = None  # ("left of", landmark)
 
 
 class Scene:
-    """Objects in a picture of `side` pixels, with remembered verdicts: bit i of (yes, no) says true, false of object i."""
+    """Judge phrases about the objects of a picture, and remember the verdicts.
 
-    def __init__(self, things: list[Thing], side: float) -> None:
-        self.things, self.side = things, side
-        self.everything = (1 << len(things)) - 1
-        self._parts: dict[tuple, tuple[int, int]] = {}
+    Sets of objects are bit masks: bit i stands for object i.
 
-    def refers(self, phrase: Phrase) -> int | None:
-        """The index of the one object that a phrase means; None where it is ambiguous or empty."""
-        yes, no = self.judge(phrase)
-        return (
-            yes.bit_length() - 1 if yes.bit_count() == 1 and yes | no == self.everything else None
-        )
+    Args:
+        side: of the picture, in pixels.
+    """
+
+    def __init__(self, objects: list[SceneObject], side: float) -> None:
+        self.objects = objects
+        self.side = side
+        self.all_objects = (1 << len(objects)) - 1
+        self._part_verdicts: dict[tuple, tuple[int, int]] = {}
+
+    def find_referent(self, phrase: Phrase) -> int | None:
+        """Return the index of the only object that a phrase can mean; None if it is ambiguous."""
+        true_for, false_for = self.judge(phrase)
+        is_unique = true_for.bit_count() == 1
+        is_clear = true_for | false_for == self.all_objects
+        return true_for.bit_length() - 1 if is_unique and is_clear else None
 
     def judge(self, phrase: Phrase) -> tuple[int, int]:
-        """Of which objects the phrase is true, of which it is false (in bits); a false part outweighs an unclear one."""
-        yes, no = self.everything, 0
-        parts = [("shape", phrase.shape), ("color", phrase.color), ("size", phrase.size)]
-        parts += [("place", place) for place in phrase.places]
-        if phrase.order:
-            parts.append(("order", (phrase[:3], phrase.order)))
-        if phrase.relation:
-            parts.append(("relation", phrase.relation))
-        for part in parts:
-            if part[1] is not None:
-                if part not in self._parts:
-                    self._parts[part] = _as_bits(self._verdicts(*part))
-                yes, no = yes & self._parts[part][0], no | self._parts[part][1]
-        return yes, no
+        """Return the objects for which a phrase is true and those for which it is false.
 
-    def _verdicts(self, kind: str, value: tuple | str) -> list[Verdict]:
+        It is false as soon as one part is false, even if another one is unclear.
+        """
+        true_for, false_for = self.all_objects, 0
+        for part in _parts(phrase):
+            if part not in self._part_verdicts:
+                self._part_verdicts[part] = _as_bits(self._judge_part(*part))
+            part_true, part_false = self._part_verdicts[part]
+            true_for &= part_true
+            false_for |= part_false
+        return true_for, false_for
+
+    def _judge_part(self, kind: str, value: tuple | str) -> list[Verdict]:
         match kind:
-            case "place":
-                return [_placed(thing, value, self.side) for thing in self.things]
+            case "side":
+                return [_on_side(item, value, self.side) for item in self.objects]
             case "order":
-                named, order = self.judge(Phrase(*value[0]))[0], value[1]
-                return _ordered(
-                    self.things,
-                    [bool(named >> number & 1) for number in range(len(self.things))],
-                    order,
-                    self.side,
-                )
+                noun, order = value
+                counted, _ = self.judge(Phrase(*noun))
+                is_counted = [bool(counted >> i & 1) for i in range(len(self.objects))]
+                return _ordered(self.objects, is_counted, order, self.side)
             case "relation":
-                mark = self.refers(value[1])
-                if mark is None:
-                    return [None] * len(self.things)
-                return [
-                    _related(thing, self.things[mark], value[0], self.side) for thing in self.things
-                ]
+                relation, landmark_phrase = value
+                landmark = self.find_referent(landmark_phrase)
+                if landmark is None:
+                    return [None] * len(self.objects)
+                mark = self.objects[landmark]
+                return [_related(item, mark, relation, self.side) for item in self.objects]
             case _:
-                return [getattr(thing, kind) == value for thing in self.things]
+                return [getattr(item, kind) == value for item in self.objects]
+
+
+def _parts(phrase: Phrase) -> list[tuple]:
+    """Return the (kind, value) pairs of everything that a phrase mentions."""
+    attributes = (("shape", phrase.shape), ("color", phrase.color), ("size", phrase.size))
+    parts: list[tuple] = [(kind, value) for kind, value in attributes if value is not None]
+    parts += [("side", side) for side in phrase.sides]
+    if phrase.order:
+        noun = (phrase.shape, phrase.color, phrase.size)
+        parts.append(("order", (noun, phrase.order)))
+    if phrase.relation:
+        parts.append(("relation", phrase.relation))
+    return parts
 
 
 def _as_bits(verdicts: Iterable[Verdict]) -> tuple[int, int]:
-    yes = no = 0
+    true_for = false_for = 0
     for number, verdict in enumerate(verdicts):
-        yes |= (verdict is True) << number
-        no |= (verdict is False) << number
-    return yes, no
+        true_for |= (verdict is True) << number
+        false_for |= (verdict is False) << number
+    return true_for, false_for
 
 
-def _placed(thing: Thing, place: str, side: float) -> Verdict:
-    axis, sign = SIDES[place]
-    share = getattr(thing, axis) / side
-    share = share if sign > 0 else 1 - share
-    return True if share <= SURE else False if share >= NEITHER else None
+# ----------------------------------------------------------------------------------- Judgments
+
+
+def _on_side(item: SceneObject, side_name: str, side: float) -> Verdict:
+    """Judge "on the left", "at the top" and so on."""
+    axis, sign = SIDES[side_name]
+    position = getattr(item, axis) / side
+    distance = position if sign > 0 else 1 - position
+    if distance <= SIDE_TRUE:
+        return True
+    if distance >= SIDE_FALSE:
+        return False
+    return None
 
 
 def _ordered(
-    things: list[Thing], named: list[bool], order: tuple[int, str], side: float
+    objects: list[SceneObject], is_counted: list[bool], order: tuple[int, str], side: float
 ) -> list[Verdict]:
+    """Judge "second from the left" and so on; unclear if two counted neighbors are too close."""
     rank, from_side = order
     axis, sign = SIDES[from_side]
     row = sorted(
-        (sign * getattr(thing, axis), number)
-        for number, thing in enumerate(things)
-        if named[number]
+        (sign * getattr(item, axis), number)
+        for number, item in enumerate(objects)
+        if is_counted[number]
     )
-    clear = all(b - a >= STEP * side for (a, _), (b, _) in zip(row, row[1:]))
-    verdicts: list[Verdict] = [False] * len(things)
+    is_clear = all(b - a >= ORDER_GAP * side for (a, _), (b, _) in zip(row, row[1:]))
+
+    verdicts: list[Verdict] = [False] * len(objects)
     for position, (_, number) in enumerate(row):
-        verdicts[number] = position == rank if clear else None
+        verdicts[number] = position == rank if is_clear else None
     return verdicts
 
 
-def _related(thing: Thing, landmark: Thing, word: str, side: float) -> Verdict:
-    axis, sign = RELATIONS[word]
-    across = "y" if axis == "x" else "x"
-    ahead = sign * (getattr(landmark, axis) - getattr(thing, axis))
-    sideways = abs(getattr(landmark, across) - getattr(thing, across))
-    if ahead <= ALIGNED * side:
+def _related(item: SceneObject, landmark: SceneObject, relation: str, side: float) -> Verdict:
+    """Judge "left of the landmark" and so on."""
+    axis, sign = RELATIONS[relation]
+    other_axis = "y" if axis == "x" else "x"
+    ahead = sign * (getattr(landmark, axis) - getattr(item, axis))
+    sideways = abs(getattr(landmark, other_axis) - getattr(item, other_axis))
+    if ahead <= RELATION_FALSE * side:
         return False
-    return True if ahead >= APART * side and sideways <= CONE * ahead else None
+    if ahead >= RELATION_TRUE * side and sideways <= CONE * ahead:
+        return True
+    return None
 
 
-def plain_phrases(thing: Thing) -> list[Phrase]:
-    """Every true combination of noun, color and size, shortest first."""
-    colors = (None, thing.color) if thing.color else (None,)
-    found = [
-        Phrase(shape, color, size)
-        for shape, color, size in product((thing.shape, None), colors, (None, thing.size))
-    ]
-    return sorted(found, key=lambda phrase: (phrase.color is not None) + (phrase.size is not None))
+# ------------------------------------------------------------------------------------ Candidates
+
+
+def noun_phrases(item: SceneObject) -> list[Phrase]:
+    """Return every true combination of noun, color and size, shortest first."""
+    colors = (None, item.color) if item.color else (None,)
+    combinations = product((item.shape, None), colors, (None, item.size))
+    phrases = [Phrase(shape, color, size) for shape, color, size in combinations]
+    return sorted(
+        phrases, key=lambda phrase: (phrase.color is not None) + (phrase.size is not None)
+    )
 
 
 def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phrase]]:
-    """Phrases that mean the target and no other object, by kind: "plain", "generic" (no noun), "wordy", "order", "relation".
+    """Find the phrases that mean the target and no other object, by kind.
 
-    Each is minimal (without any one of its parts it would be ambiguous), except the wordy ones, which say one thing more.
+    The kinds are "plain", "generic" (without a noun), "wordy", "order" and "relation". Each phrase
+    is minimal: without any one of its parts it would be ambiguous. Only the wordy ones mention one
+    thing more.
+
+    Args:
+        hard: also look for order and relation.
     """
-    thing = scene.things[target]
-    places = [place for place in SIDES if _placed(thing, place, scene.side)]
-    choices = [
-        (),
-        *((place,) for place in places),
-        *([tuple(places[::-1])] if len(places) == 2 else []),
-    ]
+    item = scene.objects[target]
+    nouns = noun_phrases(item)
     kinds: dict[str, list[Phrase]] = {
         "plain": [],
         "generic": [],
@@ -166,93 +203,126 @@ def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phras
         "order": [],
         "relation": [],
     }
-    nouns = plain_phrases(thing)
-    for noun, choice in product(nouns, choices):
-        phrase = noun._replace(places=choice)
-        if scene.refers(phrase) != target or phrase == Phrase():
+
+    for noun, sides in product(nouns, _side_choices(item, scene.side)):
+        phrase = noun._replace(sides=sides)
+        if scene.find_referent(phrase) != target or phrase == Phrase():
             continue
-        needless = sum(scene.refers(shorter) == target for shorter in _shortened(phrase))
+        needless = sum(scene.find_referent(shorter) == target for shorter in _shortened(phrase))
         if phrase.shape is None and not needless:
             kinds["generic"].append(phrase)
         elif phrase.shape and needless <= 1:
             kinds["wordy" if needless else "plain"].append(phrase)
+
     if hard:
-        vague = [noun for noun in nouns if noun.shape and scene.refers(noun) != target]
+        vague = [noun for noun in nouns if noun.shape and scene.find_referent(noun) != target]
         kinds["order"] = _order_phrases(target, scene, vague)
         kinds["relation"] = _relation_phrases(target, scene, vague)
     return kinds
 
 
+def _side_choices(item: SceneObject, side: float) -> list[tuple[str, ...]]:
+    """Return no side, each true side alone, and both together ("top left")."""
+    sides = [name for name in SIDES if _on_side(item, name, side)]
+    choices: list[tuple[str, ...]] = [(), *((name,) for name in sides)]
+    if len(sides) == 2:
+        choices.append(tuple(sides[::-1]))
+    return choices
+
+
 def _shortened(phrase: Phrase) -> list[Phrase]:
-    """The phrase without one of its color, size or places."""
-    shorter = [phrase._replace(color=None)] if phrase.color else []
-    shorter += [phrase._replace(size=None)] if phrase.size else []
-    return shorter + [
-        phrase._replace(places=tuple(p for p in phrase.places if p != place))
-        for place in phrase.places
-    ]
+    """Return the phrase without its color, without its size, and without each of its sides."""
+    shorter = []
+    if phrase.color:
+        shorter.append(phrase._replace(color=None))
+    if phrase.size:
+        shorter.append(phrase._replace(size=None))
+    for removed in phrase.sides:
+        sides = tuple(side for side in phrase.sides if side != removed)
+        shorter.append(phrase._replace(sides=sides))
+    return shorter
 
 
 def _order_phrases(target: int, scene: Scene, nouns: list[Phrase]) -> list[Phrase]:
-    """Counting among three or more, from the nearer end."""
-    found = []
+    """Count among three or more objects, from the nearer end."""
+    phrases = []
     for noun in nouns:
-        group = scene.judge(noun)[0].bit_count()
-        for rank, place in product(range(min(len(ORDINALS), (group + 1) // 2)), SIDES):
-            phrase = noun._replace(order=(rank, place))
-            if group >= 3 and scene.refers(phrase) == target:
-                found.append(phrase)
-    return found
+        true_for, _ = scene.judge(noun)
+        group_size = true_for.bit_count()
+        if group_size < 3:
+            continue
+        ranks = min(len(ORDINALS), (group_size + 1) // 2)
+        for rank, side in product(range(ranks), SIDES):
+            phrase = noun._replace(order=(rank, side))
+            if scene.find_referent(phrase) == target:
+                phrases.append(phrase)
+    return phrases
 
 
 def _relation_phrases(target: int, scene: Scene, nouns: list[Phrase]) -> list[Phrase]:
-    """Relations that are needed, each with the shortest noun phrases that do: the target's alone is ambiguous."""
-    found: list[Phrase] = []
-    for number, landmark in enumerate(scene.things):
-        words = [
-            word
-            for word in RELATIONS
-            if number != target and _related(scene.things[target], landmark, word, scene.side)
+    """Find the relations that are needed, each with the shortest noun phrase of its landmark."""
+    phrases: list[Phrase] = []
+    for number, landmark in enumerate(scene.objects):
+        if number == target:
+            continue
+        relations = [
+            relation
+            for relation in RELATIONS
+            if _related(scene.objects[target], landmark, relation, scene.side)
         ]
-        mark = (
-            next(
-                (p for p in plain_phrases(landmark) if p.shape and scene.refers(p) == number), None
-            )
-            if words
-            else None
-        )
-        for word, noun in product(words if mark else (), nouns):
-            phrase = noun._replace(relation=(word, mark))
-            needless = any(scene.refers(shorter) == target for shorter in _shortened(phrase))
-            if scene.refers(phrase) == target and not needless:
-                found.append(phrase)
-    return found
+        mark = _shortest_noun_phrase(number, scene) if relations else None
+        if mark is None:
+            continue
+
+        for relation, noun in product(relations, nouns):
+            phrase = noun._replace(relation=(relation, mark))
+            shorter_phrases = _shortened(phrase)
+            needless = any(scene.find_referent(shorter) == target for shorter in shorter_phrases)
+            if scene.find_referent(phrase) == target and not needless:
+                phrases.append(phrase)
+    return phrases
 
 
-def say(phrase: Phrase, rng: np.random.Generator) -> str:
-    """One of the wordings of a phrase, in lower case."""
-    noun = _noun(phrase, rng)
+def _shortest_noun_phrase(number: int, scene: Scene) -> Phrase | None:
+    for phrase in noun_phrases(scene.objects[number]):
+        if phrase.shape and scene.find_referent(phrase) == number:
+            return phrase
+    return None
+
+
+# --------------------------------------------------------------------------------------- Wording
+
+
+def write_sentence(phrase: Phrase, rng: np.random.Generator) -> str:
+    """Draw one of the wordings of a phrase, in lower case."""
+    noun = _draw_noun(phrase, rng)
     article = "the " if rng.random() < 0.35 else ""
+
     if phrase.relation:
-        word, landmark = phrase.relation
-        if word in ("left of", "right of") and rng.random() < 0.4:
-            word = f"to the {word}"
-        return f"{article}{noun} {word} the {_noun(landmark, rng)}"
+        relation, landmark = phrase.relation
+        if relation in ("left of", "right of") and rng.random() < 0.4:
+            relation = f"to the {relation}"
+        return f"{article}{noun} {relation} the {_draw_noun(landmark, rng)}"
+
     if phrase.order:
-        return f"{article}{ORDINALS[phrase.order[0]]} {noun} from the {phrase.order[1]}"
-    if not phrase.places:
+        rank, side = phrase.order
+        return f"{article}{ORDINALS[rank]} {noun} from the {side}"
+
+    if not phrase.sides:
         if phrase.color and phrase.shape and not phrase.size and rng.random() < 0.15:
             return f"{article}{phrase.shape} that is {phrase.color}"
         return article + noun
-    where = " ".join(phrase.places)
+
+    where = " ".join(phrase.sides)
     if rng.random() < 0.4:
         return f"{article}{where} {noun}"
-    if phrase.places[0] in ("left", "right"):
-        return f"{article}{noun} on the {where}" + (" side" if rng.random() < 0.3 else "")
+    if phrase.sides[0] in ("left", "right"):
+        suffix = " side" if rng.random() < 0.3 else ""
+        return f"{article}{noun} on the {where}{suffix}"
     return f"{article}{noun} at the {where}"
 
 
-def _noun(phrase: Phrase, rng: np.random.Generator) -> str:
+def _draw_noun(phrase: Phrase, rng: np.random.Generator) -> str:
     size = SYNONYMS[phrase.size][rng.integers(2)] if phrase.size else ""
     head = phrase.shape or NOUNS[rng.integers(len(NOUNS))]
-    return " ".join(filter(None, (size, phrase.color, head)))
+    return " ".join(word for word in (size, phrase.color, head) if word)
