@@ -1,4 +1,4 @@
-"""MLflow's own comparison of two runs that our tracker logged: what tells them apart can be read in the browser."""
+"""MLflow's own page that compares two runs shows what distinguishes them."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def address(server: Server, tmp_path_factory) -> str:
             tracker.log(20, {"eval/val/oIoU": score, "eval/val/P@0.5": score + 0.1})
         ids.append(run_id_of(run_dir))
     experiment = client_of(server.uri).get_run(ids[0]).info.experiment_id
-    return (
-        f"{server.uri}/#/compare-runs?runs={json.dumps(ids)}&experiments={json.dumps([experiment])}"
-    )
+
+    query = f"runs={json.dumps(ids)}&experiments={json.dumps([experiment])}"
+    return f"{server.uri}/#/compare-runs?{query}"
 
 
 @pytest.fixture(scope="module")
@@ -62,35 +62,43 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     context.close()
 
 
-# The words to the right of a text, by where they stand: MLflow's tables are not always made of <tr>.
-BESIDE = """name => {
-    const words = [];
+# Texts to the right of a text, by position: MLflow's tables are not always made of <tr>.
+TEXTS_TO_THE_RIGHT = """name => {
+    const texts = [];
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
         const range = document.createRange();
         range.selectNodeContents(walker.currentNode);
         const box = range.getBoundingClientRect();
-        if (box.width) words.push({text: walker.currentNode.data.trim(), box});
+        if (box.width) texts.push({text: walker.currentNode.data.trim(), box});
     }
-    return words.filter(word => word.text === name).map(({box}) => words
-        .filter(other => other.box.left > box.right && other.box.top < box.bottom && other.box.bottom > box.top)
+    const sameLine = (a, b) => b.left > a.right && b.top < a.bottom && b.bottom > a.top;
+    return texts.filter(({text}) => text === name).map(({box}) => texts
+        .filter(other => sameLine(box, other.box))
         .sort((a, b) => a.box.left - b.box.left).slice(0, 2).map(other => other.text));
 }"""
 
 
-def test_the_comparison_shows_what_tells_the_runs_apart(page: Page, shoot):
+def test_comparison_shows_what_distinguishes_runs(page: Page, shoot):
     expect(page.get_by_text("Comparing 2 Runs").first).to_be_visible()
+
+    # One toggle for parameters, one for metrics.
     toggles = page.get_by_text("Show diff only")
-    for of_params_and_metrics in range(2):
-        toggles.nth(of_params_and_metrics).click()
-    for name, values in (
-        ("model.proposals.count", [str(count) for count in SCORES]),
-        ("eval/val/oIoU", [f"{score:.3f}" for score in SCORES.values()]),
-    ):
+    for index in range(2):
+        toggles.nth(index).click()
+
+    expected = {
+        "model.proposals.count": [str(proposals) for proposals in SCORES],
+        "eval/val/oIoU": [f"{score:.3f}" for score in SCORES.values()],
+    }
+    for name, values in expected.items():
         page.wait_for_function(
-            f"([name, values]) => ({BESIDE})(name).some(found => '' + found === '' + values)",
+            f"([name, values]) => ({TEXTS_TO_THE_RIGHT})(name)"
+            ".some(texts => '' + texts === '' + values)",
             arg=[name, values],
         )
-    assert page.evaluate(BESIDE, "model.proposals.heads") == []  # the same in both
-    page.get_by_text("Show diff only").last.scroll_into_view_if_needed()
+    # What is the same in both runs is hidden.
+    assert page.evaluate(TEXTS_TO_THE_RIGHT, "model.proposals.heads") == []
+
+    toggles.last.scroll_into_view_if_needed()
     shoot(page, "mlflow")
