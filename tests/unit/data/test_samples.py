@@ -1,134 +1,102 @@
-"""The table of samples, its subset, the permutation of the language-blind control; and what samples share when they are read."""
+"""Reading samples: what they hold, what they share, and what augmentation does to them."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from coupalign.config.schema import DataConfig, Source
-from coupalign.data import transforms
+from coupalign.config.schema import Augmentation, DataConfig, Source
+from coupalign.data import masks, transforms
 from coupalign.data.batch import SampleInfo
 from coupalign.data.build import open_tokenizer
-from coupalign.data.index import read_index
 from coupalign.data.samples import SampleReader
 from coupalign.data.shards import open_index
-from coupalign.data.table import (
-    ALL,
-    RULES,
-    build_table,
-    evaluation_table,
-    evenly_spaced,
-    sentence_donors,
-)
-from coupalign.errors import InputError
-
-
-def test_shards_are_numbered_over_all_indexes(packed: Path):
-    first, second = read_index(packed), read_index(packed / "index.json")
-    other = replace(second, fingerprint="another")
-    sources = [
-        Source(index="a", dataset="refcocog", split="val"),
-        Source(index="a", split="train"),
-        Source(index="b", split="testA"),
-    ]
-    table = build_table(sources, (first, first, other), "sentence")
-    assert table.indexes == (first, other)
-    for number in range(len(table)):
-        image = table.indexes[table.index[number]].images[table.image[number]]
-        assert table.shard[number] == image.shard + len(first.shards) * table.index[number]
-        assert (
-            table.label(number)
-            == f"{image.refs[table.ref[number]].set}/{image.refs[table.ref[number]].ref_id}"
-        )
-
-
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (
-            {"split": "trian"},
-            r"no sample of \*/\*, split 'trian'; it holds: .*refcoco/unc train \(16 refs, 41 sentences\)",
-        ),
-        ({"split": "train", "dataset": "refcoco+"}, r"no sample of refcoco\+/\*"),
-        ({"split": "train", "split_by": "google"}, r"no sample of \*/google"),
-    ],
-)
-def test_an_empty_split_and_an_unknown_set_are_refused(packed: Path, fields: dict, words: str):
-    with pytest.raises(InputError, match=words):
-        build_table((Source(index=str(packed), **fields),), (read_index(packed),), "ref")
-
-
-def test_a_limit_is_spread_evenly():
-    for samples in range(1, 40):
-        for limit in range(1, 45):
-            taken = evenly_spaced(samples, limit)
-            assert len(set(taken)) == min(samples, limit) and taken[0] == 0 and taken[-1] < samples
-
-
-def test_the_control_is_a_permutation_that_leads_to_other_images(packed: Path):
-    table = build_table(
-        (Source(index=str(packed), split="train"),), (read_index(packed),), "sentence"
-    )
-    dice = np.random.default_rng(0)
-    for size in (2, 3, 5, 8, 20, len(table)):
-        for _ in range(20):
-            some = table.take(dice.choice(len(table), size, replace=False))
-            other, image = sentence_donors(some), some.image_ids
-            assert sorted(other) == list(range(size)) and (other != np.arange(size)).all()
-            largest = np.unique(image, return_counts=True)[1].max()
-            assert (image[other] == image).sum() == max(0, 2 * largest - size)
-
-
-def test_the_sentence_rules_share_their_samples(packed: Path):
-    sources, indexes = (Source(index=str(packed), split="train"),), (read_index(packed),)
-    each, numbers = evaluation_table(sources, indexes, ["each"])
-    plain = build_table(sources, indexes, "sentence")
-    assert each.sentence.tolist() == plain.sentence.tolist() and numbers["each"].tolist() == list(
-        range(len(plain))
-    )
-    table, members = evaluation_table(sources, indexes, RULES)
-    refs = len(build_table(sources, indexes, "ref"))
-    assert len(table) == len(plain) + refs, "a first sentence is not read twice"
-    assert set(members["first"]) < set(members["each"]) and not set(members["concatenated"]) & set(
-        members["each"]
-    )
-    assert table.take(members["each"]).sentence.tolist() == plain.sentence.tolist()
-    for rule, sentence in (("first", 0), ("concatenated", ALL)):
-        assert set(table.sentence[members[rule]]) == {sentence}
-        labels = [table.label(number) for number in members[rule]]
-        assert len(set(labels)) == len(labels) == refs
-    assert (
-        len(evaluation_table(sources, indexes, ["first"])[0])
-        == len(evaluation_table(sources, indexes, ["concatenated"])[0])
-        == refs
-    )
-    _, few = evaluation_table(sources, indexes, RULES, limit=5)
-    assert {rule: len(numbers) for rule, numbers in few.items()} == dict.fromkeys(RULES, 5)
-
-
-def test_the_control_exchanges_joined_sentences_among_themselves(packed: Path):
-    table, members = evaluation_table(
-        (Source(index=str(packed), split="train"),), (read_index(packed),), RULES
-    )
-    other = sentence_donors(table)
-    assert sorted(other) == list(range(len(table)))
-    for rule in ("each", "concatenated"):
-        assert set(other[members[rule]]) == set(members[rule])
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
+from coupalign.data.table import build_table
+from tests.unit.data.batches import config_of, evaluate, steps_of, train
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
-def test_sentences_about_a_photograph_share_its_decoding_and_nothing_else(
+def test_sample_is_what_the_annotation_says(packed: Path, refer_root: Path, resize: str):
+    """Compared with the `refer` files themselves, which the loader never saw."""
+    refs_text = (refer_root / "refcocog" / "refs(umd).json").read_text(encoding="utf-8")
+    refs = {ref["ref_id"]: ref for ref in json.loads(refs_text)}
+    instances = json.loads((refer_root / "refcoco" / "instances.json").read_text())
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    files = {image["id"]: image["file_name"] for image in instances["images"]}
+    source = Source(index=str(packed), dataset="refcocog", split="train")
+    config = config_of(packed, resize=resize, train=(source,), augment=Augmentation())
+
+    _, [batch] = next(train(config).steps_from(0))
+
+    for row, info in enumerate(batch.info):
+        ref = refs[int(info.name.split("/")[2])]
+        assert info.image_id == ref["image_id"]
+        assert info.sentence in [sentence["sent"] for sentence in ref["sentences"]]
+
+        image = Image.open(refer_root / "images" / "train2014" / files[ref["image_id"]])
+        square = transforms.image_to_square(np.asarray(image.convert("RGB")), info.frame)
+        assert np.array_equal(batch.image[row].permute(1, 2, 0), square)
+
+        segmentation = annotations[ref["ann_id"]]["segmentation"]
+        rle = masks.rle_from_segmentation(segmentation, image.height, image.width)
+        target = transforms.mask_to_square(masks.decode(rle), info.frame)
+        assert np.array_equal(batch.target[row], target)
+
+
+def test_sentence_may_be_the_raw_text(packed: Path):
+    config = config_of(packed, unit="sentence", sentence="raw", augment=Augmentation())
+
+    rows = steps_of(train(config, 41), 0, 1)[0]
+
+    sentences = {row.sentence for row in rows}
+    assert any(sentence.startswith("The ") for sentence in sentences)
+    assert any(sentence.endswith(".") for sentence in sentences)
+
+
+def test_flip_mirrors_image_mask_and_sentence(packed: Path):
+    plain, mirrored = (
+        steps_of(
+            train(config_of(packed, unit="sentence", augment=Augmentation(flip=flip)), 41), 0, 1
+        )[0]
+        for flip in (0, 1)
+    )
+
+    for a, b in zip(plain, mirrored):
+        assert b.sentence == transforms.mirror_sentence(a.sentence)
+        for before, after in ((a.image, b.image), (a.target, b.target)):
+            before = np.frombuffer(before, np.uint8).reshape(-1, 32, 32)
+            after = np.frombuffer(after, np.uint8).reshape(-1, 32, 32)
+            assert np.array_equal(before[..., ::-1], after)
+    assert any(a.sentence != b.sentence for a, b in zip(plain, mirrored))
+
+
+def test_requested_image_has_its_original_size_and_changes_nothing(packed: Path):
+    """The images of 64 x 48 pixels are decoded at half of their size on their way to 8 x 8."""
+    config = config_of(packed).model_copy(update={"image_size": 8})
+
+    plain = next(iter(evaluate(config, images=False)))
+    with_images = next(iter(evaluate(config, images=True)))
+
+    assert torch.equal(plain.image, with_images.image)
+    for info in with_images.info:
+        size = (info.frame.height, info.frame.width)
+        assert transforms.reduction(*size, info.frame) > 1
+        assert info.image.shape == (*size, 3)
+        assert info.truth.shape == size
+
+
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_sentences_about_an_image_share_its_decoding_and_nothing_else(
     packed: Path, resize: str, monkeypatch: pytest.MonkeyPatch
 ):
-    config = DataConfig(
-        train=[Source(index=str(packed), split="train")], image_size=64, resize=resize
-    )
+    source = Source(index=str(packed), split="train")
+    config = DataConfig(train=[source], image_size=64, resize=resize)
     table = build_table(config.train, [open_index(str(packed))], "sentence")
     tokenizer, decoded = open_tokenizer(config), []
     decode = transforms.decode_image
@@ -137,21 +105,26 @@ def test_sentences_about_a_photograph_share_its_decoding_and_nothing_else(
         "decode_image",
         lambda data, frame=None: decoded.append(len(data)) or decode(data, frame),
     )
-    numbers = [*range(len(table)), *np.random.default_rng(0).integers(len(table), size=40).tolist()]
 
     def read(reader: SampleReader, number: int) -> tuple[np.ndarray, SampleInfo]:
         square = np.empty((64, 64, 3), np.uint8)
-        return square, reader.read_eval_sample(number, None, with_image=True, square=square)
+        info = reader.read_eval_sample(number, None, with_image=True, square=square)
+        return square, info
 
-    shared = SampleReader(config, table, tokenizer)
-    found = [read(shared, number) for number in numbers]
-    in_a_row = 1 + np.count_nonzero(np.diff(table.image[numbers]))
-    assert len(decoded) == in_a_row < len(numbers)
-    for number, (pixels, info) in zip(numbers, found):
+    # All samples in order, then some at random.
+    random_numbers = np.random.default_rng(0).integers(len(table), size=40).tolist()
+    numbers = [*range(len(table)), *random_numbers]
+    one_reader = SampleReader(config, table, tokenizer)
+    found = [read(one_reader, number) for number in numbers]
+
+    # An image is decoded once for neighbors.
+    runs = 1 + np.count_nonzero(np.diff(table.image[numbers]))
+    assert len(decoded) == runs < len(numbers)
+
+    # A reader that has read nothing else gives the same.
+    for number, (square, info) in zip(numbers, found):
         expected, alone = read(SampleReader(config, table, tokenizer), number)
-        assert (
-            np.array_equal(pixels, expected)
-            and np.array_equal(info.image, alone.image)
-            and np.array_equal(info.truth, alone.truth)
-        )
+        assert np.array_equal(square, expected)
+        assert np.array_equal(info.image, alone.image)
+        assert np.array_equal(info.truth, alone.truth)
         assert replace(info, image=None, truth=None) == replace(alone, image=None, truth=None)
