@@ -58,8 +58,9 @@ def test_explainer_draws_proposals_and_words_of_each_stage(resize: str, tokenize
     assert np.array_equal(np.asarray(explain(picture)), np.asarray(sheet))
 
 
-def test_explainer_draws_nothing_for_model_without_alignments(tokenizer: Tokenizer):
+@pytest.mark.parametrize("resize", ["squash", "letterbox"])
+def test_explainer_draws_nothing_for_model_without_alignments(resize: str, tokenizer: Tokenizer):
     model = build_model(LavtConfig.model_validate(LAVT), len(tokenizer), 64)
-    explain = build_explainer(model.eval(), tokenizer, data_of("squash"))
+    explain = build_explainer(model.eval(), tokenizer, data_of(resize))
 
     assert explain(evaluation_of().pictures[1]) is None
