@@ -109,6 +109,8 @@ def lay_out(recipe: Recipe, sources: Sources) -> PackingLayout:
     """
     samples = _group_by_image(recipe, sources)
     packed = [referral for sample in samples for referral in sample.referrals]
+
+    # The vocabulary must not see the sentences of the other splits.
     training = [referral for referral in packed if referral.split == "train"] or packed
 
     settings = [recipe.name, recipe.shard_mb, recipe.max_images, recipe.vocabulary_size]
@@ -145,6 +147,7 @@ def _group_by_image(recipe: Recipe, sources: Sources) -> list[Sample]:
     if not refs_of_image:
         raise NothingToPack(f"{recipe.root}: nothing to pack: no ref has its image")
 
+    # Sort everything, so that the order of refs in the files does not matter.
     samples = []
     for image_id, refs in sorted(refs_of_image.items()):
         sizes = {(ref.width, ref.height) for ref in refs}

@@ -49,6 +49,7 @@ def locked(out: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{out}: is a file; choose a directory for the shards") from None
 
+    # The lock goes away with the process, however it ends.
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,6 +76,7 @@ def has_finished_set(out: Path, layout: PackingLayout) -> bool:
     if not (out / INDEX_NAME).exists():
         return False
 
+    # Another set is somebody's work: replace it only when asked.
     index = read_index(out)
     if index.source_fingerprint != layout.fingerprint:
         raise InputError(

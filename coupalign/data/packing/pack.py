@@ -144,6 +144,8 @@ def _write_set(
     """Write vocabulary, shards and index; return how many shards an earlier run had finished."""
     vocabulary = _write_vocabulary(recipe, layout, out)
     written = write_shards(layout, out, workers, progress)
+
+    # The index is last: a directory that has one is finished.
     index = ShardIndex(
         location=str(out),
         name=recipe.name,
@@ -151,7 +153,7 @@ def _write_set(
         images=tuple(image for result in written for image in result.images),
         counts=layout.counts,
         vocabulary=vocabulary,
-        fingerprint="",  # of the index file, which is not written yet
+        fingerprint="",  # that of the index file itself, which does not exist yet
         tool=TOOL,
         source_fingerprint=layout.fingerprint,
         vocabulary_sha256=sha256_of(out / vocabulary) if vocabulary else None,

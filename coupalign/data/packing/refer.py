@@ -78,6 +78,7 @@ def read_annotation_set(
     referrals: dict[int, Referral] = {}
     skipped: list[str] = []
     for ref in refs:
+        # Any error in here is a mistake in the files: say in which ref.
         try:
             missing = _missing_record(ref, instances)
             referral = None if missing else _match(ref, dataset, split_by, instances)
@@ -179,21 +180,18 @@ class _Instances:
 def _read_instances(file: Path, ann_ids: set[Any]) -> _Instances:
     tree = read_json(file, "the COCO instances file from the same download as the refs")
     try:
-        objects = Counter(
-            (annotation["image_id"], annotation["category_id"])
-            for annotation in tree["annotations"]
-            if not annotation.get("iscrowd", 0)
-        )
-        return _Instances(
-            images={image["id"]: image for image in tree["images"]},
-            annotations={
-                annotation["id"]: annotation
-                for annotation in tree["annotations"]
-                if annotation["id"] in ann_ids
-            },
-            categories={category["id"]: category["name"] for category in tree["categories"]},
-            objects=objects,
-        )
+        # A full file has far more annotations than the refs need: count all, keep those.
+        annotations: dict[int, dict] = {}
+        objects: Counter[tuple[int, int]] = Counter()
+        for annotation in tree["annotations"]:
+            if annotation["id"] in ann_ids:
+                annotations[annotation["id"]] = annotation
+            if not annotation.get("iscrowd", 0):
+                objects[annotation["image_id"], annotation["category_id"]] += 1
+
+        images = {image["id"]: image for image in tree["images"]}
+        categories = {category["id"]: category["name"] for category in tree["categories"]}
+        return _Instances(images, annotations, categories, objects)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file}: not a COCO instances file ({type(error).__name__}: {error})"
@@ -218,6 +216,7 @@ def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: _Inst
     annotation = instances.annotations[ref["ann_id"]]
     category_id = annotation["category_id"]
 
+    # A mask of another image, or one that pycocotools would misread, must not be packed.
     if annotation["image_id"] != ref["image_id"]:
         raise ValueError(
             f"its annotation is on image {annotation['image_id']}, the ref on {ref['image_id']}"
@@ -230,8 +229,10 @@ def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: _Inst
     if not sentences:
         raise ValueError("it has no sentences")
 
+    # Crowds are not among the counted objects; any other object is, and does not count itself.
     crowd = bool(annotation.get("iscrowd", 0))
     objects_of_class = instances.objects[ref["image_id"], category_id]
+    same_class = objects_of_class if crowd else objects_of_class - 1
     return Referral(
         dataset=dataset,
         split_by=split_by,
@@ -244,7 +245,7 @@ def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: _Inst
         height=int(image["height"]),
         width=int(image["width"]),
         crowd=crowd,
-        same_class=objects_of_class - (0 if crowd else 1),  # without the object itself
+        same_class=same_class,
         segmentation=annotation["segmentation"],
         sentences=sentences,
     )

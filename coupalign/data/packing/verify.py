@@ -79,16 +79,17 @@ def verify(directory: Path | str, workers: int = 2) -> VerifyReport:
     """
     directory = Path(directory)
     index = read_index(directory)
-    members: list[list[ImageEntry]] = [[] for _ in index.shards]
+    entries: list[list[ImageEntry]] = [[] for _ in index.shards]
     for image in index.images:
-        members[image.shard].append(image)
+        entries[image.shard].append(image)
 
     def check(shard: Shard, images: Sequence[ImageEntry]) -> list[str]:
         return [f"{shard.url}: {problem}" for problem in _check_shard(directory, shard, images)]
 
+    # Digests and decoding release the interpreter lock, so threads are enough.
     problems: list[str] = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for shard_problems in pool.map(check, index.shards, members):
+        for shard_problems in pool.map(check, index.shards, entries):
             problems += shard_problems
     problems += _check_vocabulary(directory, index)
     if count_entries(index.images) != index.counts:
@@ -143,6 +144,7 @@ def _check_shard(directory: Path, shard: Shard, images: Sequence[ImageEntry]) ->
         yield "missing"
         return
 
+    # The file as a whole; a wrong size makes the digest pointless.
     size = file.stat().st_size
     if size != shard.bytes:
         change = "truncated" if size < shard.bytes else "changed"
@@ -152,12 +154,14 @@ def _check_shard(directory: Path, shard: Shard, images: Sequence[ImageEntry]) ->
     if len(images) != shard.samples:
         yield f"{shard.samples} samples according to `shardlist`, {len(images)} to `images`"
 
+    # The members of the tar, by their headers.
     try:
         if tar_spans(file) != _expected_spans(images):
             yield "the files in the tar are not those of the index"
     except (tarfile.TarError, OSError) as error:
         yield f"not a complete tar ({error})"
 
+    # Each sample, at the offsets of the index, as a loader reads it.
     with open(file, "rb") as stream:
         for image in images:
             try:

@@ -83,8 +83,10 @@ def full_area(item: SceneObject) -> float:
 
 def polygon_area(vertices: list[tuple[float, float]]) -> float:
     """Shoelace area; positive if the vertices (x, y) run clockwise on the screen."""
-    following = [*vertices[1:], vertices[0]]
-    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(vertices, following)) / 2
+    doubled = 0
+    for (x0, y0), (x1, y1) in zip(vertices, [*vertices[1:], vertices[0]]):
+        doubled += x0 * y1 - x1 * y0
+    return doubled / 2
 
 
 def _unit_area(shape: str) -> float:
@@ -93,21 +95,31 @@ def _unit_area(shape: str) -> float:
 
 def _unit_outlines() -> dict[str, np.ndarray]:
     """Return the shapes around the origin with their unit areas, clockwise on the screen."""
-    turns = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     shapes = {
-        "circle": np.stack([np.cos(turns), np.sin(turns)], 1),
+        "circle": _circle(),
         "square": np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float),
         "triangle": np.array([[0, -1], [0.87, 0.5], [-0.87, 0.5]], float),
         "star": _star(),
         "cross": _cross(),
-        "heart": _heart(turns),
+        "heart": _heart(),
     }
 
+    # Scale each to its unit area.
     outlines = {}
     for name, points in shapes.items():
         scale = np.sqrt(_unit_area(name) / polygon_area(points.tolist()))
         outlines[name] = points * scale
     return outlines
+
+
+def _circle() -> np.ndarray:
+    turns = _turns()
+    return np.stack([np.cos(turns), np.sin(turns)], 1)
+
+
+def _turns() -> np.ndarray:
+    """Return 48 angles around a circle, in radians."""
+    return np.linspace(0, 2 * np.pi, 48, endpoint=False)
 
 
 def _star() -> np.ndarray:
@@ -123,10 +135,11 @@ def _cross() -> np.ndarray:
     return np.concatenate([corner @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
 
 
-def _heart(turns: np.ndarray) -> np.ndarray:
-    lobes = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
-    heart = np.stack([16 * np.sin(turns) ** 3, -lobes], 1)
-    return heart - (0, 2.5)
+def _heart() -> np.ndarray:
+    turns = _turns()
+    x = 16 * np.sin(turns) ** 3
+    y = 13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)
+    return np.stack([x, -y], 1) - (0, 2.5)
 
 
 _UNIT_OUTLINES = _unit_outlines()
@@ -214,6 +227,7 @@ def colorize(
     background_share = _covered(labels == BACKGROUND).astype(np.float32) / OVERSAMPLE**2
     picture = picture + background_share[..., None] * background
 
+    # Uneven light, then noise that is equal in the three channels.
     light = _ramp(size, rng.uniform(0, 2 * np.pi)) - np.float32(0.5)
     picture *= (1 + np.float32(rng.uniform(0, 0.12)) * light)[..., None]
     picture += rng.standard_normal((size, size, 1), np.float32) * np.float32(rng.uniform(1, 4))
@@ -313,9 +327,12 @@ def _trace_loops(mask: np.ndarray) -> list[list[Point]]:
 
 def _border_steps(mask: np.ndarray) -> dict[Point, list[Point]]:
     """Return the steps (dx, dy) along the borders, by the point where each starts."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    rows = np.flatnonzero(mask.any(1))
+    columns = np.flatnonzero(mask.any(0))
     if not len(rows):
         return {}
+
+    # Only the bounding box matters; the padding gives its outer pixels neighbors.
     top, left = int(rows[0]), int(columns[0])
     padded = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1], 1)
     inside = padded[1:-1, 1:-1]

@@ -51,13 +51,14 @@ class SynthReport:
 
     def table(self) -> str:
         parameters = ", ".join(f"{key} {value}" for key, value in self.parameters.items())
-        rows = [
-            (split, *(f"{numbers[kind]:,}" for kind in ("images", "refs", "sentences")))
-            for split, numbers in self.counts.items()
-        ]
+        kinds = ("images", "refs", "sentences")
+        rows = []
+        for split, numbers in self.counts.items():
+            rows.append((split, *(f"{numbers[kind]:,}" for kind in kinds)))
+
         counts = tabulate(
             rows,
-            headers=("split", "images", "refs", "sentences"),
+            headers=("split", *kinds),
             tablefmt="plain",
             disable_numparse=True,
             colalign=("left", "right", "right", "right"),
@@ -101,6 +102,7 @@ def synth(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _report_existing(out, parameters)
 
+    # Pictures first: the ids of the annotations depend on all of them.
     splits = assign_splits(images)
     with files.whole_directory(out) as folder:
         picture_folder = folder / "images" / "train2014"
@@ -141,18 +143,23 @@ def write_scene(
 
     objects = []
     for item, mask in zip(scene.objects, scene.masks):
-        ys, xs = np.nonzero(mask)
-        box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
         objects.append(
             {
                 "segmentation": trace_polygons(mask),
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "bbox": box,
+                "bbox": _bounding_box(mask),
                 "category_id": SHAPES.index(item.shape) + 1,
             }
         )
     return {"objects": objects, "refs": scene.refs}
+
+
+def _bounding_box(mask: np.ndarray) -> list[int]:
+    """Return x, y, width and height of the set pixels."""
+    ys, xs = np.nonzero(mask)
+    left, top = int(xs.min()), int(ys.min())
+    return [left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top]
 
 
 def _check_arguments(*, images: int, seed: int, level: str, size: int, workers: int) -> None:
@@ -170,6 +177,7 @@ def _check_arguments(*, images: int, seed: int, level: str, size: int, workers: 
 
 def _report_existing(out: Path, parameters: dict[str, Any]) -> SynthReport:
     """Report a finished folder with the same parameters; refuse anything else at `out`."""
+    # A folder without readable parameters is not one of ours.
     try:
         info = json.loads((out / "refcoco" / "instances.json").read_text())["info"]
         existing = {key: info[key] for key in parameters}

@@ -25,6 +25,7 @@ RELATIONS = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "bel
 ORDINALS = ("first", "second", "third")
 SYNONYMS = {"small": ("small", "little"), "big": ("big", "large")}
 NOUNS = ("one", "shape", "thing")
+KINDS = ("plain", "generic", "wordy", "order", "relation")  # see clear_phrases
 
 # Thresholds, as shares of the side of the picture.
 SIDE_TRUE, SIDE_FALSE = 0.42, 0.54  # "on the left": true up to, false from
@@ -178,10 +179,12 @@ def noun_phrases(item: SceneObject) -> list[Phrase]:
     """Return every true combination of noun, color and size, shortest first."""
     colors = (None, item.color) if item.color else (None,)
     combinations = product((item.shape, None), colors, (None, item.size))
-    phrases = [Phrase(shape, color, size) for shape, color, size in combinations]
-    return sorted(
-        phrases, key=lambda phrase: (phrase.color is not None) + (phrase.size is not None)
-    )
+    phrases = [Phrase(*attributes) for attributes in combinations]
+    return sorted(phrases, key=_count_adjectives)
+
+
+def _count_adjectives(phrase: Phrase) -> int:
+    return (phrase.color is not None) + (phrase.size is not None)
 
 
 def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phrase]]:
@@ -196,14 +199,9 @@ def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phras
     """
     item = scene.objects[target]
     nouns = noun_phrases(item)
-    kinds: dict[str, list[Phrase]] = {
-        "plain": [],
-        "generic": [],
-        "wordy": [],
-        "order": [],
-        "relation": [],
-    }
+    kinds: dict[str, list[Phrase]] = {kind: [] for kind in KINDS}
 
+    # Attributes and sides. A part is needless if the phrase is clear without it.
     for noun, sides in product(nouns, _side_choices(item, scene.side)):
         phrase = noun._replace(sides=sides)
         if scene.find_referent(phrase) != target or phrase == Phrase():
@@ -214,6 +212,7 @@ def clear_phrases(target: int, scene: Scene, hard: bool) -> dict[str, list[Phras
         elif phrase.shape and needless <= 1:
             kinds["wordy" if needless else "plain"].append(phrase)
 
+    # Order and relations, for nouns that are ambiguous without them.
     if hard:
         vague = [noun for noun in nouns if noun.shape and scene.find_referent(noun) != target]
         kinds["order"] = _order_phrases(target, scene, vague)
@@ -270,6 +269,8 @@ def _relation_phrases(target: int, scene: Scene, nouns: list[Phrase]) -> list[Ph
             for relation in RELATIONS
             if _related(scene.objects[target], landmark, relation, scene.side)
         ]
+
+        # The landmark needs a clear noun phrase of its own.
         mark = _shortest_noun_phrase(number, scene) if relations else None
         if mark is None:
             continue
@@ -298,21 +299,25 @@ def write_sentence(phrase: Phrase, rng: np.random.Generator) -> str:
     noun = _draw_noun(phrase, rng)
     article = "the " if rng.random() < 0.35 else ""
 
+    # "star (to the) left of the small circle"
     if phrase.relation:
         relation, landmark = phrase.relation
         if relation in ("left of", "right of") and rng.random() < 0.4:
             relation = f"to the {relation}"
         return f"{article}{noun} {relation} the {_draw_noun(landmark, rng)}"
 
+    # "second star from the left"
     if phrase.order:
         rank, side = phrase.order
         return f"{article}{ORDINALS[rank]} {noun} from the {side}"
 
+    # "red star" or "star that is red"
     if not phrase.sides:
         if phrase.color and phrase.shape and not phrase.size and rng.random() < 0.15:
             return f"{article}{phrase.shape} that is {phrase.color}"
         return article + noun
 
+    # "left star", "star on the left (side)" or "star at the top left"
     where = " ".join(phrase.sides)
     if rng.random() < 0.4:
         return f"{article}{where} {noun}"
