@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, in words."""
+"""Report what this machine and this installation can do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import coupalign
-from coupalign.engine.optimizer import which_apex
+from coupalign.engine.optimizer import installed_apex
 from coupalign.kernels import describe_choice
 
 PACKAGES = (
@@ -28,20 +28,18 @@ PACKAGES = (
 
 
 def examine() -> dict[str, str]:
-    """Names of what was looked at -> what was found."""
-    found = {
+    """Look at versions, processors and GPUs. Returns what was looked at and what was found."""
+    report = {
         "coupalign": coupalign.__version__,
         "python": platform.python_version(),
         "processor cores": str(os.cpu_count()),
     }
-    found |= {name: _version(name) for name in PACKAGES}
-    found["gpu"] = _gpus()
-    found["bf16"] = (
-        "yes" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else _cpu_bf16()
-    )
-    found["apex"] = which_apex()
-    found["alignment attention"] = f"auto takes {describe_choice('auto')}"
-    return found
+    report |= {name: _version(name) for name in PACKAGES}
+    report["gpu"] = _gpus()
+    report["bf16"] = _bf16()
+    report["apex"] = installed_apex()
+    report["alignment attention"] = f"auto takes {describe_choice('auto')}"
+    return report
 
 
 def _version(package: str) -> str:
@@ -54,17 +52,20 @@ def _version(package: str) -> str:
 def _gpus() -> str:
     if not torch.cuda.is_available():
         return "none: training runs on the CPU over gloo"
-    return "; ".join(
-        f"{torch.cuda.get_device_name(place)}, {torch.cuda.get_device_properties(place).total_memory / 1e9:.0f} GB"
-        for place in range(torch.cuda.device_count())
-    )
+
+    gpus = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        gpus.append(f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    return "; ".join(gpus)
 
 
-def _cpu_bf16() -> str:
+def _bf16() -> str:
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "yes"
+
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    found = sorted(flags & {"avx512_bf16", "amx_bf16"})
-    return (
-        f"yes, {', '.join(found)}"
-        if found
-        else "no instructions for it: precision=fp32 is faster here"
-    )
+    instructions = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    if instructions:
+        return f"yes, {', '.join(instructions)}"
+    return "no instructions for it: precision=fp32 is faster here"
