@@ -1,19 +1,21 @@
-"""A trained model at work: one photograph and a sentence, or a file of many pairs, to masks.
+"""Predict masks with a trained model, for one photograph and sentence or for many.
 
     predictor = Predictor.from_checkpoint("runs/demo")
     prediction = predictor.predict("photo.jpg", "the small red star")
 
-A file of pairs is CSV with the columns `image` and `sentence`, or JSONL with those keys; images are found relative to the file. A folder
-is all of its images with one sentence. The output folder gets
+A file of pairs is CSV with the columns `image` and `sentence`, or JSONL with those keys. Its images
+are found relative to the file. A folder means all of its images with one sentence. The output
+folder gets
 
     <name>.mask.png      0 and 255, the photograph's size
     <name>.overlay.png   the mask on the photograph
-    results.jsonl        written last, a line a pair: what `Prediction.to_json` says and where the files are, or an `error`
+    results.jsonl        written last, one line per request: `Prediction.to_json` and the names of
+                         the files, or an `error`
 
-where <name> is <image stem>-<n> for the n-th pair of a file, counted from 1, and <image stem> in a folder. Threads open the images of the
-next batch and write the files of the one before while the model works. A file of pairs must be whole: an image that cannot be read ends
-it, without results.jsonl. In a folder such an image is passed over, with a warning and its error in results.jsonl.
-"""
+<name> is <image stem>-<n> for the n-th pair of a file, counted from 1, and <image stem> in a
+folder. While the model works, threads open the images of the next batch and write the files of the
+previous one. In a file of pairs, an unreadable image is an error, and no results.jsonl is written.
+In a folder it is skipped, with a warning and its error in results.jsonl."""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ from coupalign.evaluation.protocols import logits_at_original_size
 from coupalign.evaluation.transfer import PendingCopy, start_copy
 from coupalign.files import whole_file
 from coupalign.model.base import ReferringModel
-from coupalign.predict.requests import Request, folder_requests, read_requests, tidy
+from coupalign.predict.requests import Request, folder_requests, normalize_sentence, read_requests
 from coupalign.report.drawing import overlay, save_png
 
 log = logging.getLogger(__name__)
@@ -53,17 +55,18 @@ T, R = TypeVar("T"), TypeVar("R")
 Picture = str | Path | Image.Image | np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a sentence refers to in a photograph of H x W pixels.
+    """The object that a sentence refers to in a photograph of H x W pixels.
 
     Attributes:
         mask: bool [H, W], probability above 0.5.
         probability: float32 [H, W].
-        box: (x0, y0, x1, y1) around the mask, pixels, x1 and y1 exclusive; None where the mask is empty.
-        area: pixels of the mask.
-        score: mean probability inside the mask, 0 where it is empty. Not calibrated.
-        cut: the sentence was longer than the model's token limit; its end was not read.
+        box: (x0, y0, x1, y1) around the mask in pixels, x1 and y1 exclusive. None for an empty
+            mask.
+        area: number of pixels in the mask.
+        score: mean probability inside the mask, 0 for an empty mask. Not calibrated.
+        cut: whether the sentence exceeded the model's token limit, so that its end was not read.
     """
 
     sentence: str
@@ -75,11 +78,12 @@ class Prediction:
     cut: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The prediction without its pixels."""
+        """Return the prediction without its pixels."""
         height, width = self.mask.shape
+        box = None if self.box is None else list(self.box)
         return {
             "sentence": self.sentence,
-            "box": None if self.box is None else list(self.box),
+            "box": box,
             "area": self.area,
             "score": round(self.score, 6),
             "height": height,
@@ -89,8 +93,11 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A pair as the model is asked it; `square` is uint8 [3, S, S]."""
+class _ModelInput:
+    """An opened image and its sentence.
+
+    `square` is the image as the model sees it, uint8 [3, S, S].
+    """
 
     image: Image.Image
     sentence: str
@@ -99,45 +106,50 @@ class _Opened:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A pair that the model has been asked; the answer is on its way from the device."""
+class _PendingPrediction:
+    """A prediction whose pixels are still on their way from the device."""
 
-    opened: _Opened
+    source: _ModelInput
     mask: PendingCopy
     probability: PendingCopy
     cut: bool
 
-    def prediction(self) -> Prediction:
-        """The answer; waits for it."""
+    def result(self) -> Prediction:
+        """Wait for the pixels."""
         mask, probability = self.mask.numpy(), self.probability.numpy()
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (
-            (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-            if len(rows)
-            else None
-        )
-        score = float(probability[mask].mean(dtype=np.float64)) if len(rows) else 0.0
+
+        box, score = None, 0.0
+        if mask.any():
+            rows = np.flatnonzero(mask.any(axis=1))
+            columns = np.flatnonzero(mask.any(axis=0))
+            box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+            score = float(probability[mask].mean(dtype=np.float64))
+
         return Prediction(
-            self.opened.sentence, mask, probability, box, int(mask.sum()), score, self.cut
+            sentence=self.source.sentence,
+            mask=mask,
+            probability=probability,
+            box=box,
+            area=int(mask.sum()),
+            score=score,
+            cut=self.cut,
         )
 
 
 class Predictor:
     """A model in evaluation mode with its tokenizer.
 
-    It runs in the precision of its configuration (`precision: bf16` under autocast, on a CPU as on a GPU), which is the one that it was
-    trained and scored in: so its masks are those that were scored.
+    It runs in the precision of its configuration, in which it was trained and scored: `precision:
+    bf16` means autocast, on a CPU as on a GPU. So its masks are those that were scored.
     """
 
     def __init__(
         self, config: Config, model: ReferringModel, tokenizer: Tokenizer, device: torch.device
     ) -> None:
-        self.config, self.model, self.tokenizer, self.device = (
-            config,
-            model.eval().to(device),
-            tokenizer,
-            device,
-        )
+        self.config = config
+        self.model = model.eval().to(device)
+        self.tokenizer = tokenizer
+        self.device = device
         self._net = MixedPrecision(self.model, config.precision).eval()
 
     @classmethod
@@ -145,175 +157,207 @@ class Predictor:
         """Read a run directory (its best checkpoint, else its newest) or one checkpoint directory.
 
         Args:
-            device: "cpu", "cuda", "cuda:1" …; none: the GPU where there is one.
+            device: "cpu", "cuda", "cuda:1" … Default: the GPU, if there is one.
 
         Raises:
-            InputError: no checkpoint there, or its weights are those of another model.
+            InputError: there is no checkpoint, or its weights belong to another model.
         """
-        place = _device(device)
-        return cls(*open_checkpoint(path, place), place)
+        torch_device = _find_device(device)
+        config, model, tokenizer = open_checkpoint(path, torch_device)
+        return cls(config, model, tokenizer, torch_device)
 
     def predict(self, image: Picture, sentence: str) -> Prediction:
-        """What `sentence` refers to in `image`: a path, a PIL image, or uint8 [H, W, 3] (RGB) or [H, W] (gray).
+        """Segment the object that `sentence` refers to in `image`.
 
-        An image from a file is turned upright as its EXIF orientation says.
+        Args:
+            image: a path, a PIL image, or uint8 [H, W, 3] (RGB) or [H, W] (gray). A file's EXIF
+                orientation is applied.
 
         Raises:
             InputError: no such image, not an image, or no words in the sentence.
         """
-        return self._ask([self._open(image, sentence)])[0].prediction()
+        [pending] = self._start_batch([self._prepare(image, sentence)])
+        return pending.result()
 
     def predict_many(
         self, pairs: Iterable[tuple[Picture, str]], batch: int = 8
     ) -> Iterator[Prediction]:
-        """Predictions for (image, sentence) pairs, in their order, `batch` of them at a time.
+        """Predict (image, sentence) pairs in their order, `batch` of them at a time.
 
-        Pairs are taken up to three batches before their predictions are handed out.
+        Pairs are read up to three batches ahead of their predictions.
         """
         with ThreadPoolExecutor(_threads()) as pool:
-            opened = in_order(pool, lambda pair: self._open(*pair), pairs, batch)
-            yield from in_order(pool, _Asked.prediction, self._asked(opened, batch), batch)
+            inputs = in_order(pool, lambda pair: self._prepare(*pair), pairs, batch)
+            pending = self._start_batches(inputs, batch)
+            yield from in_order(pool, _PendingPrediction.result, pending, batch)
 
     def predict_to(self, image: Path, sentence: str, output: Path) -> dict[str, Any]:
-        """Predict one pair, write <image stem>.mask.png and .overlay.png into `output`, return what results.jsonl would say."""
-        [asked] = self._ask([self._open(image, sentence)])
-        return _write(
-            Request(str(image), str(image), Path(image), sentence, Path(image).stem),
-            asked,
-            Path(output),
+        """Predict one pair and write <image stem>.mask.png and .overlay.png into `output`.
+
+        Returns:
+            what a line of results.jsonl would hold.
+        """
+        [pending] = self._start_batch([self._prepare(image, sentence)])
+        request = Request(
+            source=str(image),
+            given=str(image),
+            image=Path(image),
+            sentence=sentence,
+            name=Path(image).stem,
         )
+        return _write_result(request, pending, Path(output))
 
     def predict_file(self, pairs: Path, output: Path, batch: int = 8) -> list[dict[str, Any]]:
-        """Predict every pair of a CSV or JSONL file and write masks, overlays and results.jsonl into `output`.
+        """Predict every pair of a CSV or JSONL file.
+
+        Writes masks, overlays and, last, results.jsonl into `output`.
 
         Returns:
             the lines of results.jsonl.
 
         Raises:
-            InputError: names the file and the line; all lines are looked at first, and results.jsonl is written last.
+            InputError: a line is wrong. The message names file and line. All lines are checked
+                first.
         """
-        return self._predict_all(read_requests(Path(pairs)), Path(output), batch, self._open_line)
+        requests = read_requests(Path(pairs))
+        return self._predict_all(requests, Path(output), batch, self._prepare_line)
 
     def predict_folder(
         self, folder: Path, sentence: str, output: Path, batch: int = 8
     ) -> list[dict[str, Any]]:
-        """Predict one sentence on every image of a folder and write masks, overlays and results.jsonl into `output`.
+        """Predict one sentence on every image of a folder.
+
+        Writes masks, overlays and, last, results.jsonl into `output`.
 
         Returns:
-            the lines of results.jsonl, in the order of the images' names; one that cannot be read has an "error" and no files.
+            the lines of results.jsonl, sorted by image name. An unreadable image has an "error" and
+            no files.
 
         Raises:
             InputError: no images there, no words in the sentence, or `output` is the folder itself.
         """
         folder, output = Path(folder), Path(output)
-        pairs = folder_requests(folder, sentence)
+        requests = folder_requests(folder, sentence)
         if output.resolve() == folder.resolve():
             raise InputError(
-                f"{output}: masks among the images would be taken for images the next time; give another folder with --out"
+                f"{output}: masks among the images would be taken for images the next time; "
+                "give another folder with --out"
             )
-        return self._predict_all(pairs, output, batch, self._open_or_pass)
+        return self._predict_all(requests, output, batch, self._prepare_or_skip)
 
     def _predict_all(
         self,
-        pairs: list[Request],
+        requests: list[Request],
         output: Path,
         batch: int,
-        open_pair: Callable[[Request], _Opened | InputError],
-    ) -> list[dict]:
+        prepare: Callable[[Request], _ModelInput | InputError],
+    ) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(_threads()) as pool:
-            asked = self._asked(in_order(pool, open_pair, pairs, batch), batch)
-            lines = in_order(pool, lambda one: _write(*one, output), zip(pairs, asked), batch)
-            results = list(
-                tqdm(lines, desc="predicting", total=len(pairs), unit="image", leave=False)
+            # A pipeline: threads prepare inputs, this thread runs the model, threads write results.
+            inputs = in_order(pool, prepare, requests, batch)
+            pending = self._start_batches(inputs, batch)
+            pairs = zip(requests, pending)
+            lines = in_order(pool, lambda pair: _write_result(*pair, output), pairs, batch)
+
+            progress = tqdm(
+                lines, desc="predicting", total=len(requests), unit="image", leave=False
             )
+            results = list(progress)
+
         with whole_file(output / "results.jsonl", "w") as file:
             file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         return results
 
-    def _open(self, image: Picture, sentence: str) -> _Opened:
-        opened = open_image(image)
-        frame = frame_of(
-            opened.height, opened.width, self.config.data.image_size, self.config.data.resize
-        )
-        return _Opened(
-            opened, sentence, frame, image_to_square(np.asarray(opened), frame).transpose(2, 0, 1)
-        )
+    def _prepare(self, image: Picture, sentence: str) -> _ModelInput:
+        """Open an image and bring it into the model's square."""
+        upright = open_image(image)
+        data = self.config.data
+        frame = frame_of(upright.height, upright.width, data.image_size, data.resize)
+        square = image_to_square(np.asarray(upright), frame).transpose(2, 0, 1)
+        return _ModelInput(upright, sentence, frame, square)
 
-    def _open_line(self, pair: Request) -> _Opened:
+    def _prepare_line(self, request: Request) -> _ModelInput:
+        """Prepare a request of a file of pairs, whose errors name the line."""
         try:
-            return self._open(pair.image, pair.sentence)
+            return self._prepare(request.image, request.sentence)
         except InputError as error:
-            raise InputError(f"{pair.place}: {error}") from None
+            raise InputError(f"{request.source}: {error}") from None
 
-    def _open_or_pass(self, pair: Request) -> _Opened | InputError:
+    def _prepare_or_skip(self, request: Request) -> _ModelInput | InputError:
+        """Prepare a request of a folder, where an unreadable image is skipped with a warning."""
         try:
-            return self._open(pair.image, pair.sentence)
+            return self._prepare(request.image, request.sentence)
         except InputError as error:
-            log.warning(
-                "passed over: %s; repair or remove it, and give the same command again", error
-            )
+            log.warning("skipped: %s; repair or remove it, then repeat the command", error)
             return error
 
-    def _asked(
-        self, opened: Iterator[_Opened | InputError], batch: int
-    ) -> Iterator[_Asked | InputError]:
-        """The same pairs, `batch` of them asked at a time; what could not be opened stays in its place."""
-        while chunk := list(islice(opened, batch)):
-            answers = iter(self._ask([one for one in chunk if isinstance(one, _Opened)]))
-            yield from (next(answers) if isinstance(one, _Opened) else one for one in chunk)
+    def _start_batches(
+        self, inputs: Iterator[_ModelInput | InputError], batch: int
+    ) -> Iterator[_PendingPrediction | InputError]:
+        """Start predictions, `batch` inputs at a time. Errors keep their position."""
+        while chunk := list(islice(inputs, batch)):
+            readable = [item for item in chunk if isinstance(item, _ModelInput)]
+            pending = iter(self._start_batch(readable))
+            for item in chunk:
+                yield next(pending) if isinstance(item, _ModelInput) else item
 
     @torch.inference_mode()
-    def _ask(self, opened: list[_Opened]) -> list[_Asked]:
-        """Give the device a batch to work on, and do not wait for it."""
-        if not opened:
+    def _start_batch(self, inputs: list[_ModelInput]) -> list[_PendingPrediction]:
+        """Start the prediction of a batch on the device without waiting for it."""
+        if not inputs:
             return []
-        words, word_mask, cut = self.tokenizer.encode(
-            [tidy(one.sentence) for one in opened], self.config.data.max_tokens
-        )
-        inputs = [np.stack([one.square for one in opened]), words.numpy(), word_mask.numpy()]
-        logits = self._net(*(start_copy(values, self.device) for values in inputs)).float()
-        asked = []
-        for one, square, was_cut in zip(opened, logits, cut):
-            large = logits_at_original_size(square, one.frame)
-            asked.append(
-                _Asked(one, PendingCopy(large > 0), PendingCopy(torch.sigmoid(large)), was_cut)
-            )
-        return asked
+
+        sentences = [normalize_sentence(item.sentence) for item in inputs]
+        words, word_mask, cut = self.tokenizer.encode(sentences, self.config.data.max_tokens)
+        squares = np.stack([item.square for item in inputs])
+
+        on_host = (squares, words.numpy(), word_mask.numpy())
+        on_device = [start_copy(values, self.device) for values in on_host]
+        logits = self._net(*on_device).float()
+
+        pending = []
+        for item, square_logits, was_cut in zip(inputs, logits, cut):
+            full_size = logits_at_original_size(square_logits, item.frame)
+            mask = PendingCopy(full_size > 0)
+            probability = PendingCopy(torch.sigmoid(full_size))
+            pending.append(_PendingPrediction(item, mask, probability, was_cut))
+        return pending
 
 
 def in_order(
     pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int
 ) -> Iterator[R]:
-    """`work(item)` of each item, in their order; threads are at work on up to `ahead` items behind the one that is handed out."""
-    begun: deque[Future[R]] = deque()
+    """Map `work` over `items` in threads, in order, at most `ahead` items ahead of the consumer."""
+    running: deque[Future[R]] = deque()
     for item in items:
-        begun.append(pool.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
-# --------------------------------------------------------------------------------------------------------- files
+        running.append(pool.submit(work, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def write_prediction(
     folder: Path, name: str, image: Picture, prediction: Prediction
 ) -> dict[str, str]:
-    """Write <name>.mask.png and <name>.overlay.png into `folder`; returns their names, {"mask": …, "overlay": …}."""
+    """Write <name>.mask.png and <name>.overlay.png into `folder`.
+
+    Returns:
+        their names, {"mask": …, "overlay": …}.
+    """
     files = {"mask": f"{name}.mask.png", "overlay": f"{name}.overlay.png"}
-    save_png(folder / files["mask"], Image.fromarray(prediction.mask.astype(np.uint8) * 255))
+
+    mask = Image.fromarray(prediction.mask.astype(np.uint8) * 255)
+    save_png(folder / files["mask"], mask)
+
     # A photograph hardly shrinks any further: level 6 takes 2.4 times as long for 4 % less.
-    save_png(
-        folder / files["overlay"],
-        Image.fromarray(overlay(np.asarray(open_image(image)), prediction.mask)),
-        level=1,
-    )
+    on_photograph = overlay(np.asarray(open_image(image)), prediction.mask)
+    save_png(folder / files["overlay"], Image.fromarray(on_photograph), level=1)
     return files
 
 
 def open_image(image: Picture) -> Image.Image:
-    """Any kind of `Picture` as an upright RGB image.
+    """Open any kind of `Picture` as an upright RGB image.
 
     Raises:
         InputError: no such file, not an image, or an array of another type or shape.
@@ -322,47 +366,44 @@ def open_image(image: Picture) -> Image.Image:
         case Image.Image():
             return ImageOps.exif_transpose(image).convert("RGB")
         case np.ndarray():
-            if (
-                image.dtype != np.uint8
-                or not image.size
-                or not (image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3)
-            ):
-                found = f"{image.dtype} {list(image.shape)}"
+            gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+            if image.dtype != np.uint8 or not image.size or not gray_or_rgb:
                 raise InputError(
-                    f"image array {found}: uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected"
+                    f"image array {image.dtype} {list(image.shape)}: "
+                    "uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected"
                 )
             return Image.fromarray(image).convert("RGB")
+
     try:
         return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: cannot be read as an image: {error}") from None
 
 
-# ----------------------------------------------------------------------------------------------- the small print
+def _write_result(
+    request: Request, pending: _PendingPrediction | InputError, output: Path
+) -> dict[str, Any]:
+    """Write the files of a request and return its line of results.jsonl."""
+    if isinstance(pending, InputError):
+        return {"image": request.given, "sentence": request.sentence, "error": str(pending)}
 
-
-def _write(pair: Request, asked: _Asked | InputError, output: Path) -> dict[str, Any]:
-    """Write the files of a pair; its line of results.jsonl."""
-    if isinstance(asked, InputError):
-        return {"image": pair.given, "sentence": pair.sentence, "error": str(asked)}
-    prediction = asked.prediction()
-    return {
-        "image": pair.given,
-        **prediction.to_json(),
-        **write_prediction(output, pair.name, asked.opened.image, prediction),
-    }
+    prediction = pending.result()
+    files = write_prediction(output, request.name, pending.source.image, prediction)
+    return {"image": request.given, **prediction.to_json(), **files}
 
 
 def _threads() -> int:
-    """For opening and writing images, which leave the interpreter to others most of the time."""
+    """Number of threads that open and write images, which mostly release the interpreter."""
     return min(16, os.cpu_count() or 1)
 
 
-def _device(name: str | None) -> torch.device:
+def _find_device(name: str | None) -> torch.device:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or default)
     except RuntimeError:
         raise InputError(f"device {name!r}: cpu, cuda or cuda:N is expected") from None
+
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r}: this host shows {torch.cuda.device_count()} GPUs")
     return device

@@ -1,4 +1,4 @@
-"""What a model is to be asked: (image, sentence) pairs from a CSV or JSONL file, or one sentence about all images of a folder."""
+"""Read what to predict: (image, sentence) pairs from a CSV or JSONL file, or a folder of images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 from coupalign.errors import InputError
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 class Request(NamedTuple):
     """An image and a sentence.
 
-    `place` says for messages where they were asked for, `given` is the image as it was named there, `name` begins the names of its
-    files.
+    Attributes:
+        source: where the request was read, for messages.
+        given: the image as it was named there.
+        name: starts the names of the output files.
     """
 
-    place: str
+    source: str
     given: str
     image: Path
     sentence: str
@@ -30,78 +32,91 @@ class Request(NamedTuple):
 
 
 def read_requests(path: Path) -> list[Request]:
-    """Read (image, sentence) pairs from a .csv or .jsonl file; the n-th is named <image stem>-<n>, counted from 1.
+    """Read (image, sentence) pairs from a .csv or .jsonl file.
+
+    The n-th pair, counted from 1, is named <image stem>-<n>.
 
     Raises:
-        InputError: names the file and the line: a column, an image or a sentence is missing.
+        InputError: a column, an image or a sentence is missing. The message names file and line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+
     match path.suffix.lower():
         case ".csv":
             rows = _csv_rows(path, text)
         case ".jsonl" | ".ndjson":
             rows = _json_rows(path, text)
-        case other:
-            raise InputError(
-                f"{path}: pairs are read from .csv or .jsonl, not from {other or 'a file without ending'}"
-            )
-    pairs = [_pair(path, line, row, number) for number, (line, row) in enumerate(rows, 1)]
-    if not pairs:
+        case suffix:
+            kind = suffix or "a file without suffix"
+            raise InputError(f"{path}: pairs are read from .csv or .jsonl, not from {kind}")
+
+    requests = [_request(path, line, row, number) for number, (line, row) in enumerate(rows, 1)]
+    if not requests:
         raise InputError(f"{path}: holds no pairs")
-    return pairs
+    return requests
 
 
 def folder_requests(folder: Path, sentence: str) -> list[Request]:
-    """One sentence about every image of a folder, in the order of their names; its folders and hidden files are left alone.
+    """Pair one sentence with every image of a folder, sorted by name.
 
-    An image is named by its stem, or by its whole file name where others have the same stem.
+    Skips subfolders and hidden files.
+
+    A request is named by its image's stem, or by the whole file name if several share the stem.
 
     Raises:
-        InputError: the folder has no images, or the sentence no words.
+        InputError: the folder has no images, or the sentence has no words.
     """
-    tidy(sentence)
-    images = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in ENDINGS and not path.name.startswith(".") and path.is_file()
-    )
+    normalize_sentence(sentence)
+    images = sorted(path for path in folder.iterdir() if _is_image(path))
     if not images:
-        raise InputError(f"{folder}: holds no images ({', '.join(ENDINGS)})")
-    same = Counter(image.stem for image in images)
-    return [
-        Request(
-            str(image),
-            image.name,
-            image,
-            sentence,
-            image.stem if same[image.stem] == 1 else image.name,
+        raise InputError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+
+    stems = Counter(image.stem for image in images)
+    requests = []
+    for image in images:
+        name = image.stem if stems[image.stem] == 1 else image.name
+        request = Request(
+            source=str(image), given=image.name, image=image, sentence=sentence, name=name
         )
-        for image in images
-    ]
+        requests.append(request)
+    return requests
 
 
-def tidy(sentence: str) -> str:
-    """One line without the punctuation at its end, which the sentences of the data sets do not have."""
-    words = " ".join(sentence.split()).rstrip(" .!?,;:")
-    if not words:
+def normalize_sentence(sentence: str) -> str:
+    """Join a sentence into one line without final punctuation, like the data sets' sentences.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    text = " ".join(sentence.split()).rstrip(" .!?,;:")
+    if not text:
         raise InputError(f"sentence {sentence!r}: holds no words; say which object is meant")
-    return words
+    return text
+
+
+def _is_image(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = reader.fieldnames or ()
-    if missing := [name for name in ("image", "sentence") if name not in columns]:
+    missing = [name for name in ("image", "sentence") if name not in columns]
+    if missing:
         raise InputError(
-            f"{path}: line 1: no column {' and '.join(missing)}; the columns are {','.join(columns)}"
+            f"{path}: line 1: no column {' and '.join(missing)}; "
+            f"the columns are {','.join(columns)}"
         )
+
     for row in reader:
         if None in row:
             raise InputError(
-                f"{path}: line {reader.line_num}: more fields than columns; a sentence with a comma needs quotes"
+                f"{path}: line {reader.line_num}: more fields than columns; "
+                "a sentence with a comma needs quotes"
             )
         yield reader.line_num, row
 
@@ -110,27 +125,40 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise InputError(
-                f"{path}: line {number}: an object with image and sentence is expected, found {line.strip()[:40]}"
+                f"{path}: line {number}: an object with image and sentence is expected, "
+                f"found {line.strip()[:40]}"
             )
         yield number, row
 
 
-def _pair(path: Path, line: int, row: dict[str, Any], number: int) -> Request:
-    place = f"{path}: line {line}"
+def _request(path: Path, line: int, row: dict[str, Any], number: int) -> Request:
+    """Check one row of a file of pairs."""
+    source = f"{path}: line {line}"
     for name in ("image", "sentence"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise InputError(f"{place}: the {name} is missing")
-    image = path.parent / row["image"].strip()
+            raise InputError(f"{source}: the {name} is missing")
+
+    given = row["image"].strip()
+    image = path.parent / given
     if not image.is_file():
-        raise InputError(f"{place}: no such image: {image}")
+        raise InputError(f"{source}: no such image: {image}")
+
     try:
-        tidy(row["sentence"])
+        normalize_sentence(row["sentence"])
     except InputError as error:
-        raise InputError(f"{place}: {error}") from None
-    return Request(place, row["image"].strip(), image, row["sentence"], f"{image.stem}-{number}")
+        raise InputError(f"{source}: {error}") from None
+
+    return Request(
+        source=source,
+        given=given,
+        image=image,
+        sentence=row["sentence"],
+        name=f"{image.stem}-{number}",
+    )

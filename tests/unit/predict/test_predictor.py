@@ -485,7 +485,7 @@ def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(
         and "b.jpg: cannot be read as an image" in results[2]["error"]
     )
     [warning] = [
-        record.getMessage() for record in caplog.records if "passed over" in record.getMessage()
+        record.getMessage() for record in caplog.records if "skipped" in record.getMessage()
     ]
     assert "b.jpg" in warning and "repair or remove it" in warning
     assert len(list(out.iterdir())) == 7
