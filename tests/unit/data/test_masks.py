@@ -1,4 +1,4 @@
-"""Masks against slow arithmetic in numpy."""
+"""Masks compared with slow arithmetic in numpy."""
 
 from __future__ import annotations
 
@@ -33,19 +33,21 @@ def rectangle(x: int, y: int, w: int, h: int) -> list[float]:
 
 
 @given(MASKS)
-def test_encode_and_decode_are_inverse(mask: np.ndarray) -> None:
+def test_decode_undoes_encode(mask: np.ndarray) -> None:
     rle = json.loads(json.dumps(encode(mask)))
+
     assert rle["size"] == list(mask.shape)
     assert decode(rle).dtype == bool and np.array_equal(decode(rle), mask)
     assert area(rle) == mask.sum()
 
 
 @given(MASKS)
-def test_crowd_run_lengths_plain_and_compressed(mask: np.ndarray) -> None:
+def test_run_lengths_may_be_plain_or_compressed(mask: np.ndarray) -> None:
     height, width = mask.shape
-    plain = rle_from_segmentation(
-        {"size": [height, width], "counts": slow_runs(mask)}, height, width
-    )
+    segmentation = {"size": [height, width], "counts": slow_runs(mask)}
+
+    plain = rle_from_segmentation(segmentation, height, width)
+
     assert np.array_equal(decode(plain), mask)
     assert rle_from_segmentation(encode(mask), height, width) == encode(mask) == plain
 
@@ -61,17 +63,22 @@ def test_polygons_are_united(boxes: list[tuple[int, int, int, int]]) -> None:
     truth = np.zeros((30, 44), bool)
     for x, y, w, h in boxes:
         truth[y : y + h, x : x + w] = True
+
     rle = rle_from_segmentation([rectangle(*box) for box in boxes], 30, 44)
+
     assert np.array_equal(decode(rle), truth)
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=3, max_size=3))
-def test_triangles_agree_with_geometry_away_from_the_edges(
+def test_triangle_agrees_with_geometry_away_from_its_edges(
     corners: list[tuple[float, float]],
 ) -> None:
     points = np.array(corners)
+
     mask = decode(rle_from_segmentation([points.flatten().tolist()], 32, 42))
+
+    # For each edge: on which side of it a pixel is, and how far away.
     x, y = np.meshgrid(np.arange(42) + 0.5, np.arange(32) + 0.5)
     signed, distance = [], []
     for a, b in zip(points, np.roll(points, -1, axis=0)):
@@ -80,18 +87,22 @@ def test_triangles_agree_with_geometry_away_from_the_edges(
         t = np.clip(((x - a[0]) * (b[0] - a[0]) + (y - a[1]) * (b[1] - a[1])) / length2, 0, 1)
         signed.append(side)
         distance.append(np.hypot(x - a[0] - t * (b[0] - a[0]), y - a[1] - t * (b[1] - a[1])))
+
     inside = np.all(np.array(signed) > 0, axis=0) | np.all(np.array(signed) < 0, axis=0)
     clear = np.min(distance, axis=0) > 1.5
     assert np.array_equal(mask[clear], inside[clear])
 
 
-def test_degenerate_parts_are_left_out() -> None:
-    rle = rle_from_segmentation([[3.0, 3.0, 8.0, 8.0], rectangle(1, 1, 4, 5)], 20, 20)
+def test_polygon_without_area_is_left_out() -> None:
+    line = [3.0, 3.0, 8.0, 8.0]
+
+    rle = rle_from_segmentation([line, rectangle(1, 1, 4, 5)], 20, 20)
+
     assert area(rle) == 20
 
 
 @pytest.mark.parametrize(
-    "segmentation, word",
+    "segmentation, message",
     [
         ([], "no polygon"),
         ([[1.0, 2.0, 3.0, 4.0]], "no polygon"),
@@ -107,49 +118,52 @@ def test_degenerate_parts_are_left_out() -> None:
         ({"size": [4, 5]}, "whole"),
     ],
 )
-def test_malformed_segmentations_are_refused(segmentation: object, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+def test_malformed_segmentation_is_refused(segmentation: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_segmentation(segmentation, 4, 5)
 
 
-def test_overlap_of_a_real_annotation_counts_once(real_data: Path) -> None:
+def test_overlapping_polygons_of_a_real_annotation_count_once(real_data: Path) -> None:
     instances = json.loads((real_data / "mini_refcoco/refcocog/instances.json").read_text())
-    found = next(a for a in instances["annotations"] if a["id"] == 41510)
-    image = next(i for i in instances["images"] if i["id"] == found["image_id"])
-    size = image["height"], image["width"]
-    parts = [area(rle_from_segmentation([polygon], *size)) for polygon in found["segmentation"]]
-    assert sum(parts) - area(rle_from_segmentation(found["segmentation"], *size)) == 106
+    annotation = next(a for a in instances["annotations"] if a["id"] == 41510)
+    image = next(i for i in instances["images"] if i["id"] == annotation["image_id"])
+    size, polygons = (image["height"], image["width"]), annotation["segmentation"]
+
+    united = area(rle_from_segmentation(polygons, *size))
+
+    one_by_one = [area(rle_from_segmentation([polygon], *size)) for polygon in polygons]
+    assert sum(one_by_one) - united == 106
 
 
-def test_real_pool_areas(real_data: Path) -> None:
+def test_areas_of_real_annotations_agree(real_data: Path) -> None:
     instances = json.loads((real_data / "coco_pool/refcoco/instances.json").read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in instances["images"]}
-    crowds = [a for a in instances["annotations"] if a["iscrowd"]]
-    assert crowds
-    for found in crowds:
-        pixels = area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]]))
-        assert pixels == sum(found["segmentation"]["counts"][1::2])
-    ratios = [
-        area(rle_from_segmentation(found["segmentation"], *sizes[found["image_id"]]))
-        / max(found["area"], 1)
-        for found in instances["annotations"]
-        if not found["iscrowd"]
-    ]
-    assert (
-        0.99 < np.median(ratios) < 1.01
-    )  # `area` is the polygon's, not the pixels': small objects differ by up to a half
+
+    ratios, crowds = [], 0
+    for annotation in instances["annotations"]:
+        segmentation = annotation["segmentation"]
+        pixels = area(rle_from_segmentation(segmentation, *sizes[annotation["image_id"]]))
+        if annotation["iscrowd"]:
+            crowds += 1
+            assert pixels == sum(segmentation["counts"][1::2])
+        else:
+            ratios.append(pixels / max(annotation["area"], 1))
+
+    # `area` is the polygon's, not the pixels': small objects differ by up to a half.
+    assert crowds and 0.99 < np.median(ratios) < 1.01
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 0.02, 0.5, 1]))
-def test_run_lengths_are_read_without_a_loop_as_with_one(height: int, width: int, share: float):
-    text = masks.encode(np.random.default_rng(height * 61 + width).random((height, width)) < share)[
-        "counts"
-    ]
+def test_fast_unpacking_equals_the_loop(height: int, width: int, share: float):
+    noise = np.random.default_rng(height * 61 + width).random((height, width))
+
+    text = masks.encode(noise < share)["counts"]
+
     assert masks._unpack_runs_fast(text).tolist() == masks._unpack_runs(text.encode())
 
 
 @pytest.mark.parametrize(
-    "counts, words",
+    "counts, message",
     [
         ("", "cut short"),
         ("o", "cut short"),
@@ -160,8 +174,8 @@ def test_run_lengths_are_read_without_a_loop_as_with_one(height: int, width: int
         ("0O", "cover .* of 100000 pixels"),
     ],
 )
-def test_damaged_run_lengths_are_not_sampled(counts: str, words: str):
-    with pytest.raises(ValueError, match=words):
+def test_decode_at_refuses_damaged_run_lengths(counts: str, message: str):
+    with pytest.raises(ValueError, match=message):
         masks.decode_at({"size": [400, 250], "counts": counts}, np.arange(400), np.arange(250))
 
 
@@ -173,7 +187,10 @@ def test_damaged_run_lengths_are_not_sampled(counts: str, words: str):
         (np.array([399]), np.array([0, 0, 249])),
     ],
 )
-def test_pixels_of_a_large_mask(rows: np.ndarray, columns: np.ndarray):
+def test_decode_at_gives_the_pixels_of_the_mask(rows: np.ndarray, columns: np.ndarray):
     mask = np.zeros((400, 250), bool)
     mask[100:300, 50:] = mask[:, :3] = mask[399, 249] = True
-    assert np.array_equal(masks.decode_at(masks.encode(mask), rows, columns), mask[rows][:, columns])
+
+    found = masks.decode_at(masks.encode(mask), rows, columns)
+
+    assert np.array_equal(found, mask[rows][:, columns])

@@ -1,4 +1,4 @@
-"""Learning a vocabulary, numbering words, and the ways to open a tokenizer."""
+"""Token numbers, and the ways to open a tokenizer."""
 
 from __future__ import annotations
 
@@ -27,51 +27,58 @@ def vocabulary(tmp_path: Path) -> Path:
     return tmp_path / "vocab.txt"
 
 
-def test_ids_of_the_special_tokens_and_frame(vocabulary: Path):
+def test_vocabulary_begins_with_the_special_tokens(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
-    assert vocabulary.read_text(encoding="utf-8").split("\n")[:5] == list(SPECIAL)
-    assert len(tokenizer) == len(vocabulary.read_text(encoding="utf-8").split("\n")) - 1
-    words, mask, cut = tokenizer.encode(
-        ["The RED box", "", "the man's box on the left of the upper right café"], 8
-    )
-    assert (
-        words.dtype == torch.int64
-        and mask.dtype == torch.bool
-        and words.shape == mask.shape == (3, 8)
-    )
+
+    lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    assert lines[:5] == list(SPECIAL)
+    assert len(tokenizer) == len(lines) - 1
+
+
+def test_encode_frames_cuts_and_pads(vocabulary: Path):
+    tokenizer = Tokenizer.open(vocabulary)
+    too_long = "the man's box on the left of the upper right café"
+
+    words, mask, cut = tokenizer.encode(["The RED box", "", too_long], 8)
+
+    assert words.dtype == torch.int64 and mask.dtype == torch.bool
+    assert words.shape == mask.shape == (3, 8)
     assert cut == [False, False, True]
-    assert (
-        words[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]
-        and mask[1].tolist() == [True] * 2 + [False] * 6
-    )
-    assert mask[2].all() and words[2, 0] == 2 and words[2, -1] == 3
+
+    # Lower case is the same text.
     assert [tokenizer.vocabulary[n] for n in words[0, 1:4]] == ["the", "red", "box"]
     assert words[0].tolist() == tokenizer.encode(["the red box"], 8)[0][0].tolist()
 
+    # [CLS] is 2, [SEP] is 3, [PAD] is 0.
+    assert words[1].tolist() == [2, 3, 0, 0, 0, 0, 0, 0]
+    assert mask[1].tolist() == [True] * 2 + [False] * 6
+    assert mask[2].all() and words[2, 0] == 2 and words[2, -1] == 3
 
-def test_the_limit_itself_is_not_a_cut(vocabulary: Path):
+
+def test_sentence_of_exactly_the_limit_is_not_cut(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
-    assert tokenizer.encode(["the red box"], 5)[2] == [False] and tokenizer.encode(
-        ["the red box"], 4
-    )[2] == [True]
+
+    _, _, cut_at_five = tokenizer.encode(["the red box"], 5)
+    _, _, cut_at_four = tokenizer.encode(["the red box"], 4)
+
+    assert cut_at_five == [False]
+    assert cut_at_four == [True]
 
 
-def test_a_word_never_seen_is_spelled_and_a_foreign_letter_unknown(vocabulary: Path):
+def test_unseen_word_is_spelled_and_foreign_letter_is_unknown(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
+
     assert "".join(tokenizer.tokens("zyx9")).replace("##", "") == "zyx9"
     assert tokenizer.tokens("日") == ["[UNK]"]
 
 
-def test_saved_and_opened_gives_the_same_ids(vocabulary: Path, tmp_path: Path):
-    from coupalign.compat import prepare_torchvision
-
-    prepare_torchvision()
-    from transformers import AutoTokenizer
-
+def test_saved_tokenizer_opens_with_the_same_ids(vocabulary: Path, tmp_path: Path):
     first = Tokenizer.open(vocabulary)
+
     first.save(tmp_path / "saved")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "vocab.txt").write_bytes((tmp_path / "saved" / "vocab.txt").read_bytes())
+
     others = [
         Tokenizer.open(tmp_path / "saved"),
         Tokenizer.open(tmp_path / "bare"),
@@ -80,30 +87,41 @@ def test_saved_and_opened_gives_the_same_ids(vocabulary: Path, tmp_path: Path):
     for other in others:
         assert other.fingerprint == first.fingerprint and len(other) == len(first)
         assert torch.equal(other.encode(SENTENCES, 12)[0], first.encode(SENTENCES, 12)[0])
+
+
+def test_transformers_opens_a_saved_tokenizer(vocabulary: Path, tmp_path: Path):
+    from coupalign.compat import prepare_torchvision
+
+    prepare_torchvision()
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.open(vocabulary)
+    ours.save(tmp_path / "saved")
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
-    assert len(theirs) == len(first)
-    ids = theirs(SENTENCES, padding="max_length", max_length=12, truncation=True)["input_ids"]
-    assert ids == first.encode(SENTENCES, 12)[0].tolist()
+
+    encoded = theirs(SENTENCES, padding="max_length", max_length=12, truncation=True)
+
+    assert len(theirs) == len(ours)
+    assert encoded["input_ids"] == ours.encode(SENTENCES, 12)[0].tolist()
 
 
-@pytest.mark.parametrize(
-    "name, words", [("./nowhere", "no such file"), ("a/b/vocab.txt", "no such file")]
-)
-def test_a_missing_tokenizer_is_named(name: str, words: str):
-    with pytest.raises(InputError, match=words):
+@pytest.mark.parametrize("name", ["./nowhere", "a/b/vocab.txt"])
+def test_missing_tokenizer_file_is_refused(name: str):
+    with pytest.raises(InputError, match="no such file"):
         Tokenizer.open(name)
 
 
-def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_unknown_hub_name_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
     with pytest.raises(InputError, match="no-such-bert.*local folder"):
         Tokenizer.open("no-such-bert")
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         ("[PAD]\n[UNK]\nred\nred\n", "'red' is listed twice"),
         ("red\nblue\n", r"\[UNK\] is missing"),
@@ -111,15 +129,23 @@ def test_a_hub_name_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n", "its vocabulary has only 5 entries"),
     ],
 )
-def test_a_broken_vocabulary_is_refused(tmp_path: Path, text: str, words: str):
+def test_broken_vocabulary_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "vocab.txt").write_text(text)
-    with pytest.raises(InputError, match=words):
+
+    with pytest.raises(InputError, match=message):
         Tokenizer.open(tmp_path)
 
 
-def test_other_broken_tokenizers_are_refused(tmp_path: Path):
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="neither tokenizer.json nor vocab.txt"):
         Tokenizer.open(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+
+
+def test_broken_tokenizer_files_are_refused(vocabulary: Path):
+    (vocabulary.parent / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match="tokenizer_config.json: cannot be read"):
+        Tokenizer.open(vocabulary)
+
+    (vocabulary.parent / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json cannot be read"):
-        Tokenizer.open(tmp_path)
+        Tokenizer.open(vocabulary.parent)
