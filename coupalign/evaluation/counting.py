@@ -52,13 +52,14 @@ class CountedBatch:
         Columns: number, image id, area, pixels, same class, whether the sentence was cut, whether
         the logits are broken, then I, U, bI, bU under each protocol.
         """
-        on_host = []
+        of_samples = []
         for info in self.infos:
-            area = int(np.count_nonzero(info.truth))
-            on_host.append(
-                (info.number, info.image_id, area, info.truth.size, info.same_class, int(info.cut))
+            area, pixels = int(np.count_nonzero(info.truth)), info.truth.size
+            of_samples.append(
+                (info.number, info.image_id, area, pixels, info.same_class, int(info.cut))
             )
-        return np.hstack([np.asarray(on_host, np.int64), self.counts.numpy().astype(np.int64)])
+        counts = self.counts.numpy().astype(np.int64)
+        return np.hstack([np.asarray(of_samples, np.int64), counts])
 
 
 def count_batch(
@@ -84,11 +85,11 @@ def count_batch(
         squares = torch.stack([logits[index] for index in indexes])
         counts.append(_count_group(squares, frame, [info.truth for info in members], protocols))
 
-        kept = [place for place, info in enumerate(members) if info.number in keep_predictions]
+        kept = [row for row, info in enumerate(members) if info.number in keep_predictions]
         if kept:
             masks = logits_at_original_size(squares, frame) > 0
-            for place in kept:
-                predictions[len(ordered) + place] = PendingCopy(masks[place])
+            for row in kept:
+                predictions[len(ordered) + row] = PendingCopy(masks[row])
         ordered += members
 
     return CountedBatch(

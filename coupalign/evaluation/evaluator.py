@@ -198,7 +198,7 @@ def _pictures_of(counted: CountedBatch, rows: np.ndarray, protocol: Protocol) ->
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:
-    """Raise where a sample is missing or foreign, or where the model gave NaN or infinity."""
+    """Raise if a sample is missing or foreign, or if the model gave NaN or infinity."""
     missing = np.setdiff1d(np.arange(loader.samples), rows[:, 0])
     if len(missing):
         raise AssertionError(

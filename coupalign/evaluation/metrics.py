@@ -86,6 +86,8 @@ def summarize(
     assert len(rows), "a score of no samples"
     if clusters is None:
         clusters = np.arange(len(rows))
+
+    # The bootstrap draws whole images, so the rows of each image are added up once.
     sums = _sums_by_image(rows, clusters, empty)
 
     totals = sums.sum(axis=0, keepdims=True)

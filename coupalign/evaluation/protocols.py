@@ -188,7 +188,9 @@ def _warp_to_original(squares: Tensor, frame: Frame) -> Tensor:
 
     y = grid_coordinates(frame.height, frame.inner_height, frame.top)
     x = grid_coordinates(frame.width, frame.inner_width, frame.left)
-    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+    columns = x.expand(len(y), -1)
+    rows = y[:, None].expand(-1, len(x))
+    grid = torch.stack([columns, rows], dim=-1)
     warped = functional.grid_sample(
         squares[None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False
     )
@@ -269,6 +271,7 @@ def describe_conditions(
     You may score a model under a protocol whose authors feed the image in another way. The text
     under "input" then says so, because such a number is not comparable with theirs.
     """
+    # Say how the image enters the model, and whether the protocol's authors do the same.
     fitted = "squashed to" if data.resize == "squash" else "letterboxed into"
     authors_resize = _AUTHORS_RESIZE.get(protocol.name, data.resize)
     warning = ""

@@ -224,11 +224,11 @@ def compare_rows(
     order = np.argsort(change, kind="stable")
 
     def examples(indexes: np.ndarray) -> tuple[Example, ...]:
-        found = []
+        chosen = []
         for index in indexes:
             values = float(iou_a[index]), float(iou_b[index])
-            found.append(Example(a.names[index], a.sentences[index], *values))
-        return tuple(found)
+            chosen.append(Example(a.names[index], a.sentences[index], *values))
+        return tuple(chosen)
 
     best, worst = order[::-1][:_MAX_EXAMPLES], order[:_MAX_EXAMPLES]
     return Comparison(

@@ -1,4 +1,4 @@
-"""Scores of a run: which ones stand, how they are named, and damage that is named."""
+"""Scores of a run: which ones are shown, how they are named, and damage that is named."""
 
 from __future__ import annotations
 
