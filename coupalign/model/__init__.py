@@ -1,1 +1,1 @@
-"""CoupAlign and its parts; see docs/method.md for what is the paper's and what is our reconstruction."""
+"""CoupAlign and its parts. docs/method.md tells the paper from our reconstruction."""

@@ -1,7 +1,10 @@
-"""BERT's encoder: the layers of Devlin et al. (2019, section 3, https://arxiv.org/abs/1810.04805), under the names of Hugging Face's files.
+"""BERT's encoder, with the parameter names of Hugging Face's files.
 
-Written here because it is small: `transformers.BertModel`, whose numbers and random start these are bit for bit (a test
-compares them), takes longer to import than torch itself. Shape legend: B batch, T words, D width.
+The layers are those of Devlin et al. (2019, section 3, https://arxiv.org/abs/1810.04805). They are
+few, and `transformers.BertModel` takes longer to import than torch itself, so they are here.
+Numbers and random start equal those of `transformers` bit for bit, which a test checks.
+
+Shape legend: B batch, T words, D width.
 """
 
 from __future__ import annotations
@@ -10,13 +13,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BertShape:
-    """The fields of a BERT's config.json that say what it computes; the defaults are those of bert-base-uncased."""
+    """The fields of a BERT's config.json that decide what it computes.
+
+    The defaults are those of bert-base-uncased.
+
+    Raises:
+        ValueError: this encoder does not support a value.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -33,42 +42,54 @@ class BertShape:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no encoder here computes."""
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not gelu")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
             )
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> BertShape:
-        """From the content of a config.json, whose other fields belong to other uses of BERT."""
-        if (positions := values.get("position_embedding_type", "absolute")) != "absolute":
+    def from_config(cls, values: dict[str, Any]) -> BertShape:
+        """Take the shape from the content of a config.json, and ignore its other fields."""
+        positions = values.get("position_embedding_type", "absolute")
+        if positions != "absolute":
             raise ValueError(f"position_embedding_type {positions!r} is not absolute")
-        return cls(
-            **{field.name: values[field.name] for field in fields(cls) if field.name in values}
-        )
+
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: values[name] for name in names if name in values})
 
 
 class Bert(nn.Module):
-    """Embeddings and layers, without pooler and heads; `forward` runs them all, `StagedText` some of them at a time."""
+    """Embeddings and layers, without pooler and heads.
+
+    `forward` runs all layers; `StagedText` runs them group by group.
+    """
 
     def __init__(self, config: BertShape):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.apply(self._start)
+        self.apply(self._initialize)
 
     def forward(self, words: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Token numbers int64 [B, T], and what is added to the scores [B, 1, 1, T] -> states [B, T, D]."""
+        """Encode token ids.
+
+        Args:
+            words: token ids, int64 [B, T].
+            bias: added to the attention scores, [B, 1, 1, T].
+
+        Returns:
+            states [B, T, D].
+        """
         states = self.embeddings(words)
         for layer in self.encoder.layer:
             states = layer(states, bias)
         return states
 
-    def _start(self, module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -78,33 +99,30 @@ class Bert(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word + kind of sentence (always the first) + position, normalized."""
+    """Sum of token, token type (always the first) and position embeddings, normalized."""
 
     def __init__(self, config: BertShape):
         super().__init__()
+        width, positions = config.hidden_size, config.max_position_embeddings
         self.word_embeddings = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+            config.vocab_size, width, padding_idx=config.pad_token_id
         )
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.position_embeddings = nn.Embedding(positions, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.register_buffer(
-            "position_ids", torch.arange(config.max_position_embeddings)[None], persistent=False
-        )
+        self.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
 
     def forward(self, words: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
+        positions = self.position_ids[:, : words.shape[1]]  # [1, T]
         states = self.word_embeddings(words) + self.token_type_embeddings(torch.zeros_like(words))
-        return self.dropout(
-            self.LayerNorm(
-                states + self.position_embeddings(self.position_ids[:, : words.shape[1]])
-            )
-        )
+        states = states + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(states))
 
 
 class Encoder(nn.Module):
-    """The layers, for their names' sake."""
+    """The list of layers. It exists because Hugging Face's names are `encoder.layer.0…`."""
 
     def __init__(self, config: BertShape):
         super().__init__()
@@ -112,11 +130,11 @@ class Encoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention among the words, then two linear maps with a GELU between them."""
+    """Self-attention, then a feed-forward network with GELU, each post-norm."""
 
     def __init__(self, config: BertShape):
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = SelfAttention(config)
         self.intermediate = nn.Module()
         self.intermediate.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.output = AddNorm(config, config.intermediate_size)
@@ -124,38 +142,44 @@ class Layer(nn.Module):
     def forward(self, states: Tensor, bias: Tensor | None = None) -> Tensor:
         """[B, T, D] -> the same shape."""
         states = self.attention(states, bias)
-        return self.output(functional.gelu(self.intermediate.dense(states)), states)
+        hidden = F.gelu(self.intermediate.dense(states))
+        return self.output(hidden, states)
 
 
-class Attention(nn.Module):
-    """Self-attention of several heads."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with its residual and norm."""
 
     def __init__(self, config: BertShape):
         super().__init__()
         width = config.hidden_size
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        # Hugging Face calls these projections `attention.self.query` and so on.
         self.self = nn.Module()
-        self.self.query, self.self.key, self.self.value = (
-            nn.Linear(width, width) for _ in range(3)
-        )
+        self.self.query = nn.Linear(width, width)
+        self.self.key = nn.Linear(width, width)
+        self.self.value = nn.Linear(width, width)
         self.output = AddNorm(config, width)
 
     def forward(self, states: Tensor, bias: Tensor | None) -> Tensor:
         """[B, T, D] -> the same shape."""
-        query, key, value = (
-            linear(states)
-            .unflatten(2, (self.heads, -1))
-            .transpose(1, 2)  # [B, heads, T, D / heads]
-            for linear in (self.self.query, self.self.key, self.self.value)
-        )
-        read = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.output(read.transpose(1, 2).flatten(2), states)
+        # Project the input to queries, keys and values, and move the heads next to the batch.
+        query = self._split_heads(self.self.query(states))  # [B, heads, T, D / heads]
+        key = self._split_heads(self.self.key(states))
+        value = self._split_heads(self.self.value(states))
+
+        dropout = self.dropout if self.training else 0.0
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+        read = read.transpose(1, 2).flatten(2)  # [B, T, D]
+        return self.output(read, states)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class AddNorm(nn.Module):
-    """The end of a block: a linear map, added to what the block began with, normalized."""
+    """The end of a sublayer: a linear map, the residual, LayerNorm."""
 
     def __init__(self, config: BertShape, inputs: int):
         super().__init__()
@@ -163,6 +187,6 @@ class AddNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """[B, T, inputs] and [B, T, D] -> [B, T, D]."""
-        return self.LayerNorm(self.dropout(self.dense(x)) + before)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)

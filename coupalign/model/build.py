@@ -1,4 +1,4 @@
-"""The methods by their names in the configuration."""
+"""From the model's part of the configuration to the model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from coupalign.model.coupalign import CoupAlign
 
 
 def build_model(config: ModelConfig, vocabulary: int, image_size: int) -> ReferringModel:
-    """A model with a random start; `model.weights` loads pretrained encoders into it.
+    """Build a model with random weights. `model.weights` loads pretrained encoders into it.
 
     Args:
+        config: the model's part of the configuration; its `kind` selects the method.
         vocabulary: number of tokens of the tokenizer.
         image_size: S, pixels, a multiple of 32.
 
     Raises:
-        InputError: a field does not fit another; the message names both.
+        InputError: two fields contradict each other; the message names both.
     """
     match config:
         case CoupAlignConfig():

@@ -1,7 +1,8 @@
-"""torch.compile by region: the parts that a model is made of are compiled one by one, blocks of the same shape only once.
+"""torch.compile by region: the parts of a model are compiled one by one, equal shapes only once.
 
-A whole Swin-B in one graph takes many times as long to compile, for the same kernels: what can be fused lies inside the blocks. What
-was compiled is kept in the user's cache folder, so that a run that starts again, and every rank beside the first, reads it from there.
+Compiling a whole Swin-B as one graph takes many times as long and gives the same kernels, because
+everything that can be fused is inside the blocks. Compiled code is stored in the user's cache
+folder, where restarted runs and the other ranks find it.
 """
 
 from __future__ import annotations
@@ -15,56 +16,69 @@ import torch
 from coupalign.files import user_cache
 from coupalign.model.base import ReferringModel
 
-_PLACE = "TORCHINDUCTOR_CACHE_DIR"
-_MOST_VARIANTS = 128  # of one piece of code: a Swin block has one for each stage, shifted or not
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+# Variants of one piece of code: a Swin block has one for each stage, shifted or not.
+_MAX_VARIANTS = 128
 
 
 def compile_regions(model: ReferringModel, backend: str = "inductor") -> int:
-    """Compile the regions of a model in place, each when it is first run; a graph break is an error. Returns how many there are.
+    """Compile the regions of a model in place. Returns how many there are.
 
-    Only passes with gradients run compiled: in scoring the last batch has another size. Names and weights stay as they are.
+    Each region is compiled at its first call, and a graph break is an error. Only passes with
+    gradients run compiled, because in scoring the last batch has another size. Names and weights
+    do not change.
     """
     import torch._dynamo.config
     import torch._inductor.config
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    # Inductor's own place is below /tmp; it notes that in the environment, too.
-    if os.environ.get(_PLACE, default_cache_dir()) == default_cache_dir():
-        os.environ[_PLACE] = str(user_cache("compiled"))
-    torch._dynamo.config.recompile_limit = max(_MOST_VARIANTS, torch._dynamo.config.recompile_limit)
-    torch._inductor.config.fallback_random = (
-        True  # dropout draws what it draws uncompiled: a function of seed, step and rank
-    )
+    # Replace inductor's default, which is below /tmp. A folder that the user chose stays.
+    # Inductor may have written its default into the environment already.
+    if os.environ.get(_CACHE_VARIABLE, default_cache_dir()) == default_cache_dir():
+        os.environ[_CACHE_VARIABLE] = str(user_cache("compiled"))
+
+    torch._dynamo.config.recompile_limit = max(_MAX_VARIANTS, torch._dynamo.config.recompile_limit)
+
+    # Dropout draws the same numbers as uncompiled: a function of seed, step and rank.
+    torch._inductor.config.fallback_random = True
+
     regions = model.regions()
     for region in regions:
         compiled = torch.compile(region.forward, fullgraph=True, dynamic=False, backend=backend)
-        region.forward = _where_differentiated(region.forward, compiled)
+        region.forward = _compiled_in_training(region.forward, compiled)
     return len(regions)
 
 
 def compile_seconds() -> float:
-    """What compiling has taken in this process, reading from the cache included."""
+    """Return the seconds this process has spent on compiling, including reads from the cache."""
     import torch._dynamo.utils
 
     return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
-def explain_compilation() -> str:
-    """What compiling took, and how much of it was there already, for people."""
+def describe_compilation() -> str:
+    """Describe in one line how long compiling took, and how much came from the cache."""
     import torch._dynamo.utils
 
-    hits, misses = (
-        torch._dynamo.utils.counters["inductor"][f"fxgraph_cache_{what}"]
-        for what in ("hit", "miss")
+    counters = torch._dynamo.utils.counters
+    compiled = counters["inductor"]["fxgraph_cache_miss"]
+    cached = counters["inductor"]["fxgraph_cache_hit"]
+    cached += counters["aot_autograd"]["autograd_cache_hit"]
+    return (
+        f"compiled in {compile_seconds():.1f} s: {compiled} new graphs, "
+        f"{cached} from the cache in {os.environ[_CACHE_VARIABLE]}"
     )
-    kept = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
-    return f"compiled in {compile_seconds():.1f} s: {misses} graphs anew, {hits + kept} taken from {os.environ[_PLACE]}"
 
 
-def _where_differentiated(
+def _compiled_in_training(
     plain: Callable[..., Any], compiled: Callable[..., Any]
 ) -> Callable[..., Any]:
+    """Run `compiled` where gradients are recorded, and `plain` elsewhere."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+        if torch.is_grad_enabled():
+            return compiled(*args, **kwargs)
+        return plain(*args, **kwargs)
 
     return forward

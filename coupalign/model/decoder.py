@@ -1,4 +1,4 @@
-"""Pixel decoder: a top-down pyramid over the four aligned stages, and the head that reads the mask from its finest level.
+"""Pixel decoder: a top-down pyramid over the four aligned stages, and the head that predicts masks.
 
 Shape legend: B batch, C stage channels, d decoder width, H W stage sides, S input side.
 """
@@ -15,9 +15,14 @@ from coupalign.model.backbone import group_norm
 
 
 class PixelDecoder(nn.Module):
-    """Feature pyramid: per stage a LayerNorm and a projection to d, added to the coarser level, then `depth` 3x3 convolutions.
+    """Feature pyramid: project each stage to d, add the coarser level, smooth with convolutions.
 
-    One convolution a level keeps it at about a tenth of a Swin-B at d = 256.
+    One convolution per level (`depth=1`) keeps it at about a tenth of a Swin-B at d = 256.
+
+    Args:
+        channels: C of the four stages, finest first.
+        width: d.
+        depth: 3x3 convolutions per level.
     """
 
     def __init__(self, channels: Sequence[int], width: int, depth: int = 1):
@@ -28,29 +33,28 @@ class PixelDecoder(nn.Module):
         self.smooth = nn.ModuleList(_smoothing(width, depth) for _ in channels)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
-        """Four maps [B, H, W, C], finest first -> pixel embedding Y [B, d, S/4, S/4], not rectified."""
+        """Merge four maps into one pixel embedding.
+
+        Args:
+            stages: [B, H, W, C] each, finest first.
+
+        Returns:
+            Y [B, d, S/4, S/4], with both signs (no final ReLU).
+        """
         level: Tensor | None = None
         for i in reversed(range(len(stages))):
-            lateral = self.laterals[i](stages[i]).permute(0, 3, 1, 2)
+            lateral = self.laterals[i](stages[i]).permute(0, 3, 1, 2)  # [B, d, H, W]
             if level is not None:
-                lateral = lateral + F.interpolate(
-                    torch.relu(level), scale_factor=2.0, mode="nearest"
-                )
+                coarser = torch.relu(level)
+                lateral = lateral + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
             level = self.smooth[i](lateral)
+
         assert level is not None
         return level
 
 
-def _smoothing(width: int, depth: int) -> nn.Sequential:
-    """`depth` convolutions, rectified in between."""
-    between = [
-        layer for _ in range(depth - 1) for layer in (SmoothingConv(width, width), nn.ReLU())
-    ]
-    return nn.Sequential(*between, SmoothingConv(width, width))
-
-
 class MaskHead(nn.Module):
-    """A small convolutional head: pixel embedding -> one logit per stride-4 pixel."""
+    """A small convolutional head that predicts one logit per stride-4 pixel."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,7 +62,8 @@ class MaskHead(nn.Module):
         self.smooth = SmoothingConv(width, inner)
         self.classify = nn.Conv2d(inner, 1, 1)
         nn.init.trunc_normal_(self.classify.weight, std=0.02)
-        nn.init.constant_(self.classify.bias, -2.0)  # objects cover about a tenth of an image
+        # Objects cover about a tenth of an image, so start near sigmoid(-2) = 0.12.
+        nn.init.constant_(self.classify.bias, -2.0)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, d, S/4, S/4] -> logits [B, 1, S/4, S/4]."""
@@ -77,3 +82,11 @@ class SmoothingConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] -> [B, outputs, H, W]."""
         return self.norm(self.conv(x))
+
+
+def _smoothing(width: int, depth: int) -> nn.Sequential:
+    """Chain `depth` convolutions, with ReLU between them."""
+    layers: list[nn.Module] = []
+    for _ in range(depth - 1):
+        layers += [SmoothingConv(width, width), nn.ReLU()]
+    return nn.Sequential(*layers, SmoothingConv(width, width))

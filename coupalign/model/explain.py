@@ -1,8 +1,10 @@
-"""What a CoupAlign model looked at: the masks that the sentence chose, and the attention between words and pixels.
+"""What a CoupAlign model used for an answer: the masks that the sentence chose, and the attention.
 
-The fused kernel never makes the score matrix, so it is made again here, in plain float32, from what each alignment was given.
+The fused kernel never stores the score matrix. It is computed again here, in plain float32, from
+the inputs of each alignment.
 
-Shape legend: B batch, k proposals, T words, P pixels of a stage (H*W), h heads, S input side.
+Shape legend: B batch, k proposals, N all proposals, T words, P pixels of a stage (H*W), h heads,
+S input side.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ from coupalign.model.wpa import WordPixelAlignment
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention of one stage, the mean of its heads; float32 [B, T, H, W] each.
+    """The attention of one stage, averaged over the heads. Float32 [B, T, H, W] each.
 
     Attributes:
-        over_words: how much each pixel reads of each word; sums to 1 over the words, 0 at padded ones.
-        over_pixels: where each word reads; sums to 1 over the pixels, 0 at padded words.
+        over_words: how much each pixel reads of each word. Sums to 1 over the words, 0 at padded
+            ones.
+        over_pixels: where each word reads. Sums to 1 over the pixels, 0 at padded words.
     """
 
     over_words: Tensor
@@ -36,12 +38,16 @@ class AttentionMaps:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a forward pass did with a batch; a model without mask proposals or alignments leaves those parts empty.
+    """What a forward pass did with a batch.
+
+    A model without mask proposals or without alignments leaves their fields empty.
 
     Attributes:
-        weights: a_n of the k proposals that the sentence weights highest, in that order, float32 [B, k]. All N sum to 1.
-        signals: m_n of the same proposals, 0 … 1, float32 [B, k, S/4, S/4].
-        spread: the standard deviation of m_n over all N, mean over the pixels, float32 [B]: near 0 all proposals are one mask.
+        weights: a_n of the k proposals with the highest weights, in descending order, float32
+            [B, k]. All N sum to 1.
+        signals: m_n of the same proposals, 0 .. 1, float32 [B, k, S/4, S/4].
+        spread: standard deviation of m_n over all N, averaged over the pixels, float32 [B]. Near 0
+            all proposals are the same mask.
         attention: by stage, counted from 0 as in `model.wpa`.
     """
 
@@ -55,74 +61,106 @@ class Explanation:
 def explain_prediction(
     model: nn.Module, image: Tensor, words: Tensor, word_mask: Tensor, proposals: int = 6
 ) -> Explanation:
-    """Run `model`, which is in evaluation mode, on a batch and listen at its alignments.
+    """Run a model in evaluation mode on a batch, and record its weights, signals and attention.
 
     Args:
+        model: any method; only CoupAlign's alignments are recorded.
         image, words, word_mask: as for `CoupAlign.forward`.
         proposals: k, the most that are kept.
     """
-    found: dict[str, Any] = {"attention": {}}
+    attention: dict[int, AttentionMaps] = {}
+    masks: dict[str, Tensor] = {}
 
-    def hear_stage(stage: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hear(wpa: nn.Module, given: tuple[Tensor, ...]) -> None:
-            found["attention"][stage] = _stage_attention(wpa, *given)
+    def record_attention(stage: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(wpa: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            attention[stage] = _stage_attention(wpa, *inputs)
 
-        return hear
+        return hook
 
-    def hear_masks(sma: nn.Module, given: tuple[Tensor, ...]) -> None:
-        weights, signals = mask_signals(sma, *given)
-        found["spread"] = signals.std(1, correction=0).mean((1, 2))
+    def record_masks(sma: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        weights, signals = mask_signals(sma, *inputs)  # [B, N], [B, N, h, w]
         top = weights.topk(min(proposals, weights.shape[1]), dim=1)
-        found["weights"] = top.values
-        found["signals"] = signals.gather(
-            1, top.indices[..., None, None].expand(-1, -1, *signals.shape[2:])
-        )
+        index = top.indices[..., None, None].expand(-1, -1, *signals.shape[2:])
 
+        masks["spread"] = signals.std(1, correction=0).mean((1, 2))
+        masks["weights"] = top.values
+        masks["signals"] = signals.gather(1, index)
+
+    # Hook the alignments, and remove the hooks even if the forward pass fails.
     with ExitStack() as hooks:
         for stage, wpa in getattr(model, "wpa", {}).items():
-            hooks.callback(wpa.register_forward_pre_hook(hear_stage(int(stage))).remove)
+            handle = wpa.register_forward_pre_hook(record_attention(int(stage)))
+            hooks.callback(handle.remove)
         if hasattr(model, "sma"):
-            hooks.callback(model.sma.register_forward_pre_hook(hear_masks).remove)
+            handle = model.sma.register_forward_pre_hook(record_masks)
+            hooks.callback(handle.remove)
+
         model(image, words, word_mask)
-    return Explanation(**found)
+
+    return Explanation(attention=attention, **masks)
 
 
 def word_pixel_attention(
     wpa: WordPixelAlignment, v: Tensor, l: Tensor, word_mask: Tensor
-) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """The two softmaxes of S for normalized pixels v [B, P, C] and words l [B, T, D]: over words, over pixels, [B, h, T, P] each.
+) -> tuple[Tensor, Tensor]:
+    """Compute the two softmaxes of an alignment's score matrix S.
 
-    Both are 0 at padded words.
+    Args:
+        wpa: the alignment.
+        v: normalized pixels [B, P, C].
+        l: normalized words [B, T, D].
+        word_mask: bool [B, T].
+
+    Returns:
+        the attention over words and the attention over pixels, [B, h, T, P] each, both 0 at padded
+        words.
     """
     with without_autocast(v.device):
         exact = torch.promote_types(v.dtype, torch.float32)
         keys, _, bias = wpa.absorb(l.to(exact), word_mask)  # [B, h*T, C], [B, h*T]
         bias, padding = finite_bias(bias)
         scores = keys @ v.to(exact).transpose(1, 2) + bias[..., None]  # [B, h*T, P]
-        scores, real = (x.unflatten(1, (wpa.heads, -1)) for x in (scores, ~padding[..., None]))
+
+        by_head = (wpa.heads, -1)
+        scores = scores.unflatten(1, by_head)  # [B, h, T, P]
+        real = ~padding[..., None].unflatten(1, by_head)  # [B, h, T, 1]
         return scores.softmax(2) * real, scores.softmax(3) * real
 
 
 def mask_signals(
     sma: SentenceMaskAlignment, masks: Tensor, sentence: Tensor, pixels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """a [B, N] and m [B, N, h, w] in float32, of what `SentenceMaskAlignment.forward` was given."""
+    """Compute the weights and signals of the masks, from the inputs of `sma.forward`.
+
+    Returns:
+        a [B, N] and m [B, N, h, w], float32.
+    """
     with without_autocast(pixels.device):
         exact = torch.promote_types(pixels.dtype, torch.float32)
         masks, y = masks.to(exact), pixels.to(exact)
-        agreement = torch.einsum(
-            "bnd,bd->bn",
-            masks,
-            sma.project_sentence(sentence.to(sma.project_sentence.weight.dtype)).to(exact),
-        )
+
+        sentence = sentence.to(sma.project_sentence.weight.dtype)
+        sentence = sma.project_sentence(sentence).to(exact)  # [B, d]
+        agreement = torch.einsum("bnd,bd->bn", masks, sentence)
         weights = (agreement * masks.shape[2] ** -0.5).softmax(1)
-        return weights, torch.einsum("bnd,bdhw->bnhw", masks * sma.scale, y).sigmoid()
+
+        signals = torch.einsum("bnd,bdhw->bnhw", masks * sma.scale, y).sigmoid()
+        return weights, signals
 
 
 def _stage_attention(
     wpa: WordPixelAlignment, pixels: Tensor, words: Tensor, word_mask: Tensor
 ) -> AttentionMaps:
-    maps = word_pixel_attention(wpa, wpa.norm_pixels(pixels), wpa.norm_words(words), word_mask)
-    side = isqrt(pixels.shape[1])  # the input is a square
-    assert side * side == pixels.shape[1], f"{pixels.shape[1]} pixels are no square"
-    return AttentionMaps(*(each.float().mean(1).unflatten(2, (side, side)) for each in maps))
+    side = isqrt(pixels.shape[1])
+    assert side * side == pixels.shape[1], f"{pixels.shape[1]} pixels do not form a square"
+
+    v, l = wpa.norm_pixels(pixels), wpa.norm_words(words)
+    over_words, over_pixels = word_pixel_attention(wpa, v, l, word_mask=word_mask)
+    return AttentionMaps(
+        over_words=_average_heads(over_words, side), over_pixels=_average_heads(over_pixels, side)
+    )
+
+
+def _average_heads(attention: Tensor, side: int) -> Tensor:
+    """[B, h, T, P] -> float32 [B, T, H, W]."""
+    return attention.float().mean(1).unflatten(2, (side, side))

@@ -1,6 +1,7 @@
 """Mask generator: N learned queries read the aligned pixels and become mask embeddings Q_o.
 
-Shape legend: B batch, N mask embeddings, P pixels of the stages that are read, C stage channels, d mask width.
+Shape legend: B batch, N mask embeddings, P pixels of the stages that are read, C stage channels,
+d mask width.
 """
 
 from __future__ import annotations
@@ -35,15 +36,19 @@ class MaskProposals(nn.Module):
                 f"model.decoder.width = {width} must be a multiple of 4 "
                 f"and of model.proposals.heads = {config.heads}"
             )
+
         self.queries = nn.Parameter(torch.randn(config.count, width))
         self.project = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(c), nn.Linear(c, width)) for c in channels
         )
-        self.level_embedding = (
-            nn.Parameter(torch.randn(len(channels), width)) if len(channels) > 1 else None
-        )
+
+        # With several stages, tell the queries which stage a pixel belongs to.
+        self.level_embedding = None
+        if len(channels) > 1:
+            self.level_embedding = nn.Parameter(torch.randn(len(channels), width))
+
         self.layers = nn.ModuleList(
-            QueryLayer(width, config.heads, config.ffn, config.dropout)
+            QueryLayer(width, config.heads, config.ffn, dropout=config.dropout)
             for _ in range(config.layers)
         )
         self.embed = nn.Sequential(
@@ -53,23 +58,29 @@ class MaskProposals(nn.Module):
             nn.ReLU(),
             nn.Linear(width, width),
         )
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
-        """Aligned maps [B, H, W, C] of the chosen stages -> Q_o [B, N, d]."""
+        """Turn the aligned maps [B, H, W, C] of the chosen stages into Q_o [B, N, d]."""
+        # Project every stage to the same width, and concatenate the pixels of all stages.
         memory, positions = [], []
         for i, pixels in enumerate(stages):
+            _, height, width, _ = pixels.shape
             where = sine_positions(
-                pixels.shape[1], pixels.shape[2], self.queries.shape[1], pixels.device
-            )  # [P, d]
-            positions.append(
-                where if self.level_embedding is None else where + self.level_embedding[i]
-            )
-            memory.append(self.project[i](pixels.flatten(1, 2)))
-        pixels, where = torch.cat(memory, dim=1), torch.cat(positions, dim=0)  # [B, P, d], [P, d]
+                height, width, channels=self.queries.shape[1], device=pixels.device
+            )  # [H*W, d]
+            if self.level_embedding is not None:
+                where = where + self.level_embedding[i]
+            positions.append(where)
+            memory.append(self.project[i](pixels.flatten(1, 2)))  # [B, H*W, d]
+        pixels = torch.cat(memory, dim=1)  # [B, P, d]
+        where = torch.cat(positions, dim=0)  # [P, d]
+
+        # The queries read each other and the pixels, layer by layer.
         state = self.queries.expand(len(pixels), -1, -1)  # [B, N, d]
         for layer in self.layers:
             state = layer(state, self.queries, pixels, where)
@@ -77,58 +88,87 @@ class MaskProposals(nn.Module):
 
 
 class QueryLayer(nn.Module):
-    """Queries read each other, then the pixels, then themselves; a norm after each."""
+    """A transformer decoder layer (post-norm): self-attention, cross-attention, feed-forward."""
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float):
         super().__init__()
-        self.among_queries = Attention(width, heads)
-        self.queries_from_pixels = Attention(width, heads)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width)
-        )
+        self.among_queries = MultiHeadAttention(width, heads)
+        self.queries_from_pixels = MultiHeadAttention(width, heads)
+        self.ffn = feed_forward(width, ffn, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, state: Tensor, queries: Tensor, pixels: Tensor, where: Tensor) -> Tensor:
-        """state [B, N, d], query positions [N, d], pixels [B, P, d], pixel positions [P, d] -> state [B, N, d]."""
+        """Update the state of the queries.
+
+        Args:
+            state: [B, N, d].
+            queries: learned positions of the queries, [N, d] or [B, N, d].
+            pixels: [B, P, d].
+            where: positions of the pixels, [P, d].
+
+        Returns:
+            state [B, N, d].
+        """
+        # Queries read each other.
         placed = state + queries
-        state = self.norms[0](state + self.dropout(self.among_queries(placed, placed, state)))
-        state = self.norms[1](
-            state + self.dropout(self.queries_from_pixels(state + queries, pixels + where, pixels))
-        )
+        read = self.among_queries(placed, placed, state)
+        state = self.norms[0](state + self.dropout(read))
+
+        # Queries read pixels.
+        read = self.queries_from_pixels(state + queries, pixels + where, pixels)
+        state = self.norms[1](state + self.dropout(read))
+
         return self.norms[2](state + self.dropout(self.ffn(state)))
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Multi-head attention with plain Linear projections."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, N, d], key and value [B, P, d] -> [B, N, d]."""
-        q, k, v = (
-            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, ., d / heads]
-            for projected in (self.query(query), self.key(key), self.value(value))
-        )
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # Project, and move the heads next to the batch.
+        q = self._split_heads(self.query(query))  # [B, heads, N, d / heads]
+        k = self._split_heads(self.key(key))  # [B, heads, P, d / heads]
+        v = self._split_heads(self.value(value))  # [B, heads, P, d / heads]
+
+        read = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, d / heads]
+        return self.out(read.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+def feed_forward(width: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Build the feed-forward network of a transformer layer: [..., width] -> [..., width]."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+    )
 
 
 def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Fixed 2-D positions [height*width, channels]: half of the channels for y, half for x, sine beside cosine.
+    """Compute fixed 2-D positions [height*width, channels], as in DETR.
 
-    As in DETR: positions are scaled to 0 .. 2 pi, wavelengths grow to 10,000. `channels` is a multiple of 4.
+    Half of the channels are for y and half for x; of each half, half are sines and half cosines.
+    Positions are scaled to 0 .. 2 pi, wavelengths grow to 10,000. `channels` is a multiple of 4.
     """
     quarter = channels // 4
     frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000.0) / quarter))
+
+    # Angles of the pixel centers.
     y = (torch.arange(height, device=device) + 0.5) / height * (2 * math.pi)
     x = (torch.arange(width, device=device) + 0.5) / width * (2 * math.pi)
-    y, x = y[:, None] * frequency, x[:, None] * frequency
-    y, x = (
-        torch.cat([y.sin(), y.cos()], 1),
-        torch.cat([x.sin(), x.cos()], 1),
-    )  # [height, d/2], [width, d/2]
+    y, x = y[:, None] * frequency, x[:, None] * frequency  # [height, d/4], [width, d/4]
+
+    y = torch.cat([y.sin(), y.cos()], dim=1)  # [height, d/2]
+    x = torch.cat([x.sin(), x.cos()], dim=1)  # [width, d/2]
     grid = torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], dim=2)
     return grid.flatten(0, 1)

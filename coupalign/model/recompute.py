@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a part of the model does again in the backward pass instead of keeping its results."""
+"""Activation checkpointing: recompute results in the backward pass instead of storing them."""
 
 from __future__ import annotations
 
@@ -16,34 +16,43 @@ from torch.utils.checkpoint import (
 
 from coupalign.config.schema import Checkpointing
 
-_PRODUCTS = ("mm", "addmm", "bmm", "convolution")
+_MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "convolution")
 
 
-def run(function: Callable[..., Tensor], *inputs: Any, checkpointing: Checkpointing) -> Tensor:
-    """`function(*inputs)`, of whose results the backward pass keeps all, none (true), or those that are dear to compute (selective)."""
+def run_checkpointed(
+    function: Callable[..., Tensor], *inputs: Any, checkpointing: Checkpointing
+) -> Tensor:
+    """Run `function(*inputs)`, and choose which of its results the backward pass keeps.
+
+    Args:
+        checkpointing: False keeps all results, True none, and "selective" those that are expensive
+            to compute.
+    """
     if not checkpointing or not torch.is_grad_enabled():
         return function(*inputs)
-    more = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-        if checkpointing == "selective"
-        else {}
-    )
-    return checkpoint(function, *inputs, use_reentrant=False, **more)
+
+    options: dict[str, Any] = {}
+    if checkpointing == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(function, *inputs, use_reentrant=False, **options)
 
 
-def _policy(_: Any, operator: Any, *inputs: Any, **more: Any) -> CheckpointPolicy:
-    """Matrix products, convolutions and attention are kept; norms, activations, sums and copies are computed again.
+def _policy(_: Any, operator: Any, *inputs: Any, **options: Any) -> CheckpointPolicy:
+    """Keep matrix products, convolutions and attention. Recompute norms, activations and copies.
 
-    So is attention that drops something: what is kept draws no random numbers the second time, and whatever drops behind it would draw
-    others than it did.
+    Attention with dropout is recomputed too. An operator whose result is kept does not draw random
+    numbers the second time, so every dropout after it would draw others than in the forward pass.
     """
     name = operator.overloadpacket.__name__ if hasattr(operator, "overloadpacket") else ""
-    keep = name in _PRODUCTS or "attention" in name and not _drops(operator, inputs, more)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    is_product = name in _MATRIX_PRODUCTS
+    is_plain_attention = "attention" in name and not _drops(operator, inputs, options)
+    if is_product or is_plain_attention:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _drops(operator: Any, inputs: tuple, more: dict[str, Any]) -> bool:
-    named = {
-        argument.name: value for argument, value in zip(operator._schema.arguments, inputs)
-    } | more
-    return named.get("dropout_p", 0.0) > 0
+def _drops(operator: Any, inputs: tuple, options: dict[str, Any]) -> bool:
+    """Tell whether this call of an operator applies dropout."""
+    names = [argument.name for argument in operator._schema.arguments]
+    arguments = dict(zip(names, inputs)) | options
+    return arguments.get("dropout_p", 0.0) > 0

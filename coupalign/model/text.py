@@ -1,11 +1,10 @@
-"""StagedText: a BERT run in four consecutive groups of layers, one beside each image stage.
+"""StagedText: a BERT that runs in four consecutive groups of layers, one per image stage.
 
 Shape legend: B batch, T words, D text width.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,142 +14,174 @@ from torch import Tensor, nn
 
 from coupalign.config.schema import BertText, SmallText
 from coupalign.errors import InputError
-from coupalign.files import write_json
-from coupalign.model import recompute
+from coupalign.files import read_json, write_json
 from coupalign.model.bert import Bert, BertShape
+from coupalign.model.recompute import run_checkpointed
 
 GROUPS = 4
-_ASSUMED = 30522  # tokens, bert-base-uncased's
-_MASKED = -1e4  # exp() of it is 0 in every type; unlike finfo.min it stays finite when autocast rounds it to half precision
+
+# The score of a padded word. Its exponential is 0 in every type; unlike finfo.min, it stays finite
+# when autocast rounds it to half precision.
+MASKED_SCORE = -1e4
 
 
 class StagedText(nn.Module):
-    """BERT's layers in four groups, as equal as possible (12 layers: 3-3-3-3; earlier groups take the remainder).
+    """BERT's layers in four groups, as equal as possible.
 
-    Padded words are zero after every group. The module keeps the names of Hugging Face's files below `self.bert`.
+    12 layers become 3-3-3-3; earlier groups take the remainder. Padded words are zero after every
+    group. The parameters keep the names of Hugging Face's files, in `self.bert`.
 
     Args:
-        config: a published BERT or a small one with a random start; weights are loaded elsewhere.
+        config: a published BERT or a small one. Weights are random here and loaded elsewhere.
         vocabulary: number of tokens of the tokenizer.
-        groups: how many groups will ever be run; the layers of the others are frozen, since nothing reads them.
+        groups: how many groups will ever run. The layers of the others are frozen, because nothing
+            reads them.
 
     Raises:
-        InputError: the tokenizer's vocabulary is not the encoder's, the folder or name cannot be read, or the width
-            is not a multiple of the heads.
+        InputError: the tokenizer's vocabulary is not the encoder's, the folder or hub name cannot
+            be read, or the width is not a multiple of the heads.
     """
 
     def __init__(self, config: BertText | SmallText, vocabulary: int, groups: int = GROUPS):
         super().__init__()
-        self.bert = Bert(bert_config(config, vocabulary))
+        self.bert = Bert(bert_shape(config, vocabulary))
         self.width: int = self.bert.config.hidden_size
         self.checkpointing = config.checkpointing
-        bounds = _bounds(len(self.bert.encoder.layer))
+
+        bounds = _group_bounds(len(self.bert.encoder.layer))
         self.spans = list(zip(bounds[:-1], bounds[1:]))
         for layer in self.bert.encoder.layer[bounds[groups] :]:
             layer.requires_grad_(False)
 
     def embed(self, words: Tensor, word_mask: Tensor) -> Tensor:
-        """Token numbers int64 [B, T] -> states [B, T, D], zero where `word_mask` (bool [B, T]) is false."""
+        """Embed token ids, int64 [B, T] -> states [B, T, D], zero where `word_mask` is false."""
         return self.bert.embeddings(words) * word_mask[..., None]
 
     def forward(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
-        """Run the layers of one group on states [B, T, D]; padded words neither act nor change from zero."""
-        return recompute.run(
+        """Run the layers of one group.
+
+        Args:
+            group: 0 to 3.
+            words: states [B, T, D].
+            word_mask: bool [B, T], true at real tokens.
+
+        Returns:
+            states [B, T, D], zero where padded.
+        """
+        return run_checkpointed(
             self._run, group, words, word_mask, checkpointing=self.training and self.checkpointing
         )
 
     def _run(self, group: int, words: Tensor, word_mask: Tensor) -> Tensor:
-        bias = torch.zeros_like(word_mask, dtype=words.dtype).masked_fill(~word_mask, _MASKED)[
-            :, None, None
-        ]  # [B, 1, 1, T]
+        bias = torch.zeros_like(word_mask, dtype=words.dtype)
+        bias = bias.masked_fill(~word_mask, MASKED_SCORE)[:, None, None]  # [B, 1, 1, T]
+
         first, last = self.spans[group]
         for layer in self.bert.encoder.layer[first:last]:
             words = layer(words, bias)
         return words * word_mask[..., None]
 
 
-def bert_config(config: BertText | SmallText, vocabulary: int) -> BertShape:
-    """The sizes of the encoder; `bert-base-uncased` needs no file or network, because it is the default.
+def bert_shape(config: BertText | SmallText, vocabulary: int) -> BertShape:
+    """Return the sizes of the text encoder.
+
+    `bert-base-uncased` needs no file and no network, because its sizes are the defaults.
 
     Raises:
         InputError: see `StagedText`.
     """
     match config:
         case SmallText():
-            if config.width % config.heads:
-                raise InputError(
-                    f"model.text.width = {config.width} is not a multiple of model.text.heads = {config.heads}"
-                )
-            sizes = BertShape(
-                vocab_size=vocabulary,
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                intermediate_size=4 * config.width,
-            )
+            shape = _small_shape(config, vocabulary)
         case BertText():
-            sizes = _published_config(config.weights)
-            if sizes.vocab_size != vocabulary:
-                raise InputError(
-                    f"model.text.weights = {config.weights} has {sizes.vocab_size} tokens, "
-                    f"the tokenizer has {vocabulary}; set data.tokenizer to the tokenizer of that encoder"
-                )
-            if sizes.num_hidden_layers < GROUPS:
-                raise InputError(
-                    f"model.text.weights = {config.weights} has {sizes.num_hidden_layers} layers; "
-                    f"at least {GROUPS} are needed"
-                )
+            shape = _published_shape(config.weights)
+            _check_published_shape(shape, config.weights, vocabulary)
     return replace(
-        sizes, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
+        shape, hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
     )
 
 
-def vocabulary_of(config: BertText | SmallText) -> int:
-    """How many tokens a published encoder knows; of one of our own, whose tokenizer is made from the data, as many are assumed."""
-    return (
-        _published_config(config.weights).vocab_size if isinstance(config, BertText) else _ASSUMED
+def vocabulary_size(config: BertText | SmallText) -> int:
+    """Return how many tokens a published encoder knows.
+
+    A small encoder takes its vocabulary from the data, so this assumes that of bert-base-uncased.
+    """
+    if isinstance(config, BertText):
+        return _published_shape(config.weights).vocab_size
+    return BertShape().vocab_size
+
+
+def write_bert_config(config: BertText, vocabulary: int, folder: Path) -> None:
+    """Write config.json of a published encoder to a folder.
+
+    `weights: random:<folder>` then builds the encoder on machines without the original.
+    """
+    shape = bert_shape(config, vocabulary)
+    values = {"model_type": "bert", "architectures": ["BertModel"], **asdict(shape)}
+    write_json(folder / "config.json", values)
+
+
+def _small_shape(config: SmallText, vocabulary: int) -> BertShape:
+    if config.width % config.heads:
+        raise InputError(
+            f"model.text.width = {config.width} is not a multiple of "
+            f"model.text.heads = {config.heads}"
+        )
+    return BertShape(
+        vocab_size=vocabulary,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=4 * config.width,
     )
 
 
-def write_shape(config: BertText, vocabulary: int, folder: Path) -> None:
-    """Write config.json of a published encoder, so that `weights: random:<folder>` builds it where the original is absent."""
-    write_json(
-        folder / "config.json",
-        {
-            "model_type": "bert",
-            "architectures": ["BertModel"],
-            **asdict(bert_config(config, vocabulary)),
-        },
-    )
+def _check_published_shape(shape: BertShape, weights: str, vocabulary: int) -> None:
+    if shape.vocab_size != vocabulary:
+        raise InputError(
+            f"model.text.weights = {weights} has {shape.vocab_size} tokens, the tokenizer has "
+            f"{vocabulary}; set data.tokenizer to the tokenizer of that encoder"
+        )
+    if shape.num_hidden_layers < GROUPS:
+        raise InputError(
+            f"model.text.weights = {weights} has {shape.num_hidden_layers} layers; "
+            f"at least {GROUPS} are needed"
+        )
 
 
-def _published_config(weights: str) -> BertShape:
+def _published_shape(weights: str) -> BertShape:
+    """Read the sizes of the encoder in a folder, or under a hub name."""
     weights = weights.removeprefix("random:")
     if weights == "bert-base-uncased" and not Path(weights).is_dir():
         return BertShape()
+
     try:
-        sizes = _read_config(weights)
-        # An empty folder gives no error but an empty configuration, which would mean bert-base.
-        if sizes.get("model_type", "bert") != "bert" or "hidden_size" not in sizes:
-            raise ValueError(f"config.json: model_type {sizes.get('model_type', 'none')}")
-        return BertShape.of(sizes)
+        values = _read_bert_config(weights)
+        # Without these fields the defaults would turn any JSON file into bert-base.
+        model_type = values.get("model_type", "bert")
+        if model_type != "bert" or "hidden_size" not in values:
+            raise ValueError(
+                f"config.json: model_type {model_type}, hidden_size "
+                f"{values.get('hidden_size', 'missing')}"
+            )
+        return BertShape.from_config(values)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.text.weights = {weights}: no BERT configuration there; give a folder with config.json, "
-            f"or a hub name that can be reached or is cached ({error})"
+            f"model.text.weights = {weights}: no BERT configuration found ({error}). Give a folder "
+            f"with config.json, or a hub name that is cached or can be reached"
         ) from error
 
 
-def _read_config(weights: str) -> dict[str, Any]:
-    """What a folder's config.json says, or that of a hub name."""
-    if Path(weights).is_dir():
-        return json.loads((Path(weights) / "config.json").read_text(encoding="utf-8"))
-    from huggingface_hub import hf_hub_download  # here, since its import takes long
+def _read_bert_config(weights: str) -> dict[str, Any]:
+    path = Path(weights) / "config.json"
+    if not Path(weights).is_dir():
+        from huggingface_hub import hf_hub_download  # here, because its import is slow
 
-    return json.loads(Path(hf_hub_download(weights, "config.json")).read_text(encoding="utf-8"))
+        path = Path(hf_hub_download(weights, "config.json"))
+    return read_json(path, "the configuration of a BERT")
 
 
-def _bounds(layers: int) -> list[int]:
-    """Where the groups begin and end: 12 -> [0, 3, 6, 9, 12], 6 -> [0, 2, 4, 5, 6]."""
+def _group_bounds(layers: int) -> list[int]:
+    """Return where the groups begin and end: 12 -> [0, 3, 6, 9, 12], 6 -> [0, 2, 4, 5, 6]."""
     size, rest = divmod(layers, GROUPS)
     return [size * group + min(group, rest) for group in range(GROUPS + 1)]

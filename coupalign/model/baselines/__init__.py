@@ -1,1 +1,1 @@
-"""LAVT, VLT and LTS, re-implemented in the same harness."""
+"""LAVT, VLT and LTS, re-implemented in the same framework."""

@@ -1,6 +1,7 @@
-"""What VLT and LTS have in common: how the sentence is multiplied into three stages, and how a stride-16 map becomes a mask.
+"""Blocks that VLT and LTS share: fusion by multiplication, and a decoder from stride 16.
 
-Shape legend: B batch, T words, C stage channels, D text width, d width of the method, h w sides at stride 16, S input side.
+Shape legend: B batch, T words, C stage channels, D text width, d width of the method, h w sides at
+stride 16, S input side.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coupalign.model.base import STAGES, ReferringModel
 from coupalign.model.decoder import MaskHead, SmoothingConv
 
 STRIDE = 16  # of the map on which both methods work
 
 
 class SentenceFusion(nn.Module):
-    """The stages at strides 8, 16 and 32 meet the sentence by multiplication, and each other at stride 16.
+    """Multiply the sentence into the stages at strides 8, 16 and 32, and merge them at stride 16.
 
     F_i = act(LN(W_i V_i)) * act(LN(U_i s))        F = conv3x3(W [pool(F_8), F_16, up(F_32)])
+
+    Args:
+        channels: C of the three stages, finest first.
+        word_width: D.
+        width: d.
+        act: the activation.
     """
 
     def __init__(
@@ -38,51 +44,59 @@ class SentenceFusion(nn.Module):
         self.smooth = SmoothingConv(width, width)
 
     def forward(self, stages: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """Three maps [B, H, W, C], finest first, and s [B, D] -> rectified [B, d, h, w]."""
-        met = [
-            (self.act(see(stage)) * self.act(say(sentence))[:, None, None]).permute(0, 3, 1, 2)
-            for see, say, stage in zip(self.pixels, self.sentences, stages)
+        """Fuse a sentence with three maps.
+
+        Args:
+            stages: [B, H, W, C] each, finest first.
+            sentence: s [B, D].
+
+        Returns:
+            F [B, d, h, w], after a ReLU.
+        """
+        # Multiply the sentence into every pixel of each stage.
+        products = []
+        for project_pixels, project_sentence, stage in zip(self.pixels, self.sentences, stages):
+            pixels = self.act(project_pixels(stage))  # [B, H, W, d]
+            filters = self.act(project_sentence(sentence))  # [B, d]
+            products.append((pixels * filters[:, None, None]).permute(0, 3, 1, 2))
+
+        # Bring all stages to stride 16 and merge them.
+        fine, middle, coarse = products
+        levels = [
+            F.avg_pool2d(fine, 2),
+            middle,
+            F.interpolate(coarse, size=middle.shape[2:], mode="bilinear", align_corners=False),
         ]
-        side = met[1].shape[2:]
-        level = [
-            F.avg_pool2d(met[0], 2),
-            met[1],
-            F.interpolate(met[2], size=side, mode="bilinear", align_corners=False),
-        ]
-        return torch.relu(self.smooth(self.mix(torch.cat(level, dim=1))))
+        return torch.relu(self.smooth(self.mix(torch.cat(levels, dim=1))))
 
 
 class MaskDecoder(nn.Sequential):
-    """Three 3x3 convolutions with GroupNorm, twice as fine after the first and the second, and a 1x1 to one logit:
-    [B, inputs, S/16, S/16] -> [B, 1, S/4, S/4]."""
+    """Decode a stride-16 map to one logit per stride-4 pixel.
+
+    Three 3x3 convolutions with GroupNorm, upsampled by two after the first and the second, then a
+    1x1 convolution. [B, inputs, S/16, S/16] -> [B, 1, S/4, S/4].
+    """
 
     def __init__(self, inputs: int, width: int):
-        finer = [nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
+        upsample = [nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)]
         super().__init__(
             SmoothingConv(inputs, width),
-            *finer,
+            *upsample,
             SmoothingConv(width, width),
-            *finer,
+            *upsample,
             MaskHead(width),
         )
 
 
-def coarser_stages(model: ReferringModel, image: Tensor) -> list[Tensor]:
-    """uint8 [B, 3, S, S] -> the image encoder's maps [B, H, W, C] at strides 8, 16 and 32."""
-    pixels, maps = model.normalized(image), []
-    for stage in range(STAGES):
-        pixels = model.image(stage, pixels)
-        maps.append(pixels)
-    return maps[1:]
+def average_words(words: Tensor, word_mask: Tensor) -> Tensor:
+    """Represent the sentence by the mean of its words.
 
-
-def mean_of_words(words: Tensor, word_mask: Tensor) -> Tensor:
-    """The sentence as the mean of its words: [B, T, D], zero where padded, and bool [B, T] -> [B, D]."""
+    [B, T, D], zero where padded, and bool [B, T] -> [B, D].
+    """
     return words.sum(1) / word_mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def enlarged(logits: Tensor, side: int) -> Tensor:
-    """[B, 1, S/4, S/4] -> float32 [B, S, S], bilinearly."""
-    return F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=False)[
-        :, 0
-    ]
+def enlarge_logits(logits: Tensor, side: int) -> Tensor:
+    """Enlarge bilinearly: [B, 1, S/4, S/4] -> float32 [B, S, S]."""
+    logits = F.interpolate(logits.float(), size=(side, side), mode="bilinear", align_corners=False)
+    return logits[:, 0]

@@ -1,22 +1,30 @@
-"""Bert against the BertModel of transformers, StagedText against both, padding, frozen groups, bad sizes."""
+"""StagedText: equality with the whole BERT, padding, frozen groups, sizes and their errors."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from coupalign.config.schema import BertText, SmallText
 from coupalign.errors import InputError
-from coupalign.model.bert import Bert, BertShape
-from coupalign.model.text import StagedText, _bounds, bert_config, write_shape
+from coupalign.model.text import (
+    StagedText,
+    _group_bounds,
+    bert_shape,
+    vocabulary_size,
+    write_bert_config,
+)
 
 SMALL = SmallText(width=16, layers=5, heads=2)
 
 
-def run(text: StagedText, words, mask):
+def run_groups(text: StagedText, words: Tensor, mask: Tensor) -> Tensor:
     state = text.embed(words, mask)
     for group in range(4):
         state = text(group, state, mask)
@@ -30,69 +38,37 @@ def test_four_groups_equal_the_whole_model():
     mask[1, 4:] = False
     oracle = BertModel(BertConfig(**asdict(text.bert.config)), add_pooling_layer=False).eval()
     oracle.load_state_dict(text.bert.state_dict())
-    want = oracle(input_ids=words, attention_mask=mask.long()).last_hidden_state
-    got = run(text, words, mask)
-    torch.testing.assert_close(got[mask], want[mask], rtol=1e-5, atol=1e-6)
-    assert not got[~mask].any()
+
+    actual = run_groups(text, words, mask)
+    expected = oracle(input_ids=words, attention_mask=mask.long()).last_hidden_state
+
+    torch.testing.assert_close(actual[mask], expected[mask], rtol=1e-5, atol=1e-6)
+    assert not actual[~mask].any()
 
 
-def test_the_start_the_numbers_and_the_gradients_are_those_of_transformers_bit_for_bit():
-    """Dropout included: whatever a seed gave with `transformers.BertModel` it gives with `Bert`."""
-    shape = BertShape(
-        vocab_size=70,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=32,
-    )
-    nets = []
-    for build in (
-        lambda: Bert(shape),
-        lambda: BertModel(
-            BertConfig(**asdict(shape), attn_implementation="sdpa"), add_pooling_layer=False
-        ),
-    ):
-        torch.manual_seed(3)
-        nets.append(build().train())
-    ours, theirs = nets
-    assert all(
-        a == b and torch.equal(p, q)
-        for (a, p), (b, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True)
-    )
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    words, bias = torch.randint(0, 70, (3, 9)), torch.zeros(3, 1, 1, 9)
-    bias[1, :, :, 4:] = -1e4
-    torch.manual_seed(5)
-    got = ours(words, bias)
-    torch.manual_seed(5)
-    want = theirs.embeddings(input_ids=words)
-    for layer in theirs.encoder.layer:
-        want = layer(want, bias)
-    assert torch.equal(got, want)
-    for out in (got, want):
-        out.square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
-
-
-def test_a_sentence_of_padding_stays_finite_in_every_type():
+def test_sentence_of_padding_stays_finite_under_autocast():
     text = StagedText(SMALL, 50)
     words, mask = torch.randint(0, 50, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+
     with torch.autocast("cpu", torch.bfloat16):
-        out = run(text, words, mask)
-    assert not out.any()
+        out = run_groups(text, words, mask)
     out.sum().backward()
+
+    assert not out.any()
     assert all(p.grad.isfinite().all() for p in text.parameters())
 
 
 @pytest.mark.parametrize("checkpointing", [True, "selective"])
-def test_checkpointing_changes_nothing(checkpointing):
+def test_checkpointing_keeps_gradients(checkpointing):
     torch.manual_seed(0)
     plain = StagedText(SMALL, 50)
     saving = StagedText(SMALL.model_copy(update={"checkpointing": checkpointing}), 50)
     saving.load_state_dict(plain.state_dict())
     words, mask = torch.randint(0, 50, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+
     for text in (plain, saving):
-        run(text, words, mask).square().sum().backward()
+        run_groups(text, words, mask).square().sum().backward()
+
     for a, b in zip(plain.parameters(), saving.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 
@@ -101,21 +77,31 @@ def test_checkpointing_changes_nothing(checkpointing):
     "layers, bounds", [(12, [0, 3, 6, 9, 12]), (4, [0, 1, 2, 3, 4]), (6, [0, 2, 4, 5, 6])]
 )
 def test_groups_are_as_equal_as_possible(layers, bounds):
-    assert _bounds(layers) == bounds
+    assert _group_bounds(layers) == bounds
 
 
-def test_layers_that_nothing_reads_are_frozen():
+def test_layers_of_unused_groups_are_frozen():
     text = StagedText(SMALL, 50, groups=2)
+
     frozen = {name.split(".")[3] for name, p in text.named_parameters() if not p.requires_grad}
+
     assert frozen == {"3", "4"}
 
 
-def test_bert_base_needs_no_network():
-    sizes = bert_config(BertText(dropout=0.2), 30522)
-    assert (sizes.num_hidden_layers, sizes.hidden_size, sizes.hidden_dropout_prob) == (12, 768, 0.2)
+def test_bert_base_shape_needs_no_network():
+    shape = bert_shape(BertText(dropout=0.2), 30522)
+
+    assert (shape.num_hidden_layers, shape.hidden_size, shape.hidden_dropout_prob) == (12, 768, 0.2)
 
 
-def test_a_folder_gives_the_sizes(tmp_path):
+def test_vocabulary_size_is_that_of_the_published_encoder(tmp_path):
+    BertConfig(vocab_size=70).save_pretrained(tmp_path)
+
+    assert vocabulary_size(BertText(weights=str(tmp_path))) == 70
+    assert vocabulary_size(SMALL) == 30522, "as many as bert-base-uncased are assumed"
+
+
+def test_bert_shape_is_read_from_a_folder_and_written_for_transformers(tmp_path):
     sizes = BertConfig(
         vocab_size=70,
         hidden_size=12,
@@ -124,44 +110,46 @@ def test_a_folder_gives_the_sizes(tmp_path):
         intermediate_size=8,
     )
     sizes.save_pretrained(tmp_path)
-    text = StagedText(BertText(weights=str(tmp_path)), 70)
+    config = BertText(weights=str(tmp_path))
+    copy = tmp_path / "copy"
+
+    text = StagedText(config, 70)
+    write_bert_config(config, 70, copy)
+
     assert text.width == 12 and text.bert.config.intermediate_size == 8
-    write_shape(text_config := BertText(weights=str(tmp_path)), 70, tmp_path / "again")
-    assert BertConfig.from_pretrained(tmp_path / "again").hidden_size == 12, (
-        "transformers reads what we write"
-    )
-    assert bert_config(BertText(weights=f"random:{tmp_path / 'again'}"), 70) == bert_config(
-        text_config, 70
-    )
+    assert BertConfig.from_pretrained(copy).hidden_size == 12
+    assert bert_shape(BertText(weights=f"random:{copy}"), 70) == bert_shape(config, 70)
 
 
-def test_the_defaults_are_those_of_transformers():
-    theirs = BertConfig()
-    assert {name: getattr(theirs, name) for name in asdict(BertShape())} == asdict(BertShape())
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BertText(), "30522 tokens, the tokenizer has 99"),
+        (SmallText(width=18, heads=4), "multiple of model.text.heads"),
+    ],
+)
+def test_bert_shape_refuses_other_vocabularies_and_bad_widths(config, message):
+    with pytest.raises(InputError, match=message):
+        bert_shape(config, 99)
 
 
-def test_bad_sizes_are_named(tmp_path):
-    with pytest.raises(InputError, match="30522 tokens, the tokenizer has 99"):
-        bert_config(BertText(), 99)
-    with pytest.raises(InputError, match="multiple of model.text.heads"):
-        bert_config(SmallText(width=18, heads=4), 99)
-    with pytest.raises(InputError, match="no BERT configuration there"):
-        bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text('{"model_type": "roberta", "hidden_size": 12}')
-    with pytest.raises(InputError, match="model_type roberta"):
-        bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "bert", "hidden_size": 12, "hidden_act": "relu"}'
-    )
-    with pytest.raises(InputError, match="no BERT configuration there.*'relu' is not gelu"):
-        bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "bert", "hidden_size": 12, "position_embedding_type": "relative_key"}'
-    )
-    with pytest.raises(InputError, match="'relative_key' is not absolute"):
-        bert_config(BertText(weights=str(tmp_path)), 99)
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "bert", "hidden_size": 12, "num_attention_heads": 5}'
-    )
-    with pytest.raises(InputError, match="12 is not a multiple of num_attention_heads 5"):
-        bert_config(BertText(weights=str(tmp_path)), 99)
+def test_bert_shape_refuses_a_folder_without_config(tmp_path):
+    with pytest.raises(InputError, match="no BERT configuration found.*config.json: no such file"):
+        bert_shape(BertText(weights=str(tmp_path)), 99)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model_type": "roberta"}, "no BERT configuration found.*model_type roberta"),
+        ({"hidden_act": "relu"}, "no BERT configuration found.*'relu' is not gelu"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key' is not absolute"),
+        ({"num_attention_heads": 5}, "12 is not a multiple of num_attention_heads 5"),
+    ],
+)
+def test_bert_shape_refuses_models_that_are_not_this_bert(values, message, tmp_path: Path):
+    config = {"model_type": "bert", "hidden_size": 12, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(InputError, match=message):
+        bert_shape(BertText(weights=str(tmp_path)), 99)
