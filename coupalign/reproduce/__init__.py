@@ -1,4 +1,4 @@
-"""Whole tables by one command: the runs that a table needs, the paper's numbers beside ours, a page to look at."""
+"""Train and score the runs of a table, then print our numbers next to the published ones."""
 
 from coupalign.reproduce.runs import make_shapes, plan_runs, run_all, submit
 from coupalign.reproduce.spec import read_table

@@ -1,4 +1,4 @@
-"""What a table consists of: a small YAML file with the published numbers and, for each method that we have, how to train it."""
+"""Read a table: a small YAML file with published numbers and, per method, how to train it here."""
 
 from __future__ import annotations
 
@@ -15,50 +15,54 @@ TABLES = Path("configs/tables")
 
 
 class TableRow(Section):
+    """One method of a table."""
+
     method: str
-    paper: dict[str, float] = Field({}, description="published number by column, percent")
+    paper: dict[str, float] = Field({}, description="Published numbers by column, in percent.")
     config: str | None = Field(
         None,
-        description="file in configs/ that trains it on the real data; none: not in this harness",
+        description="File in configs/ that trains it on real data. Null: not in this harness.",
     )
     shapes: tuple[str, ...] | None = Field(
-        None, description="the overrides of configs/refshapes.yaml that make it; none: no such row"
+        None,
+        description="Overrides of configs/refshapes.yaml that make it. Null: no such row there.",
     )
 
 
 class Table(Section):
+    """A table: published numbers and the runs that reproduce them."""
+
     title: str
-    source: str = Field(description="where the published numbers are from")
-    columns: tuple[str, ...] = Field(description='split and metric: "val oIoU"')
+    source: str = Field(description="Source of the published numbers.")
+    columns: tuple[str, ...] = Field(description='Split and metric per column: "val oIoU".')
     rows: tuple[TableRow, ...]
 
     @model_validator(mode="after")
-    def _columns_that_exist(self) -> Table:
+    def _columns_exist(self) -> Table:
         for column in self.columns:
-            split, _, metric = column.partition(" ")
+            metric = column.partition(" ")[2]
             if metric not in METRICS:
                 raise ValueError(
-                    f"column {column!r}: a split and one of {', '.join(METRICS)} are expected, such as 'val oIoU'"
+                    f"column {column!r}: a split and one of {', '.join(METRICS)} are expected, "
+                    "such as 'val oIoU'"
                 )
+
         for row in self.rows:
-            if strange := set(row.paper) - set(self.columns):
-                raise ValueError(
-                    f"row {row.method!r}: {sorted(strange)[0]!r} is none of the columns"
-                )
+            unknown = sorted(set(row.paper) - set(self.columns))
+            if unknown:
+                raise ValueError(f"row {row.method!r}: {unknown[0]!r} is not one of the columns")
         return self
 
 
 def read_table(name: str) -> Table:
-    """A table of configs/tables by its name, or any other by the path of its file.
+    """Read a table of configs/tables by its name, or any other by the path of its file.
 
     Raises:
-        InputError: there is none of that name (lists what is there), or the file is wrong.
+        InputError: there is no such table (lists those that exist), or the file is wrong.
     """
     path = Path(name) if name.endswith(".yaml") else TABLES / f"{name}.yaml"
     if not path.is_file():
-        known = (
-            ", ".join(sorted(file.stem for file in TABLES.glob("*.yaml")))
-            or "none: call it in the root of the checkout"
-        )
-        raise InputError(f"{path}: no such table; in {TABLES} there are {known}")
+        names = sorted(file.stem for file in TABLES.glob("*.yaml"))
+        listing = ", ".join(names) or "none: call it in the root of the checkout"
+        raise InputError(f"{path}: no such table; in {TABLES} there are {listing}")
     return read_section(Table, path)

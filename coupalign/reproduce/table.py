@@ -1,4 +1,4 @@
-"""A table with the published numbers beside ours: as text, as Markdown, as a page with the failures, and in MLflow."""
+"""Set our scores next to published numbers: text, Markdown, a page with failures, MLflow."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tabulate import tabulate
 
 from coupalign.config.schema import Config
 from coupalign.evaluation.metrics import Score
@@ -18,35 +19,83 @@ from coupalign.report import read_scores, write_page
 from coupalign.report.drawing import contact_sheet, save_png
 from coupalign.report.gallery import embedded
 from coupalign.report.pictures import read_pictures
-from coupalign.reproduce.runs import PlannedRun, check_same, config_of, is_done
+from coupalign.reproduce.runs import PlannedRun, config_of, is_done, refuse_other_configuration
 from coupalign.reproduce.spec import Table, TableRow
 from coupalign.tracking import open_tracker
 
-_FAILURES = 8
+MAX_FAILURES = 8
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A score in percent over the seeds that there are: mean, and the sample standard deviation where there are two or more."""
+    """A score in percent over seeds: mean, and sample standard deviation for two seeds or more."""
 
     mean: float
     std: float | None
     seeds: int
 
+    @classmethod
+    def of(cls, percentages: Sequence[float]) -> Numbers:
+        """Summarize one percentage per seed."""
+        std = statistics.stdev(percentages) if len(percentages) > 1 else None
+        return cls(statistics.fmean(percentages), std, len(percentages))
+
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.std is None else f"{self.mean:.2f} ± {self.std:.2f}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """One row: ours and, with the sentences shuffled among the samples, the same models; by column. Empty: there are no runs."""
+    """One row of a table with our scores.
+
+    Attributes:
+        ours: our numbers by column; empty if there are no runs.
+        blind: those of the same models with the sentences shuffled among the samples.
+        waiting: names of the runs that have no scores yet.
+    """
 
     row: TableRow
     runs: tuple[PlannedRun, ...]
     ours: Mapping[str, Numbers]
     blind: Mapping[str, Numbers]
     scores: tuple[Score, ...]
-    waiting: tuple[str, ...]  # names of the runs whose scores are not there
+    waiting: tuple[str, ...]
+
+    def lines(self, columns: Sequence[str], comparable: bool) -> Iterator[list[str]]:
+        """Yield the lines paper, ours, difference and blind, each a label and one cell per column.
+
+        Args:
+            comparable: whether a difference to the published numbers means anything.
+        """
+        paper = self.row.paper
+        if paper or not self.ours:
+            cells = [f"{paper[column]:.2f}" if column in paper else "–" for column in columns]
+            yield ["paper", *cells]
+
+        if self.ours:
+            yield ["ours", *(str(self.ours.get(column, "–")) for column in columns)]
+
+        if comparable and set(columns) & set(paper) & set(self.ours):
+            yield ["difference", *(self._difference(column) for column in columns)]
+
+        if self.blind:
+            yield ["blind", *(str(self.blind.get(column, "–")) for column in columns)]
+
+    def _difference(self, column: str) -> str:
+        if column in self.ours and column in self.row.paper:
+            return f"{self.ours[column].mean - self.row.paper[column]:+.2f}"
+        return "–"
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to values that JSON can hold."""
+        return {
+            "method": self.row.method,
+            "paper": self.row.paper,
+            "runs": [str(run.directory) for run in self.runs],
+            "ours": {column: vars(numbers) for column, numbers in self.ours.items()},
+            "blind": {column: vars(numbers) for column, numbers in self.blind.items()},
+            "leak": sorted({score.leak for score in self.scores}),
+        }
 
 
 def collect(
@@ -54,108 +103,118 @@ def collect(
     table: Table,
     changes: Sequence[str] = (),
 ) -> list[Result]:
-    """Read the scores of the runs that have all of theirs; what training alone has left behind is of another checkpoint.
+    """Read the scores of all runs that are complete.
+
+    Scores that training alone has left are not used: they are of another checkpoint.
 
     Raises:
-        InputError: a run is that of another configuration.
+        InputError: a run directory holds the run of another configuration.
     """
     results = []
     for row, runs in planned:
-        found: dict[str, list[Score]] = {}
+        by_split: dict[str, list[Score]] = {}
         waiting = []
         for run in runs:
             config = config_of(run, changes)
             if not is_done(run, config):
                 waiting.append(run.directory.name)
                 continue
-            check_same(run, changes)
-            for (split, rules, sentences), score in read_scores(run.directory).items():
-                if (rules, sentences) == (config.evaluate.protocol, "each"):
-                    found.setdefault(split, []).append(score)
+
+            refuse_other_configuration(run, changes)
+            for (split, protocol, sentences), score in read_scores(run.directory).items():
+                if protocol == config.evaluate.protocol and sentences == "each":
+                    by_split.setdefault(split, []).append(score)
+
         blind = {
             split: [score.language_blind for score in scores if score.language_blind]
-            for split, scores in found.items()
+            for split, scores in by_split.items()
         }
-        results.append(
-            Result(
-                row,
-                tuple(runs),
-                dict(_numbers(table.columns, found)),
-                dict(_numbers(table.columns, blind)),
-                tuple(score for scores in found.values() for score in scores),
-                tuple(waiting),
-            )
+        result = Result(
+            row=row,
+            runs=tuple(runs),
+            ours=_numbers_by_column(table.columns, by_split),
+            blind=_numbers_by_column(table.columns, blind),
+            scores=tuple(score for scores in by_split.values() for score in scores),
+            waiting=tuple(waiting),
         )
+        results.append(result)
     return results
 
 
 def text_table(table: Table, results: Sequence[Result], comparable: bool) -> str:
-    """For a terminal: up to four lines a method, published, ours, the difference, and with shuffled sentences."""
-    cells = [["method", "", *table.columns]]
-    for result in results:
-        cells += [
-            [result.row.method if place == 0 else "", *line]
-            for place, line in enumerate(_lines(result, table.columns, comparable))
-        ]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
-    body = [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
-    lines = [body[0], "-" * len(body[0]), *(line.rstrip() for line in body[1:])]
-    return "\n".join([table.title, "", *lines, "", *notes(table, results, comparable)])
+    """Format for a terminal: up to four lines per method (paper, ours, difference, blind)."""
+    rows = []
+    for method, cells in _labeled_lines(table, results, comparable):
+        rows.append([method, *cells])
+
+    align = ("left", "left", *("right" for _ in table.columns))
+    text = tabulate(
+        rows,
+        ["method", "", *table.columns],
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=align,
+    )
+    header, *lines = text.split("\n")
+    rule = "-" * max(map(len, [header, *lines]))
+    return "\n".join(
+        [table.title, "", header, rule, *lines, "", *notes(table, results, comparable)]
+    )
 
 
 def markdown_table(table: Table, results: Sequence[Result], comparable: bool) -> str:
-    """The same as Markdown."""
+    """Format as Markdown."""
     lines = [
         f"### {table.title}",
         "",
         f"| method | | {' | '.join(table.columns)} |",
         f"|---|---|{'---:|' * len(table.columns)}",
     ]
-    for result in results:
-        for place, line in enumerate(_lines(result, table.columns, comparable)):
-            lines.append(f"| {result.row.method if place == 0 else ''} | {' | '.join(line)} |")
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(table, results, comparable))])
+    for method, cells in _labeled_lines(table, results, comparable):
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+
+    bullets = [f"- {note}" for note in notes(table, results, comparable)]
+    return "\n".join([*lines, "", *bullets])
 
 
 def notes(table: Table, results: Sequence[Result], comparable: bool) -> list[str]:
-    """Everything that a reader must know: source, seeds, protocol, leaks, what is missing."""
-    scores = [score for result in results for score in result.scores]
+    """List what a reader must know: source, seeds, protocol, leaks, and what is missing."""
     published = any(result.row.paper for result in results)
     source = f"published: {table.source}; " if published else ""
-    said = [
-        f"{source}ours: mean ± standard deviation over seeds, in percent; blind: the same models with the sentences shuffled among the "
-        "samples"
+    lines = [
+        f"{source}ours: mean ± standard deviation over seeds, in percent; "
+        "blind: the same models with the sentences shuffled among the samples"
     ]
+
     if not comparable:
-        said.append(
-            "ours are of RefShapes, a small generated data set"
-            + (
-                ": they stand beside the published numbers only to show that the whole path works, and a difference would mean nothing"
-                if published
-                else ""
+        line = "ours are of RefShapes, a small generated data set"
+        if published:
+            line += (
+                ": they are next to the published numbers only to show that the whole path works, "
+                "and a difference would mean nothing"
             )
-        )
+        lines.append(line)
+
+    scores = [score for result in results for score in result.scores]
     if scores:
-        said.append(
-            f"protocol {', '.join(sorted({score.protocol for score in scores}))}: {scores[0].conditions.get('truth', '')}; "
-            f"{scores[0].conditions.get('threshold', '')}"
-        )
-    counts = sorted({number.seeds for result in results for number in result.ours.values()})
-    said += [f"seeds: {', '.join(map(str, counts))}"] if counts else []
-    said += [f"leak: {leak}" for leak in sorted({score.leak for score in scores})]
-    said += [
-        f"{result.row.method}: published only, not in this harness"
-        for result in results
-        if not result.runs
-    ]
+        protocols = ", ".join(sorted({score.protocol for score in scores}))
+        conditions = scores[0].conditions
+        truth, threshold = conditions.get("truth", ""), conditions.get("threshold", "")
+        lines.append(f"protocol {protocols}: {truth}; {threshold}")
+
+    seeds = sorted({numbers.seeds for result in results for numbers in result.ours.values()})
+    if seeds:
+        lines.append(f"seeds: {', '.join(map(str, seeds))}")
+    for leak in sorted({score.leak for score in scores}):
+        lines.append(f"leak: {leak}")
+    for result in results:
+        if not result.runs:
+            lines.append(f"{result.row.method}: published only, not in this harness")
+
     waiting = [name for result in results for name in result.waiting]
-    return said + ([f"not there yet: {', '.join(waiting)}"] if waiting else [])
+    if waiting:
+        lines.append(f"not there yet: {', '.join(waiting)}")
+    return lines
 
 
 def publish(
@@ -166,133 +225,125 @@ def publish(
     config: Config,
     comparable: bool,
 ) -> list[Path]:
-    """Write table.txt, table.md, table.json, failures.png and index.html, and log them to the tracking server of `config`."""
+    """Write table.txt, table.md, table.json, failure pictures and index.html, and track them.
+
+    Returns:
+        the files. They are artifacts of the run `name` on the tracking server of `config`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plain, marked = (
-        text_table(table, results, comparable),
-        markdown_table(table, results, comparable),
-    )
-    for file, words in (("table.txt", plain), ("table.md", marked)):
-        with whole_file(folder / file, "w") as stream:
-            stream.write(words + "\n")
-    write_json(folder / "table.json", [_as_json(result) for result in results])
-    written = [folder / "table.txt", folder / "table.md", folder / "table.json"]
-    sheets = dict(_failures(results))
-    for method, sheet in sheets.items():
-        written.append(folder / f"failures-{_slug(method)}.png")
-        save_png(written[-1], sheet)
-    written.append(_page(folder / "index.html", table, results, comparable))
-    with open_tracker(
-        config.tracking, folder, name, rank=0, tags={"table": table.title}
-    ) as tracker:
-        for file in written:
+    files = [folder / "table.txt", folder / "table.md", folder / "table.json"]
+    texts = (text_table(table, results, comparable), markdown_table(table, results, comparable))
+    for file, text in zip(files, texts):
+        with whole_file(file, "w") as stream:
+            stream.write(text + "\n")
+    write_json(folder / "table.json", [result.to_json() for result in results])
+
+    for method, sheet in _failure_sheets(results):
+        files.append(_failure_file(folder, method))
+        save_png(files[-1], sheet)
+    files.append(_write_table_page(folder / "index.html", table, results, comparable))
+
+    tags = {"table": table.title}
+    with open_tracker(config.tracking, folder, name, rank=0, tags=tags) as tracker:
+        for file in files:
             tracker.artifact(file)
-    return written
+    return files
 
 
-def _numbers(
+def _numbers_by_column(
     columns: Iterable[str], scores: Mapping[str, Sequence[Score]]
-) -> Iterator[tuple[str, Numbers]]:
+) -> dict[str, Numbers]:
+    numbers = {}
     for column in columns:
         split, _, metric = column.partition(" ")
-        values = [100 * score.metrics[metric] for score in scores.get(split, ())]
-        if values:
-            yield (
-                column,
-                Numbers(
-                    statistics.fmean(values),
-                    statistics.stdev(values) if len(values) > 1 else None,
-                    len(values),
-                ),
-            )
+        percentages = [100 * score.metrics[metric] for score in scores.get(split, ())]
+        if percentages:
+            numbers[column] = Numbers.of(percentages)
+    return numbers
 
 
-def _lines(result: Result, columns: Sequence[str], comparable: bool) -> Iterator[list[str]]:
-    paper = result.row.paper
-    if paper or not result.ours:
-        yield ["paper", *(f"{paper[column]:.2f}" if column in paper else "–" for column in columns)]
-    if result.ours:
-        yield ["ours", *(str(result.ours.get(column, "–")) for column in columns)]
-    both = [column for column in columns if column in paper and column in result.ours]
-    if both and comparable:
-        yield [
-            "difference",
-            *(
-                f"{result.ours[column].mean - paper[column]:+.2f}" if column in both else "–"
-                for column in columns
-            ),
-        ]
-    if result.blind:
-        yield ["blind", *(str(result.blind.get(column, "–")) for column in columns)]
-
-
-def _failures(results: Sequence[Result]) -> Iterator[tuple[str, Image.Image]]:
-    """For each method the worst predictions of its first run, of those that were kept."""
+def _labeled_lines(
+    table: Table, results: Sequence[Result], comparable: bool
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the lines of all rows. Only the first line of a row names the method."""
     for result in results:
-        for run in result.runs[:1]:
-            for folder in sorted((run.directory / "pictures").glob("*/"))[:1]:
-                kept = read_pictures(folder).get("worst", [])[:_FAILURES]
-                if kept:
-                    yield (
-                        result.row.method,
-                        contact_sheet(
-                            [Image.open(folder / one.file).convert("RGB") for one in kept], 1
-                        ),
-                    )
+        method = result.row.method
+        for cells in result.lines(table.columns, comparable):
+            yield method, cells
+            method = ""
 
 
-def _page(path: Path, table: Table, results: Sequence[Result], comparable: bool) -> Path:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    lines = []
+def _failure_sheets(results: Sequence[Result]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield for each method the worst kept predictions of its first run."""
     for result in results:
-        for place, (kind, *cells) in enumerate(_lines(result, table.columns, comparable)):
-            name = escape(result.row.method) if place == 0 else ""
-            numbers = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            lines.append(f'<tr class="{kind}"><th>{name}</th><td>{kind}</td>{numbers}</tr>')
-    said = "".join(
+        if not result.runs:
+            continue
+        folders = sorted((result.runs[0].directory / "pictures").glob("*/"))
+        if not folders:
+            continue
+
+        worst = read_pictures(folders[0]).get("worst", [])[:MAX_FAILURES]
+        images = [Image.open(folders[0] / saved.file).convert("RGB") for saved in worst]
+        if images:
+            yield result.row.method, contact_sheet(images, 1)
+
+
+def _failure_file(folder: Path, method: str) -> Path:
+    return folder / f"failures-{_slug(method)}.png"
+
+
+def _write_table_page(
+    path: Path, table: Table, results: Sequence[Result], comparable: bool
+) -> Path:
+    sections = [
+        f"<header><h1>{escape(table.title)}</h1></header>",
+        _table_section(table, results, comparable),
+    ]
+    for method, _ in _failure_sheets(results):
+        sections.append(_failure_section(method, _failure_file(path.parent, method)))
+    sections.append(_links_section(results))
+    return write_page(path, table.title, sections)
+
+
+def _table_section(table: Table, results: Sequence[Result], comparable: bool) -> str:
+    columns = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    rows = [f"<tr><th>method</th><th></th>{columns}</tr>"]
+    for method, (label, *cells) in _labeled_lines(table, results, comparable):
+        numbers = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr class="{label}"><th>{escape(method)}</th><td>{label}</td>{numbers}</tr>')
+
+    paragraphs = [
         f'<p class="quiet">{escape(note)}</p>' for note in notes(table, results, comparable)
-    )
-    links = "".join(
-        f'<li><a href="../{escape(run.directory.name)}/report.html">{escape(run.directory.name)}</a></li>'
-        for result in results
-        for run in result.runs
-        if (run.directory / "report.html").is_file()
-    )
-    return write_page(
-        path,
-        table.title,
-        [
-            f"<header><h1>{escape(table.title)}</h1></header>",
-            f'<section class="wide"><table><tr><th>method</th><th></th>{head}</tr>{"".join(lines)}</table>{said}</section>',
-            *(
-                _failure_section(method, path.with_name(f"failures-{_slug(method)}.png"))
-                for method, _ in _failures(results)
-            ),
-            f"<section><h2>The runs</h2><ul>{links}</ul></section>" if links else "",
-        ],
-    )
+    ]
+    return f'<section class="wide"><table>{"".join(rows)}</table>{"".join(paragraphs)}</section>'
 
 
 def _failure_section(method: str, file: Path) -> str:
+    name = escape(method)
     return (
-        f'<section><h2>Failures: {escape(method)}</h2><p class="quiet">The worst predictions of its first run, of the samples that '
-        f'the first rank scored.</p><img class="sheet" alt="failures of {escape(method)}" src="{embedded(file)}"></section>'
+        f'<section><h2>Failures: {name}</h2><p class="quiet">The worst predictions of its first '
+        "run, of the samples that the first rank scored.</p>"
+        f'<img class="sheet" alt="failures of {name}" src="{embedded(file)}"></section>'
     )
 
 
-def _as_json(result: Result) -> dict[str, Any]:
-    return {
-        "method": result.row.method,
-        "paper": result.row.paper,
-        "runs": [str(run.directory) for run in result.runs],
-        "ours": {column: vars(numbers) for column, numbers in result.ours.items()},
-        "blind": {column: vars(numbers) for column, numbers in result.blind.items()},
-        "leak": sorted({score.leak for score in result.scores}),
-    }
+def _links_section(results: Sequence[Result]) -> str:
+    links = []
+    for result in results:
+        for run in result.runs:
+            if (run.directory / "report.html").is_file():
+                name = escape(run.directory.name)
+                links.append(f'<li><a href="../{name}/report.html">{name}</a></li>')
+
+    if not links:
+        return ""
+    return f"<section><h2>The runs</h2><ul>{''.join(links)}</ul></section>"
 
 
-def _slug(words: str) -> str:
-    return "".join(
+def _slug(text: str) -> str:
+    """Turn a method's name into a file name."""
+    letters = [
         letter if letter.isalnum() or letter in "./_-" else "-"
-        for letter in words.replace("@", "_at_")
-    ).strip("-")
+        for letter in text.replace("@", "_at_")
+    ]
+    return "".join(letters).strip("-")

@@ -263,7 +263,7 @@ def test_asked_to_stop_it_stops_its_runs_and_says_so(launcher: Path) -> None:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=30)[1]
-    assert process.returncode == 75 and "the same command goes on" in said
+    assert process.returncode == 75 and "repeat the same command to resume" in said
 
 
 def test_slurm_gets_an_array_for_each_configuration(
