@@ -290,15 +290,17 @@ def forward_wide_kernel(
             # [P_, C_] and [W, C_]
             v = tl.load(PIXELS + at_tile, mask=mask, other=0.0)
             u = tl.load(VALUES + at_words, mask=word_mask, other=0.0)
-            o = _dot(p, u)
-            tl.store(FROM_WORDS + at_tile, o.to(dtype), mask=mask)
 
-            # [C_, W], zero before the first tile
+            # Every word reads the pixels of this tile: [C_, W], zero before the first tile.
             at_sums, sum_mask = _block(channel, channel < C, column, W, WHOLE=True)
             at_sums += part * C * W
             sums = tl.load(SUMS + at_sums, mask=sum_mask & (i > 0), other=0.0)
             sums = _add_dot(sums * shrink[None, :], tl.trans(v), q)
             tl.store(SUMS + at_sums, sums, mask=sum_mask)
+
+            # Every pixel reads the words.
+            o = _dot(p, u)
+            tl.store(FROM_WORDS + at_tile, o.to(dtype), mask=mask)
 
         tl.debug_barrier()  # the next tile reads sums that other threads of this program wrote
 
