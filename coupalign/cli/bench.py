@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coupalign.cli.options import Answer, add_file_and_overrides, add_verb
-from coupalign.errors import ExitStatus, InputError
+from coupalign.cli.options import Answer, add_file_and_overrides, add_verb, ok_or_no
+from coupalign.errors import InputError
 
 if TYPE_CHECKING:
     from coupalign.bench.machine import Result
@@ -35,6 +35,7 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         run_bench,
         "measure a training step, the loader, scoring, the start, kernels, traffic or data order",
     )
+    # What to measure.
     parser.add_argument(
         "what",
         choices=tuple(_KINDS),
@@ -46,6 +47,8 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         "YAML file, for step, loader, eval, startup and traffic",
         optional=True,
     )
+
+    # How to measure it. Each flag is for some kinds only.
     parser.add_argument(
         "--batch",
         type=int,
@@ -88,6 +91,8 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         metavar="SAMPLES",
         help="loader: measure the memory of the workers while they read this many samples",
     )
+
+    # What to do with the result.
     parser.add_argument(
         "--out", type=Path, help="step, loader, eval, startup: write the result as JSON"
     )
@@ -104,7 +109,7 @@ def run_bench(options: argparse.Namespace) -> Answer:
         raise InputError("--batch must be at least 1")
     if (options.what in _KINDS_WITH_CONFIG) != bool(options.config):
         raise InputError(
-            f"bench {', '.join(_KINDS_WITH_CONFIG)} need a configuration, the other kinds take "
+            f"bench {', '.join(_KINDS_WITH_CONFIG)} need a configuration, the other benches take "
             "none: coupalign bench step configs/demo.yaml"
         )
 
@@ -252,7 +257,7 @@ def _bench_registers() -> Answer:
         "(shared memory exceeded, or registers spilled on sm_90)"
     )
     rows = [result.row() for result in results]
-    return Answer(rows, ExitStatus.NO if faults else ExitStatus.OK)
+    return Answer(rows, ok_or_no(not faults))
 
 
 def _bench_traffic(options: argparse.Namespace) -> Answer:
@@ -272,4 +277,4 @@ def _bench_order() -> Answer:
 
     bench = bench_order()
     print(table(bench))
-    return Answer(bench.to_json(), ExitStatus.NO if bench.faults else ExitStatus.OK)
+    return Answer(bench.to_json(), ok_or_no(not bench.faults))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from coupalign.cli.options import Answer, add_file_and_overrides, add_verb
-from coupalign.errors import ExitStatus, InputError
+from coupalign.cli.options import Answer, add_file_and_overrides, add_verb, ok_or_no
+from coupalign.errors import InputError
 
 
 def add_synth(verbs: argparse._SubParsersAction) -> None:
@@ -69,11 +69,12 @@ def run_pack(options: argparse.Namespace) -> Answer:
 
     recipe = read_recipe(options.recipe, options.overrides)
 
+    # Read everything, write nothing.
     if options.dry_run:
         report = inspect(recipe)
         print(report.table())
         is_complete = not report.missing_images and not report.missing_annotations
-        return Answer(report.to_json(), ExitStatus.OK if is_complete else ExitStatus.NO)
+        return Answer(report.to_json(), ok_or_no(is_complete))
 
     out = options.out or recipe.out
     if out is None:
@@ -111,10 +112,8 @@ def run_verify(options: argparse.Namespace) -> Answer:
 
     # One directory answers with an object, several with a list of them.
     values = [report.to_json() for report in reports]
-    is_intact = all(report.ok for report in reports)
-    return Answer(
-        values[0] if len(values) == 1 else values, ExitStatus.OK if is_intact else ExitStatus.NO
-    )
+    value = values[0] if len(values) == 1 else values
+    return Answer(value, ok_or_no(all(report.ok for report in reports)))
 
 
 def _count_leaks(options: argparse.Namespace) -> Answer:

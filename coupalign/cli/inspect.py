@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from coupalign.cli.options import Answer, add_file_and_overrides, add_verb
-from coupalign.errors import ExitStatus, InputError
+from coupalign.cli.options import Answer, add_file_and_overrides, add_verb, ok_or_no
+from coupalign.errors import InputError
 
 # The keys of `costs.plan.GPUS`, which imports torch; a test holds the two together.
 GPUS = ("a100-40", "a100-80", "h100", "h200", "rtx4090", "rtx3090", "v100-32")
@@ -89,6 +89,7 @@ def run_config(options: argparse.Namespace) -> Answer:
         print(dump(config), end="")
         return Answer(config.model_dump(mode="json"))
 
+    # What DeepSpeed is given is derived from the configuration.
     if config.engine.kind != "deepspeed":
         raise InputError(
             f"{options.config}: engine.kind is {config.engine.kind}; add engine.kind=deepspeed"
@@ -139,8 +140,8 @@ def _examine_job(run_dir: Path) -> Answer:
         seconds_to_join = time.perf_counter() - began
         findings = examine_job(run_dir, world, seconds_to_join)
 
-    has_failed = any(finding.verdict == "FAIL" for finding in findings)
-    status = ExitStatus.NO if has_failed else ExitStatus.OK
+    # All ranks end with the same status; the first one reports.
+    status = ok_or_no(all(finding.verdict != "FAIL" for finding in findings))
     if not world.is_main:
         return Answer(status=status)
     print(findings_table(findings))

@@ -24,6 +24,11 @@ class Answer:
     status: ExitStatus = ExitStatus.OK
 
 
+def ok_or_no(ok: bool) -> ExitStatus:
+    """The status of a check: OK if it passed, NO if it did not."""
+    return ExitStatus.OK if ok else ExitStatus.NO
+
+
 def add_verb(
     verbs: argparse._SubParsersAction,
     name: str,

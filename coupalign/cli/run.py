@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coupalign.cli.options import Answer, add_file_and_overrides, add_overrides, add_verb
+from coupalign.cli.options import Answer, add_file_and_overrides, add_overrides, add_verb, ok_or_no
 from coupalign.compat import garbage_collection_paused
 from coupalign.errors import ExitStatus, InputError
 
@@ -64,6 +64,7 @@ def run_train(options: argparse.Namespace) -> Answer:
 
 def add_eval(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(verbs, "eval", run_eval, "score a trained model")
+    # What to score.
     add_file_and_overrides(
         parser, "run_path", "run directory (its best checkpoint is taken) or a checkpoint"
     )
@@ -73,6 +74,8 @@ def add_eval(verbs: argparse._SubParsersAction) -> None:
         help="split to score; repeat it for several; default: those of the configuration",
     )
     parser.add_argument("--index", help="another shard directory to take the splits from")
+
+    # How to score it.
     parser.add_argument(
         "--protocol",
         choices=(*PROTOCOLS, "all"),
@@ -106,17 +109,20 @@ def run_eval(options: argparse.Namespace) -> Answer:
             from coupalign.engine.open_checkpoint import find_checkpoint
             from coupalign.evaluation.evaluator import Stopped
             from coupalign.scoring.checkpoint import run_directory, score_checkpoint
+            from coupalign.scoring.splits import ScoreRequest
 
         try:
             scores = score_checkpoint(
                 options.run_path,
                 options.overrides,
-                options.split or (),
+                splits=options.split or (),
                 index=options.index,
-                protocol=options.protocol,
-                sentences=options.sentences,
-                language_blind=options.language_blind,
-                pictures=options.pictures,
+                request=ScoreRequest.from_names(
+                    options.protocol,
+                    options.sentences,
+                    language_blind=options.language_blind,
+                    pictures=options.pictures,
+                ),
                 stop=stop,
             )
         except Stopped:
@@ -245,8 +251,9 @@ def run_predict(options: argparse.Namespace) -> Answer:
 
     if not options.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
+    # A file or folder may hold unreadable images; a single one raises an InputError.
     has_unreadable = isinstance(results, list) and any("error" in result for result in results)
-    return Answer(results, ExitStatus.NO if has_unreadable else ExitStatus.OK)
+    return Answer(results, ok_or_no(not has_unreadable))
 
 
 def add_reproduce(verbs: argparse._SubParsersAction) -> None:
@@ -257,6 +264,7 @@ def add_reproduce(verbs: argparse._SubParsersAction) -> None:
         "train and score every run of a paper table, then print our numbers next to the published "
         "ones",
     )
+    # What to run.
     parser.add_argument(
         "table",
         help="table1, table2, table3, main, methods, additions or decoder, see configs/tables/; "
@@ -281,6 +289,8 @@ def add_reproduce(verbs: argparse._SubParsersAction) -> None:
         default=1,
         help="runs per row; use three or more to claim anything; default 1",
     )
+
+    # How to run it.
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at the same time on this machine; default 1"
     )
@@ -362,7 +372,7 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
         "files": [str(file) for file in files],
         "failed": [str(outcome.run.directory) for outcome in failed],
     }
-    return Answer(value, ExitStatus.NO if failed else ExitStatus.OK)
+    return Answer(value, ok_or_no(not failed))
 
 
 def add_report(verbs: argparse._SubParsersAction) -> None:
@@ -380,7 +390,7 @@ def _write_page(run: Path) -> Path:
     """Write the page of a run. If the run is tracked, send page, scores and pictures to MLflow."""
     from coupalign.config.load import read_config
     from coupalign.report import report_run
-    from coupalign.scoring.checkpoint import publish_scores
+    from coupalign.scoring.publish import publish_scores
 
     page = report_run(run)
     print(f"page: {page}")
@@ -409,4 +419,4 @@ def run_track(options: argparse.Namespace) -> Answer:
         f"{result.rows} rows and {result.artifacts} artifacts sent; "
         f"{result.rows_left} rows and {result.artifacts_left} artifacts left {result.error or ''}"
     )
-    return Answer(asdict(result), ExitStatus.NO if result.error else ExitStatus.OK)
+    return Answer(asdict(result), ok_or_no(not result.error))
