@@ -32,11 +32,12 @@ def setting(
     Args:
         default: the value without a configuration; `...` makes the field required.
         description: what the setting does, with its unit; for documentation and error messages.
-        numeric: whether another value can lead to other weights or other scores (beyond rounding).
-            A field that holds a section speaks for everything in it when it says False.
+        numeric: whether another value can lead to other weights or other scores, beyond rounding.
         resumable: whether a run may resume from its checkpoint with another value.
             Default: only if the field is not numeric. `train.steps` is both numeric and resumable.
         constraints: passed to pydantic's `Field`, such as `ge=0`.
+
+    On a field that holds a section, numeric=False and resumable=True hold for all of the section.
     """
     effects = {"numeric": numeric, "resumable": not numeric if resumable is None else resumable}
     return Field(default, description=description, json_schema_extra=effects, **constraints)
@@ -433,10 +434,16 @@ class ScheduleConfig(Section):
     """Learning rate over the run, relative to its peak."""
 
     kind: Literal["poly", "cosine"] = setting(
-        "poly", "Curve from the end of the warm-up down to 0."
+        "poly", "Curve from the end of the warm-up down to `final`."
     )
     power: float = setting(0.9, "poly only: exponent of the curve.", gt=0)
     warmup_steps: int = setting(0, "Steps of the linear rise from 0 to the peak.", ge=0)
+    final: float = setting(
+        0.0,
+        "Share of the peak learning rate at the end of the run. 1.0 keeps the rate constant.",
+        ge=0,
+        le=1,
+    )
 
 
 class EmaConfig(Section):
@@ -682,16 +689,15 @@ class Config(Section):
         return self
 
 
+# Keys of earlier versions that old files may still have, and what to do about each.
 FORMER_KEYS = {
     "data.mix": "it is now called data.leaks: refuse (the default), exclude (was clean) "
     "or allow (was leaky)",
     "model.sma.sentence": "it was removed, the sentence is always the final [CLS] state; delete it",
-    "schedule.final": "it was removed, the learning rate always falls to 0; delete it",
 }
-"""Keys of earlier versions, which old files may still have, and what to do about each."""
 
+# Values of earlier versions by (key, value), and their new names.
 FORMER_VALUES = {
     ("data.leaks", "clean"): "exclude",
     ("data.leaks", "leaky"): "allow",
 }
-"""Values of earlier versions, and their new names."""

@@ -96,7 +96,6 @@ def test_mistake_names_file_key_and_remedy(tmp_path: Path, text: str, parts: lis
         ("data: {leaks: clean}", ["data.leaks", "found 'clean'", "now called 'exclude'"]),
         ("data: {leaks: leaky}", ["data.leaks", "found 'leaky'", "now called 'allow'"]),
         ("model: {sma: {sentence: cls}}", ["model.sma.sentence", "removed", "delete it"]),
-        ("schedule: {final: 0.1}", ["schedule.final", "removed", "delete it"]),
     ],
 )
 def test_key_or_value_of_an_earlier_version_names_the_new_one(

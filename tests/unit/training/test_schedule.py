@@ -10,12 +10,12 @@ from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
 
 @pytest.mark.parametrize("kind", ["poly", "cosine"])
 def test_it_rises_to_one_and_falls_to_the_end(kind: str) -> None:
-    schedule = ScheduleConfig(kind=kind, warmup_steps=10)
+    schedule = ScheduleConfig(kind=kind, warmup_steps=10, final=0.1)
     scales = [lr_scale(step, 110, schedule) for step in range(111)]
     assert scales[:10] == [(step + 1) / 10 for step in range(10)]
     assert scales[10] == 1.0
     assert all(later <= earlier for earlier, later in zip(scales[10:], scales[11:]))
-    assert scales[110] == pytest.approx(0.0)
+    assert scales[110] == pytest.approx(0.1)
 
 
 def test_poly_is_lavts() -> None:
