@@ -22,7 +22,7 @@ from coupalign.files import whole_file
 
 CONTINUATION = "##"  # opens a piece that does not start a word
 MAX_RARE_CHARACTERS = 1000  # besides ASCII letters and digits; rarer ones become [UNK]
-MIN_PAIR_COUNT = 2  # a pair that occurs once does not deserve a line
+MIN_PAIR_COUNT = 2  # a pair that occurs only once is not merged
 
 Pair = tuple[str, str]
 
