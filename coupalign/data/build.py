@@ -76,6 +76,8 @@ def build_train_loader(
     """
     if not config.train:
         raise InputError("data.train is empty: name at least one source to train on")
+
+    # Refuse a batch that cannot be shared before anything is opened.
     positions = rank_slice(global_batch, world)
     part_share(global_batch, config.canonical_nodes, world.size)
 
@@ -127,7 +129,7 @@ def build_eval_loader(
 
     Args:
         batch: samples per batch.
-        limit: take at most so many samples of each rule, evenly spaced and renumbered.
+        limit: the most samples to take of each rule, evenly spaced and renumbered. None: all.
         shuffle_sentences: the language-blind control: give each sample the sentence of another one.
         images: also hand out each photograph at its original size.
         rules: which sentences of a ref to read, see `evaluation_table`.
@@ -200,7 +202,7 @@ def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts_read: int
 
 
 def _eval_batches(samples: int, batch: int, world: World) -> list[list[int]]:
-    """List the sample numbers of each of this rank's batches; every rank gets equally many."""
+    """List the sample numbers of each of this rank's batches; every rank gets the same number."""
     batches = [
         list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)
     ]

@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 MIN_CORNERS = 3  # a polygon with fewer points has no area
 
-# Below so many pixels, decoding the whole mask is faster than decoding some of its pixels.
+# Decoding a whole mask of fewer pixels is faster than decoding some of its pixels.
 SMALL_MASK = 1 << 16
 
 

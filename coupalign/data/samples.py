@@ -82,7 +82,7 @@ class SampleReader:
         self._latest: dict[str, tuple[tuple[int, ...], Any]] = {}  # see `_reuse`
 
     def allocate(self, samples: int, *, target: bool) -> BatchBuffers:
-        """Allocate the memory of so many samples, with or without their targets."""
+        """Allocate the memory of a batch, with or without its targets."""
         size = self.config.image_size
         image = _allocate(samples, size, size, 3, dtype=torch.uint8)
         targets = _allocate(samples, size, size, dtype=torch.bool) if target else None
@@ -107,7 +107,7 @@ class SampleReader:
         stored = []
         for _, number in keys:
             record = self._read_record(number)
-            with self._blaming(number, "jpg"):
+            with self._bad_sample_if_wrong(number, "jpg"):
                 stored.append((record, self._read_jpeg(number)))
 
         # Draw the sentences and the augmentation.
@@ -119,15 +119,15 @@ class SampleReader:
         # Decode and resize the images.
         for draft, (_, jpeg), square in zip(drafts, stored, image):
             frame = draft.info.frame
-            with self._blaming(draft.info.number, "jpg"):
+            with self._bad_sample_if_wrong(draft.info.number, "jpg"):
                 pixels = transforms.decode_image(jpeg, frame)
                 transforms.image_to_square(
                     pixels, frame, mirrored=draft.mirrored, jitter=draft.jitter, out=square
                 )
 
-        # Sample the masks.
+        # Write the masks.
         for draft, square in zip(drafts, target):
-            with self._blaming(draft.info.number, "json"):
+            with self._bad_sample_if_wrong(draft.info.number, "json"):
                 rle = draft.record["rle"]
                 transforms.rle_to_square(rle, draft.info.frame, mirrored=draft.mirrored, out=square)
 
@@ -150,7 +150,7 @@ class SampleReader:
 
         frame = self._frame(record)
         image_key = (int(self.table.index[number]), int(self.table.image[number]))
-        with self._blaming(number, "jpg"):
+        with self._bad_sample_if_wrong(number, "jpg"):
             pixels = self._reuse(
                 "decoded for the frame",
                 image_key,
@@ -218,7 +218,7 @@ class SampleReader:
         store, image = self._locate(number)
         entry = image.refs[self.table.ref[number]]
 
-        with self._blaming(number, "json"):
+        with self._bad_sample_if_wrong(number, "json"):
             record = json.loads(store.read(image.shard, *image.json))
             ref = record["refs"][self.table.ref[number]]
 
@@ -264,7 +264,7 @@ class SampleReader:
         """Return the full name of a sample, and the sentence `chosen` (a number, or `ALL`)."""
         field = _TEXT_FIELD[self.config.sentence]
         label = self.table.label(number)
-        with self._blaming(number, "json"):
+        with self._bad_sample_if_wrong(number, "json"):
             if chosen == ALL:
                 texts = [sentence[field] for sentence in record["sentences"]]
                 return f"{label}/all", " ".join(texts)
@@ -275,7 +275,7 @@ class SampleReader:
     def _decode_mask(self, number: int, record: RefRecord) -> np.ndarray:
         """Decode the mask of a sample, bool [H, W]."""
         size = (record["height"], record["width"])
-        with self._blaming(number, "json"):
+        with self._bad_sample_if_wrong(number, "json"):
             mask = masks.decode(record["rle"])
             if mask.shape != size:
                 raise ValueError(f"the mask is {mask.shape}, its image is {size}")
@@ -313,8 +313,8 @@ class SampleReader:
         return self._latest[what][1]
 
     @contextmanager
-    def _blaming(self, number: int, file: str) -> Iterator[None]:
-        """Turn an error about wrong bytes into a BadSample that names their place.
+    def _bad_sample_if_wrong(self, number: int, file: str) -> Iterator[None]:
+        """Turn an error about wrong bytes into a BadSample that says where they are.
 
         Args:
             file: the file of the sample that is being read, "jpg" or "json".

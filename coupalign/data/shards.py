@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 4
 FIRST_DELAY_S = 0.5  # before the second attempt; doubled before each further one
-SILENCE_TIMEOUT_S = 60.0  # an attempt has failed after so long without a byte
+SILENCE_TIMEOUT_S = 60.0  # without a byte, after which an attempt has failed
 
 MAX_OPEN_LOCAL = 64  # files that a process keeps open
 MAX_OPEN_CACHED = 2  # cached shards that a process keeps open, which therefore cannot be evicted

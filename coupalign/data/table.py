@@ -25,7 +25,7 @@ Rule = Literal["each", "first", "concatenated"]
 RULES: tuple[Rule, ...] = ("each", "first", "concatenated")
 
 # In `SampleTable.sentence`, in place of the number of a sentence.
-RANDOM = -1  # one of the ref's sentences, drawn anew in each epoch
+RANDOM = -1  # one of the ref's sentences, drawn again in each epoch
 ALL = -2  # all of the ref's sentences, joined with a space
 
 _CONTROL_SEED = 77  # of the language-blind control, the same in every run
@@ -147,7 +147,7 @@ def evaluation_table(
     are among those of "each", unless a limit thins out both.
 
     Args:
-        limit: take at most so many samples of each rule, evenly spaced.
+        limit: the most samples to take of each rule, evenly spaced. None: all.
 
     Returns:
         the table, and for each rule the numbers of its samples in the table.
@@ -201,29 +201,29 @@ def sentence_donors(table: SampleTable) -> np.ndarray:
 
 def _derangement(image_ids: np.ndarray) -> np.ndarray:
     """Permute samples without fixed points, to another image where possible; int64 [n] -> [n]."""
-    count = len(image_ids)
-    if count < 2:
+    samples = len(image_ids)
+    if samples < 2:
         raise InputError(
             "the language-blind control exchanges sentences between samples: it needs two or more"
         )
 
     # Put the images, and the samples of an image, into a random order. The samples of an image
     # stay neighbors.
-    generator = np.random.default_rng(np.random.SeedSequence([_CONTROL_SEED, count]))
+    generator = np.random.default_rng(np.random.SeedSequence([_CONTROL_SEED, samples]))
     _, group, sizes = np.unique(image_ids, return_inverse=True, return_counts=True)
-    sample_keys = generator.permutation(count)
+    sample_keys = generator.permutation(samples)
     image_keys = generator.permutation(len(sizes))
     order = np.lexsort((sample_keys, image_keys[group]))
 
     # A shift by the size of the largest group leads out of every group.
-    shift = int(sizes.max()) if sizes.max() < count else 1
-    donors = np.empty(count, np.int64)
+    shift = int(sizes.max()) if sizes.max() < samples else 1
+    donors = np.empty(samples, np.int64)
     donors[order] = np.roll(order, -shift)
     return donors
 
 
 def _sentences_of(sentences: int, unit: str) -> list[int]:
-    """List the samples of a ref with so many sentences, as values of `SampleTable.sentence`."""
+    """List the samples of a ref by its number of sentences, as `SampleTable.sentence` has them."""
     if not sentences:
         return []
     if unit == "ref":

@@ -99,10 +99,10 @@ class Tokenizer:
         import torch
 
         # [CLS], what fits, [SEP].
-        room = max_tokens - 2
+        max_pieces = max_tokens - 2
         pieces = [self._backend.encode(text, add_special_tokens=False).ids for text in sentences]
-        framed = [[self._start, *ids[:room], self._end] for ids in pieces]
-        cut = [len(ids) > room for ids in pieces]
+        framed = [[self._start, *ids[:max_pieces], self._end] for ids in pieces]
+        cut = [len(ids) > max_pieces for ids in pieces]
 
         padded = [ids + [self._pad] * (max_tokens - len(ids)) for ids in framed]
         words = torch.tensor(padded, dtype=torch.int64).view(-1, max_tokens)

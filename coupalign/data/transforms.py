@@ -25,7 +25,7 @@ PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normali
 # Color spaces of a JPEG that libjpeg-turbo converts as Pillow does. CMYK differs by one level.
 EXACT_COLOR_SPACES = ("YCbCr", "RGB", "Gray")
 
-# A JPEG is decoded at no less than so many times the size that is needed, as in Pillow's
+# A JPEG is decoded at no less than this factor times the size that is needed, as in Pillow's
 # `thumbnail`. The resize that follows then hides what the decoder's own filter did.
 REDUCING_GAP = 2
 
