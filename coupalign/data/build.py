@@ -157,10 +157,12 @@ def build_eval_loader(
 def _open_indexes(sources: Sequence[Source]) -> list[ShardIndex]:
     """Open the index of each source; sources that share an index share the object."""
     opened: dict[str, ShardIndex] = {}
+    indexes = []
     for source in sources:
         if source.index not in opened:
             opened[source.index] = open_index(source.index)
-    return [opened[source.index] for source in sources]
+        indexes.append(opened[source.index])
+    return indexes
 
 
 def _fingerprint(sources: Sequence[Source], indexes: Sequence[ShardIndex], unit: str) -> str:
@@ -178,17 +180,15 @@ def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts_read: int
     Args:
         parts_read: how many canonical nodes' parts this rank reads, each in a window of its own.
     """
-    remote = sorted(
-        shard.bytes
-        for index in table.indexes
-        if is_remote(index.location)
-        for shard in index.shards
-    )
+    sizes = []
+    for index in table.indexes:
+        if is_remote(index.location):
+            sizes += [shard.bytes for shard in index.shards]
 
     # A part has at most this many shards: an even share, plus one that a cut divides.
-    shards_per_part = -(-len(remote) // config.canonical_nodes) + 1
+    shards_per_part = -(-len(sizes) // config.canonical_nodes) + 1
     shards = min(config.shuffle_window, shards_per_part) * parts_read
-    needed = sum(remote[-shards:])
+    needed = sum(sorted(sizes)[-shards:])
 
     if needed > config.cache_gb * 1e9:
         log.warning(
@@ -203,9 +203,9 @@ def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts_read: int
 
 def _eval_batches(samples: int, batch: int, world: World) -> list[list[int]]:
     """List the sample numbers of each of this rank's batches; every rank gets the same number."""
-    batches = [
-        list(range(first, min(first + batch, samples))) for first in range(0, samples, batch)
-    ]
+    batches = []
+    for first in range(0, samples, batch):
+        batches.append(list(range(first, min(first + batch, samples))))
     own = batches[world.rank :: world.size]
 
     # A rank with fewer batches repeats its last sample; one without any takes sample 0.

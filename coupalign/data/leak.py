@@ -72,12 +72,16 @@ class TrainedOn:
             starts: the weight files. Next to one that a run of ours wrote is a trained_on.json.
             weights: a sentence for each file that may have seen the test images.
         """
-        earlier = [read_trained_on(file.parent) for file in starts]
-        records = [self, *(record for record in earlier if record is not None)]
+        photos, mix = self.photos, self.mix
+        sentences = list(self.weights)
+        for file in starts:
+            earlier = read_trained_on(file.parent)
+            if earlier is not None:
+                photos |= earlier.photos
+                sentences += earlier.weights
+                if earlier.mix == "leaky":
+                    mix = "leaky"
 
-        photos = frozenset().union(*(record.photos for record in records))
-        mix = "leaky" if any(record.mix == "leaky" for record in records) else self.mix
-        sentences = [sentence for record in records for sentence in record.weights]
         without_repeats = dict.fromkeys([*sentences, *weights])
         return TrainedOn(photos, mix, tuple(without_repeats))
 
@@ -259,8 +263,10 @@ def _held_out_photos(
 
     # Every split except train of each set that is trained on.
     for source, index in zip(config.train, train, strict=True):
-        refs = [ref for image in index.images for ref in image.refs]
-        sets = {ref.set for ref in refs if matches_source(source, ref.set, ref.split)}
+        sets = set()
+        for image in index.images:
+            sets |= {ref.set for ref in image.refs if matches_source(source, ref.set, ref.split)}
+
         for image in index.images:
             for ref in image.refs:
                 if ref.set in sets and ref.split != "train":

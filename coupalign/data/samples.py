@@ -199,16 +199,14 @@ class SampleReader:
         """
         sentences = [info.sentence for info in infos]
         words, word_mask, cut = self._tokenizer.encode(sentences, self.config.max_tokens)
-        marked = [
-            replace(info, cut=True) if too_long else info for info, too_long in zip(infos, cut)
-        ]
+        infos = [replace(info, cut=was_cut) for info, was_cut in zip(infos, cut)]
 
         return Batch(
             image=buffers.image.permute(0, 3, 1, 2),
             words=words,
             word_mask=word_mask,
             target=buffers.target,
-            info=tuple(marked),
+            info=tuple(infos),
             bad=tuple(bad),
         )
 

@@ -68,8 +68,10 @@ class SampleTable:
     @property
     def image_ids(self) -> np.ndarray:
         """The image id of each sample, int64 [n]."""
-        images = [self.indexes[i].images[m] for i, m in zip(self.index, self.image)]
-        return np.array([image.image_id for image in images], np.int64)
+        image_ids = np.empty(len(self), np.int64)
+        for number, (index, image) in enumerate(zip(self.index, self.image)):
+            image_ids[number] = self.indexes[index].images[image].image_id
+        return image_ids
 
     def label(self, number: int) -> str:
         """Name a sample without reading it: "<set>/<ref_id>"."""

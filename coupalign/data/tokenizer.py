@@ -98,16 +98,17 @@ class Tokenizer:
         """
         import torch
 
-        # [CLS], what fits, [SEP].
-        max_pieces = max_tokens - 2
-        pieces = [self._backend.encode(text, add_special_tokens=False).ids for text in sentences]
-        framed = [[self._start, *ids[:max_pieces], self._end] for ids in pieces]
-        cut = [len(ids) > max_pieces for ids in pieces]
+        max_pieces = max_tokens - 2  # besides [CLS] and [SEP]
+        rows, lengths, cut = [], [], []
+        for sentence in sentences:
+            pieces = self._backend.encode(sentence, add_special_tokens=False).ids
+            framed = [self._start, *pieces[:max_pieces], self._end]
+            rows.append(framed + [self._pad] * (max_tokens - len(framed)))
+            lengths.append(len(framed))
+            cut.append(len(pieces) > max_pieces)
 
-        padded = [ids + [self._pad] * (max_tokens - len(ids)) for ids in framed]
-        words = torch.tensor(padded, dtype=torch.int64).view(-1, max_tokens)
-        lengths = torch.tensor([len(ids) for ids in framed], dtype=torch.int64)
-        mask = torch.arange(max_tokens) < lengths[:, None]
+        words = torch.tensor(rows, dtype=torch.int64).view(-1, max_tokens)
+        mask = torch.arange(max_tokens) < torch.tensor(lengths, dtype=torch.int64)[:, None]
         return words, mask, cut
 
     def tokens(self, sentence: str) -> list[str]:
