@@ -35,7 +35,7 @@ from coupalign.engine.build import build_engine
 from coupalign.engine.optimizer import build_optimizer
 from coupalign.model.base import called_modules
 from coupalign.model.build import build_model
-from coupalign.model.text import vocabulary_of
+from coupalign.model.text import vocabulary_size
 
 Steps = Iterator[list[Batch]]
 _LOOKED_AT, _PROFILED = 5, 3
@@ -323,12 +323,11 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
     tokenizer = open_tokenizer(config.data)
     loader = build_train_loader(
         config.data,
-        config.seed,
-        config.train.global_batch,
-        config.train.max_micro_batch,
-        world.rank,
-        world.size,
-        tokenizer,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        max_micro_batch=config.train.max_micro_batch,
+        world=world,
+        tokenizer=tokenizer,
     )
     stack.callback(loader.close)
     return len(tokenizer), (batches for _, batches in loader.steps_from(0))
@@ -336,7 +335,7 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
 
 def _random(config: Config, world: World) -> tuple[int, Steps]:
     """The same few random batches again and again."""
-    vocabulary = vocabulary_of(config.model.text)
+    vocabulary = vocabulary_size(config.model.text)
     count, samples = micro_batches(
         config.train.global_batch, config.train.max_micro_batch, world.size
     )
