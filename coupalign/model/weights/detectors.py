@@ -1,7 +1,8 @@
-"""Weights that may have seen the test images.
+"""Recognize weights that may have seen the test images.
 
-RefCOCO, RefCOCO+ and G-Ref are made of COCO's training images, their test splits as well. A detector or segmenter trained on
-COCO was shown those very objects with their masks, and an encoder that is taken from it starts where the test ends.
+RefCOCO, RefCOCO+ and G-Ref are made of COCO's training images, and so are their test splits. A
+detector or segmenter trained on COCO was shown those very objects with their masks. An encoder
+taken from it has seen the test.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# Names of tensors that only such networks have, wherever their files come from (torchvision, detectron2, mmdetection, hub).
+# (pattern, kind): names of tensors that only such networks have, in the files of torchvision,
+# detectron2, mmdetection and the hub. "detector.KIND" is how weights/darknet.py names a YOLOv3.
 _DETECTORS = (
-    (r"^detector\.(?P<kind>[\w-]+)$", "{kind}"),  # model/weights_darknet.py
+    (r"^detector\.(?P<kind>[\w-]+)$", "{kind}"),
     (r"(^|\.)(rpn|rpn_head|proposal_generator|roi_heads?)\.", "Faster or Mask R-CNN"),
     (r"(^|\.)(sem_seg_head|pixel_level_module|mask_embedder)\.", "MaskFormer or Mask2Former"),
     (
@@ -27,22 +29,24 @@ _DETECTORS = (
 )
 
 
-def detector_of(names: Iterable[str]) -> str | None:
-    """The kind of detector or segmenter that a file with these tensors holds; None: none that is known."""
+def find_detector(names: Iterable[str]) -> str | None:
+    """Name the kind of detector or segmenter that has tensors of these names, or return None."""
     names = list(names)
     for pattern, kind in _DETECTORS:
-        if match := next(filter(None, (re.search(pattern, name) for name in names)), None):
-            return kind.format(**match.groupdict()).replace("_", " ")
+        for name in names:
+            if found := re.search(pattern, name):
+                return kind.format(**found.groupdict()).replace("_", " ")
     return None
 
 
-def leak_of(names: Iterable[str]) -> str:
-    """What a reader of a score must know of an encoder from a file with these tensors; "" where nothing."""
-    detector = detector_of(names)
+def describe_leak(names: Iterable[str]) -> str:
+    """Say what a reader of a score must know of an encoder from such a file; "" if nothing."""
+    detector = find_detector(names)
     if detector is None:
         return ""
     return (
-        f"The file holds a whole {detector}. Such networks are usually trained on COCO, whose training images hold the test images "
-        "of RefCOCO, RefCOCO+ and G-Ref with their masks: a score from this start compares with no other, unless those images "
-        "were left out of that training"
+        f"The file holds a whole {detector}. Such networks are usually trained on COCO, whose "
+        "training images include the test images of RefCOCO, RefCOCO+ and G-Ref with their masks. "
+        "A score from this start compares with no other, unless those images were left out of that "
+        "training"
     )

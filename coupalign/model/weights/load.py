@@ -1,9 +1,16 @@
-"""Weights into a model: pretrained encoders from local files and the hub, our own checkpoints.
+"""Load weights into a model: pretrained encoders from local files and the hub, our own checkpoints.
 
-Names in files differ (`weights_names.py`), never what must be in them: every tensor the encoder needs has to be there in
-its shape, and nothing else that matters (`weights_match.py`). All of it is compared before the first number is copied, so
-a wrong file changes nothing. Published weights are fetched through the Hugging Face hub, where timm and transformers
-keep theirs (`weights_files.py`), so this part needs neither of them.
+Every loader takes the same five steps, and raises before the last one if anything is wrong:
+
+    locate          find the file: a path, a folder, or a name on the hub      files.py
+    read_tensors    read it: {name in the file: tensor}                        files.py, darknet.py
+    match_tensors   translate the names, pair the tensors by name and shape    names.py, match.py
+    check           refuse missing, unexpected, reshaped and damaged tensors   load.py
+    copy            fill the model, and return a LoadReport                    load.py, report.py
+
+Only names may differ between a file and an encoder. Every tensor that the encoder needs must be in
+the file in its shape, and nothing else that matters. Published weights come through the Hugging
+Face hub, where timm and transformers keep theirs, so this package needs neither of them.
 """
 
 from __future__ import annotations
@@ -17,11 +24,16 @@ from torch import Tensor, nn
 
 from coupalign.config.schema import BertText, ModelConfig, TimmBackbone
 from coupalign.errors import InputError
-from coupalign.model.weights.darknet import adapt, is_darknet
-from coupalign.model.weights.detectors import leak_of
+from coupalign.model.weights.darknet import adapt_to_normalized_pixels, is_darknet
+from coupalign.model.weights.detectors import describe_leak
 from coupalign.model.weights.files import locate, read_tensors, read_weights, write_weights
 from coupalign.model.weights.match import TensorMatch, match_tensors
-from coupalign.model.weights.names import IMAGE_NAMING, TEXT_NAMING, looks_like
+from coupalign.model.weights.names import (
+    EXACT_NAMES,
+    IMAGE_NAMES,
+    TEXT_NAMES,
+    guess_contents,
+)
 from coupalign.model.weights.report import LoadReport, random_report
 
 if TYPE_CHECKING:
@@ -39,70 +51,84 @@ __all__ = [
 ]
 
 _IMAGE_FIELD, _TEXT_FIELD = "model.image.weights", "model.text.weights"
-_WORDS = "embeddings.word_embeddings.weight"
-_RANDOM = "random:"
+_WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+_RANDOM_PREFIX = "random:"
+_NOT_PUBLISHED = "there are no published weights for the small encoder"
 
 
 def load_pretrained(model: ReferringModel, config: ModelConfig) -> list[LoadReport]:
-    """Load the encoders' weights that the config names; returns one report an encoder, for the caller to print.
+    """Load the pretrained weights of both encoders that the config names.
+
+    Returns:
+        one report per encoder, for the caller to print.
 
     Raises:
-        InputError: weights are named but cannot be loaded: never a silent random start.
+        InputError: the config names weights that cannot be loaded. There is never a silent random
+            start.
     """
     match config.image:
         case TimmBackbone(weights=str(source), name=name):
             image = load_image_weights(model.image.net, name, source)
         case TimmBackbone(name=name):
-            image = random_report(
-                "image",
-                f"{_IMAGE_FIELD} is empty: set it to a file, or to 'hub' for timm's weights of {name}",
-            )
+            remedy = f"set it to a file, or to 'hub' for timm's weights of {name}"
+            image = random_report("image", f"{_IMAGE_FIELD} is empty: {remedy}")
         case _:
-            image = random_report("image", "there are no published weights for the small encoder")
+            image = random_report("image", _NOT_PUBLISHED)
+
     match config.text:
         case BertText(weights=source) if random_shape_source(source):
             text = random_report("text", f"asked for by {_TEXT_FIELD}={source}")
         case BertText(weights=source):
             text = load_text_weights(model.text.bert, source)
         case _:
-            text = random_report("text", "there are no published weights for the small encoder")
+            text = random_report("text", _NOT_PUBLISHED)
+
     return [image, text]
 
 
 def random_shape_source(weights: str) -> str | None:
-    """The folder or hub name in "random:FOLDER_OR_NAME", whose BERT gives the shape but not the weights; None: no such prefix."""
-    return weights.removeprefix(_RANDOM) if weights.startswith(_RANDOM) else None
+    """Return the folder or hub name of "random:FOLDER_OR_NAME", or None without that prefix.
+
+    That BERT gives the shape of the encoder, but not the weights.
+    """
+    if not weights.startswith(_RANDOM_PREFIX):
+        return None
+    return weights.removeprefix(_RANDOM_PREFIX)
 
 
 def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
-    """Load a timm encoder from an official Swin, timm, torchvision or Darknet file, or from weights of ours.
+    """Load a timm encoder from an official Swin, timm, torchvision or Darknet file, or one of ours.
 
     Args:
-        net: timm model; its classifier and final norm may be gone.
+        net: timm model, with or without its classifier and final norm.
         name: its timm name, for messages.
-        source: a local file or folder, "hub" for timm's own weights of this model, or a hub name ("timm/resnet101.tv_in1k").
+        source: a local file or folder, "hub" for timm's own weights of this model, or a hub name
+            ("timm/resnet101.tv_in1k").
 
     Raises:
-        InputError: no such weights, or those of another model; the message names the first differing tensors.
+        InputError: the weights do not exist, or belong to another model. The message names the
+            first differing tensors.
     """
     if source == "hub":
-        published = getattr(net, "pretrained_cfg", None) or {}
-        source = published.get("hf_hub_id") or ""
-        if not source:
-            raise InputError(
-                f"{_IMAGE_FIELD}=hub: timm publishes no weights for {name}; give a local file"
-            )
+        source = _hub_name(net, name)
     path = locate(source, _IMAGE_FIELD)
-    found = read_tensors(path)
-    fit = match_tensors(net.state_dict(), found, IMAGE_NAMING)
-    if fit.wrong:
+    tensors = read_tensors(path)
+
+    match = match_tensors(net.state_dict(), tensors, IMAGE_NAMES)
+    if match.has_differences:
+        guess = guess_contents(tensors)
+        same_architecture = guess == name.split(".")[0]
+        likeness = "" if same_architecture else _describe_guess(guess)
         raise InputError(
-            f"{path}: these are not the weights of {name}{_likeness(found, name)}.\n{fit.differences()}\n"
-            f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, or model.image.name to what the file holds."
+            f"{path}: these are not the weights of {name}{likeness}.\n"
+            f"{match.differences()}\n"
+            f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, "
+            "or model.image.name to the model in the file."
         )
     if is_darknet(path):
-        fit.notes += adapt(fit.values, net)
-    return _copy(fit, "image", path, leak_of(found))
+        match.notes += adapt_to_normalized_pixels(match.values, net)
+
+    return _copy(match, "image", path, describe_leak(tensors))
 
 
 def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
@@ -110,72 +136,99 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
 
     Args:
         bert: `Bert` or `transformers.BertModel`, with or without pooler.
-        source: folder with model.safetensors or pytorch_model.bin, such a file, weights of ours, or a hub name.
+        source: folder with model.safetensors or pytorch_model.bin, such a file, weights of ours, or
+            a hub name.
 
     Raises:
-        InputError: no such weights, another vocabulary, or another model.
+        InputError: the weights do not exist, or belong to another vocabulary or another model.
     """
     path = locate(source, _TEXT_FIELD)
-    found = read_tensors(path)
-    fit = match_tensors(bert.state_dict(), found, TEXT_NAMING)
-    words = fit.reshaped.get(_WORDS)
-    if words and words[0][1:] == words[1][1:]:
+    tensors = read_tensors(path)
+
+    match = match_tensors(bert.state_dict(), tensors, TEXT_NAMES)
+    if _WORD_EMBEDDINGS in match.reshaped:
+        old_shape, new_shape = match.reshaped[_WORD_EMBEDDINGS]
+        if old_shape[1:] == new_shape[1:]:
+            raise InputError(
+                f"{path}: its vocabulary has {old_shape[0]} words, "
+                f"the tokenizer's has {new_shape[0]}. Nothing was loaded. Set data.tokenizer "
+                "to the tokenizer of these weights (the same folder or hub name)."
+            )
+    if match.has_differences:
+        likeness = _describe_guess(guess_contents(tensors))
         raise InputError(
-            f"{path}: its vocabulary has {words[0][0]} words, the tokenizer's has {words[1][0]}. Nothing was loaded. "
-            f"Set data.tokenizer to the tokenizer of these weights (the same folder or hub name)."
-        )
-    if fit.wrong:
-        raise InputError(
-            f"{path}: these are not the weights of this BERT{_likeness(found)}.\n{fit.differences()}\n"
+            f"{path}: these are not the weights of this BERT{likeness}.\n"
+            f"{match.differences()}\n"
             f"Nothing was loaded. Set {_TEXT_FIELD} to the folder of a BERT."
         )
-    return _copy(fit, "text", path, leak_of(found))
+
+    return _copy(match, "text", path, describe_leak(tensors))
 
 
 def load_model_weights(
     model: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint"
 ) -> None:
-    """Load a whole model from its own weights: every name, every shape, nothing else.
+    """Load a whole model from its own weights: the same names and shapes, nothing more or less.
+
+    Args:
+        model: the model to fill.
+        state: its tensors by name.
+        source: where they are from, for messages.
 
     Raises:
-        InputError: the weights of another model; names the first differing tensors and loads nothing.
+        InputError: the weights belong to another model. The message names the first differing
+            tensors, and nothing is loaded.
     """
-    fit = match_tensors(model.state_dict(), state, naming=None)
-    if fit.wrong:
+    match = match_tensors(model.state_dict(), state, EXACT_NAMES)
+    if match.has_differences:
         raise InputError(
-            f"{source}: these are the weights of another model than the config describes.\n{fit.differences()}\n"
-            f"Nothing was loaded. Use the config that lies beside the weights."
+            f"{source}: these weights belong to another model than the config describes.\n"
+            f"{match.differences()}\n"
+            "Nothing was loaded. Use the config next to the weights."
         )
-    _assign(fit)
+    _fill(match)
 
 
-def _copy(fit: TensorMatch, part: str, path: Path, leak: str) -> LoadReport:
-    """Copy what fits, after a look for numbers that are none; returns the report."""
-    for name, value in fit.values.items():
+def _hub_name(net: nn.Module, name: str) -> str:
+    """Return the hub name of timm's own weights for a model."""
+    pretrained = getattr(net, "pretrained_cfg", None) or {}
+    hub_name = pretrained.get("hf_hub_id")
+    if not hub_name:
+        raise InputError(
+            f"{_IMAGE_FIELD}=hub: timm publishes no weights for {name}; give a local file"
+        )
+    return hub_name
+
+
+def _describe_guess(guess: str | None) -> str:
+    return f"; they look like {guess}" if guess else ""
+
+
+def _copy(match: TensorMatch, part: str, path: Path, leak: str) -> LoadReport:
+    """Check every tensor for NaN or infinity, then copy all of them. Returns a report."""
+    for name, value in match.values.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InputError(
                 f"{path}: {name} holds NaN or infinity; the file is damaged. Nothing was loaded."
             )
-    _assign(fit)
-    resized = {name for name, _, _ in fit.interpolated}
+    _fill(match)
+
+    resized = {name for name, _, _ in match.interpolated}
+    copied = match.values.keys() - resized
     return LoadReport(
-        part,
-        str(path),
-        tuple(name for name in fit.target if name in fit.values and name not in resized),
-        tuple(fit.interpolated),
-        tuple(fit.left_out),
-        tuple(fit.kept),
-        tuple(fit.notes),
-        leak,
+        part=part,
+        source=str(path),
+        loaded=tuple(name for name in match.target if name in copied),
+        interpolated=tuple(match.interpolated),
+        left_out=tuple(match.left_out),
+        missing=tuple(match.not_in_file),
+        notes=tuple(match.notes),
+        leak=leak,
     )
 
 
-def _assign(fit: TensorMatch) -> None:
+def _fill(match: TensorMatch) -> None:
+    """Copy the matching tensors into the model."""
     with torch.no_grad():
-        for name, value in fit.values.items():
-            fit.target[name].copy_(value)
-
-
-def _likeness(found: Mapping[str, Tensor], name: str = "") -> str:
-    likeness = looks_like(found)
-    return f"; they look like {likeness}" if likeness and likeness != name.split(".")[0] else ""
+        for name, value in match.values.items():
+            match.target[name].copy_(value)

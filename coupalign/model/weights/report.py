@@ -1,4 +1,4 @@
-"""What became of every tensor when weights were loaded."""
+"""Report what became of every tensor when weights were loaded."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """The account of one load; every tensor of the model and of the file is in exactly one of the lists.
+    """The account of one load. Every tensor of the model and of the file is in exactly one list.
 
     Attributes:
         part: "image" or "text".
         source: the file that was read, or "random start".
-        loaded: names, the model's, of the tensors copied as they are.
-        interpolated: (name, shape in the file, shape in the model) of the tensors that were resized.
-        left_out: (name in the file, why) of the tensors the model has no use for.
-        missing: names of the model's tensors that the file may lack, and does: they keep their start.
+        loaded: names in the model of the tensors that were copied unchanged.
+        interpolated: (name, shape in the file, shape in the model) of the resized tensors.
+        left_out: (name in the file, reason) of the tensors that the model does not need.
+        missing: the model's optional tensors that the file lacks. They keep their initial values.
         notes: prefixes taken off, names translated, why nothing was loaded.
-        leak: why these weights may have seen the test images; "" where nothing says so.
+        leak: why these weights may have seen the test images; "" if nothing suggests it.
     """
 
     part: str
@@ -39,47 +39,49 @@ class LoadReport:
         return not self.loaded
 
     def text(self) -> str:
-        """A few lines for people: counts, and the first names of what is not simply loaded."""
+        """Summarize in a few lines: the counts, and the first names of what was not just copied."""
+        notes = [f"  {note}" for note in self.notes]
         if self.random:
-            return "\n".join(
-                [
-                    f"{self.part}: RANDOM START, no pretrained weights",
-                    *(f"  {note}" for note in self.notes),
-                ]
-            )
-        lines = (
-            [f"{self.part}: THESE WEIGHTS MAY HAVE SEEN THE TEST IMAGES. {self.leak}"]
-            if self.leak
-            else []
+            return "\n".join([f"{self.part}: RANDOM START, no pretrained weights", *notes])
+
+        lines = []
+        if self.leak:
+            warning = "THESE WEIGHTS MAY HAVE SEEN THE TEST IMAGES"
+            lines.append(f"{self.part}: {warning}. {self.leak}")
+        lines.append(
+            f"{self.part}: {len(self.loaded)} tensors loaded, "
+            f"{len(self.interpolated)} interpolated, {len(self.left_out)} left out, "
+            f"{len(self.missing)} not in the file; from {self.source}"
         )
-        lines += [
-            f"{self.part}: {len(self.loaded)} tensors loaded, {len(self.interpolated)} interpolated, "
-            f"{len(self.left_out)} left out, {len(self.missing)} not in the file; from {self.source}"
-        ]
-        lines += [f"  {note}" for note in self.notes]
+        lines += notes
+
         if self.interpolated:
-            shown = [f"{name} {old} -> {new}" for name, old, new in self.interpolated]
-            lines.append(f"  interpolated (bicubic): {first_of(shown, 2)}")
-        for why in dict.fromkeys(why for _, why in self.left_out):
-            lines.append(
-                f"  left out, {why}: {first_of([name for name, reason in self.left_out if reason == why], 4)}"
-            )
+            resized = [f"{name} {old} -> {new}" for name, old, new in self.interpolated]
+            lines.append(f"  interpolated (bicubic): {list_first(resized, 2)}")
+        for reason, names in self._left_out_by_reason().items():
+            lines.append(f"  left out, {reason}: {list_first(names, 4)}")
         if self.missing:
-            lines.append(f"  not in the file, keep their start: {first_of(self.missing, 4)}")
+            lines.append(f"  not in the file, initial values kept: {list_first(self.missing, 4)}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as a JSON object, with `random`."""
+        """Return all fields and `random` as a JSON object."""
         return {**asdict(self), "random": self.random}
 
+    def _left_out_by_reason(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name, reason in self.left_out:
+            names.setdefault(reason, []).append(name)
+        return names
 
-def random_report(part: str, why: str) -> LoadReport:
-    """The report of a part that keeps its random start, which `text` says in capitals."""
-    return LoadReport(part, "random start", notes=(why,))
+
+def random_report(part: str, reason: str) -> LoadReport:
+    """Report that a part keeps its random start; `text` says so in capitals."""
+    return LoadReport(part=part, source="random start", notes=(reason,))
 
 
-def first_of(names: Iterable[str], count: int) -> str:
-    """The first `count` names, and how many more there are."""
+def list_first(names: Iterable[str], limit: int) -> str:
+    """Join the first `limit` names by commas, and say how many more there are."""
     names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+    listed = ", ".join(names[:limit])
+    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
