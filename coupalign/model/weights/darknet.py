@@ -63,11 +63,13 @@ def read_darknet(path: Path) -> dict[str, Tensor]:
             f"{_path_and_size(path)}: it has {total:,} numbers. {_explain_size(total)}"
         )
 
+    # The file is one tensor after the other.
     numbers = np.fromfile(path, "<f4", offset=start).astype(np.float32, copy=False)
     sizes = [math.prod(shape) for shape in shapes.values()]
     rows = torch.from_numpy(numbers).split(sizes)
     tensors = {name: row.view(shape) for row, (name, shape) in zip(rows, shapes.items())}
 
+    # The size may fit by chance. Variances below 0 then show that the order does not.
     for name, tensor in tensors.items():
         if name.endswith("running_var") and not (tensor >= 0).all():
             raise InputError(
@@ -102,6 +104,7 @@ def adapt_to_normalized_pixels(values: dict[str, Tensor], net: nn.Module) -> lis
     Returns:
         notes on what was changed, and on what still differs.
     """
+    # Undo in the first layer what normalization does to the pixels.
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     weight = values["stem.conv1.conv.weight"]
     running_mean = values["stem.conv1.bn.running_mean"]
@@ -113,6 +116,7 @@ def adapt_to_normalized_pixels(values: dict[str, Tensor], net: nn.Module) -> lis
         "images it was trained"
     ]
 
+    # Tell the user what only the config can change.
     slopes = {module.negative_slope for module in net.modules() if isinstance(module, nn.LeakyReLU)}
     if others := slopes - {_LEAKY_SLOPE}:
         notes.append(
@@ -128,12 +132,14 @@ def _shapes(total: int) -> dict[str, tuple[int, ...]] | None:
 
     None: no known network has this size.
     """
+    # The encoder.
     shapes: dict[str, tuple[int, ...]] = {}
     for name, outputs, inputs, kernel in convolutions():
         for vector in ("bias", "weight", "running_mean", "running_var"):
             shapes[f"{name}.bn.{vector}"] = (outputs,)
         shapes[f"{name}.conv.weight"] = outputs, inputs, kernel, kernel
 
+    # What follows it: nothing, the rest of a detector, or a classifier.
     rest = total - ENCODER_NUMBERS
     if rest == 0:
         return shapes
@@ -176,6 +182,7 @@ def _read_header(path: Path) -> tuple[int, int]:
             f"(found {version}); {_explain_head(head)}"
         )
 
+    # The number of images seen has eight bytes since version 0.2, and had four before.
     start = 20 if major * 10 + minor >= 2 else 16
     total, remainder = divmod(path.stat().st_size - start, 4)
     if remainder:

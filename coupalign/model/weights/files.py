@@ -98,6 +98,7 @@ def locate(source: str, field: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        # A published model, or the text/ of one of our checkpoints.
         for name in _MODEL_FILES:
             if (path / name).is_file():
                 return path / name
@@ -109,6 +110,7 @@ def locate(source: str, field: str) -> Path:
     if path.is_file():
         return path
 
+    # Do not look up on the hub what was meant as a path.
     looks_like_path = source.startswith(("/", ".", "~"))
     if looks_like_path or path.suffix in _SUFFIXES or is_darknet(path):
         raise InputError(f"{field}: there is no file or folder {path}")
@@ -152,6 +154,7 @@ def _first_line(error: Exception) -> str:
 
 def _unwrap_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """Find the tensors in a loaded file, below any wrappers."""
+    # Descend to the innermost wrapper.
     while isinstance(content, Mapping):
         wrapped = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
         if not wrapped:

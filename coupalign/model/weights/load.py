@@ -114,6 +114,7 @@ def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
     path = locate(source, _IMAGE_FIELD)
     tensors = read_tensors(path)
 
+    # Refuse the weights of another model, and say which one they look like.
     match = match_tensors(net.state_dict(), tensors, IMAGE_NAMES)
     if match.has_differences:
         guess = guess_contents(tensors)
@@ -125,6 +126,7 @@ def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
             f"Nothing was loaded. Set {_IMAGE_FIELD} to weights of {name}, "
             "or model.image.name to the model in the file."
         )
+
     if is_darknet(path):
         match.notes += adapt_to_normalized_pixels(match.values, net)
 
@@ -146,6 +148,8 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
     tensors = read_tensors(path)
 
     match = match_tensors(bert.state_dict(), tensors, TEXT_NAMES)
+
+    # If only the vocabulary differs, the tokenizer is wrong and not the weights.
     if _WORD_EMBEDDINGS in match.reshaped:
         old_shape, new_shape = match.reshaped[_WORD_EMBEDDINGS]
         if old_shape[1:] == new_shape[1:]:
@@ -154,6 +158,7 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
                 f"the tokenizer's has {new_shape[0]}. Nothing was loaded. Set data.tokenizer "
                 "to the tokenizer of these weights (the same folder or hub name)."
             )
+
     if match.has_differences:
         likeness = _describe_guess(guess_contents(tensors))
         raise InputError(

@@ -74,6 +74,7 @@ def match_tensors(
     """
     match = TensorMatch(target=target)
 
+    # Bring the names of the file into the model's form.
     prefix, translated = _translate_names(target, tensors, names, match.notes)
     for name in tensors:
         if name not in translated:

@@ -145,6 +145,7 @@ def guess_contents(tensors: Mapping[str, Tensor]) -> str | None:
     if ours:
         return f"a run of ours with {_guess_encoder(ours) or 'a small encoder'}"
 
+    # A detector contains an encoder, so name both.
     encoder = _guess_encoder(tensors)
     if detector := find_detector(tensors):
         return f"the {encoder or 'unknown encoder'} of {detector}"
@@ -155,6 +156,7 @@ def _guess_encoder(tensors: Mapping[str, Tensor]) -> str | None:
     prefixes = re.compile(r"^((module|model|backbone|bert|(0\.)?body|encoder(?!\.layer\.))\.)+")
     tensors = {prefixes.sub("", name): tensor for name, tensor in tensors.items()}
 
+    # Each kind of encoder has tensors that no other kind has.
     if "embeddings.word_embeddings.weight" in tensors:
         return _guess_bert(tensors)
     if {_SWIN_TABLE, "patch_embed.proj.weight"} <= tensors.keys():

@@ -55,6 +55,7 @@ class LoadReport:
         )
         lines += notes
 
+        # What was not just copied.
         if self.interpolated:
             resized = [f"{name} {old} -> {new}" for name, old, new in self.interpolated]
             lines.append(f"  interpolated (bicubic): {list_first(resized, 2)}")
