@@ -1,8 +1,8 @@
-"""How many bytes and FLOPs an eager training step moves and computes, part by part, counted operator by operator.
+"""Count the bytes and FLOPs of an eager training step, operator by operator, by part of the model.
 
-The model runs on fake tensors, which have shapes and no numbers: no GPU, no weights and no time are needed. The model of
-memory: every operator reads each of its operands once and writes its result once, views are free, and no cache helps. A
-GPU's L2 can do better than that on small tensors; nothing can do better without fusing operators.
+The model runs on fake tensors, which have shapes but no data, so no GPU, weights or time are
+needed. Every operator reads each operand once and writes its result once, views are free, and no
+cache helps. A GPU's L2 can do better on small tensors; nothing else can without fusing operators.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,17 +25,19 @@ from torch.utils.module_tracker import ModuleTracker
 
 from coupalign.config.schema import Config
 from coupalign.model.build import build_model
-from coupalign.model.text import vocabulary_of
+from coupalign.model.text import vocabulary_size
 
-BYTES_PER_S, FLOP_PER_S = (
-    4.3e12,
-    790e12,
-)  # an H200: copy bandwidth and dense bfloat16 products, both measured ones
+# An H200: copy bandwidth and dense bfloat16 products, both measured.
+BYTES_PER_S = 4.3e12
+FLOP_PER_S = 790e12
 
 
 @dataclass
 class Cost:
-    """What operators cost; seconds are a floor, each operator at the speed of memory or of the tensor cores."""
+    """What operators cost.
+
+    `seconds` is a lower bound: each operator at the speed of memory or of the tensor cores.
+    """
 
     operators: int = 0
     bytes: int = 0
@@ -50,9 +53,9 @@ class Cost:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what runs inside it; `label` names what the next operator belongs to."""
+    """Counts the operators that run inside it. `label` names the part of the next operator."""
 
-    def __init__(self, label: Callable[[], str] = lambda: "all"):
+    def __init__(self, label: Callable[[], str] = lambda: "all") -> None:
         super().__init__()
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
         self.label = label
@@ -75,30 +78,31 @@ class Traffic(TorchDispatchMode):
 
 
 def cost_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Cost:
-    """One operator. Views and allocations cost nothing; what is written in place counts as read and written."""
+    """Count one operator.
+
+    Views and allocations are free; in-place writes count as read and written.
+    """
     read = _tensors((args, kwargs))
     written = [x for x in _tensors(out) if not any(_same_memory(x, y) for y in read)]
-    changed = [
-        value
-        for value, argument in zip(args, func._schema.arguments)
-        if argument.alias_info and argument.alias_info.is_write
-    ]
-    written += _tensors(changed)
-    if (
-        not written
-        or (not read and "empty" in func.__name__)
-        or func.__name__.startswith(("empty", "new_empty", "detach"))
-    ):
+    for value, argument in zip(args, func._schema.arguments):
+        if argument.alias_info and argument.alias_info.is_write:
+            written += _tensors(value)
+
+    allocates_only = func.__name__.startswith(("empty", "new_empty", "detach"))
+    if not written or allocates_only or (not read and "empty" in func.__name__):
         return Cost()
-    count = flop_registry.get(func._overloadpacket)
-    flops = count(*args, **kwargs, out_val=out) if count else 0
+
+    count_flops = flop_registry.get(func._overloadpacket)
+    flops = count_flops(*args, **kwargs, out_val=out) if count_flops else 0
     size = sum(map(_bytes, read)) + sum(map(_bytes, written))
-    return Cost(1, size, flops, max(size / BYTES_PER_S, flops / FLOP_PER_S))
+    seconds = max(size / BYTES_PER_S, flops / FLOP_PER_S)
+    return Cost(operators=1, bytes=size, flops=flops, seconds=seconds)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    found = {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
-    return list(found.values())
+    """Return the tensors of a nested structure, each once."""
+    by_id = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return list(by_id.values())
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -106,21 +110,24 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(x: Tensor) -> int:
-    """What an expanded tensor spans in memory, not what it shows."""
+    """Return the memory that a tensor spans. An expanded one spans less than its shape says."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """scaled_dot_product_attention as one operator, the way a GPU runs it; here it is only counted."""
+    """Stand for scaled_dot_product_attention as one operator, as a GPU runs it.
+
+    Only counted here.
+    """
     return torch.empty_like(query)
 
 
 def _attention_backward(
     grad: Tensor, out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.empty_like(x) for x in (query, key, value, query[:0] if mask is None else mask)
-    )
+    # A custom operator must return tensors, so an empty one stands for the gradient of no mask.
+    bias = query[:0] if mask is None else mask
+    return tuple(torch.empty_like(x) for x in (query, key, value, bias))
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -137,18 +144,28 @@ _backward_operator.register_fake(_attention_backward)
 _operator.register_autograd(
     _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output, *inputs)
 )
-register_flop_formula(torch.ops.coupalign_bench.attention)(
-    lambda q, k, *_, **__: 4 * q.numel() * k[-2]
-)
-# Five products: the scores once more, and one for each gradient of weights, queries, keys and values.
-register_flop_formula(torch.ops.coupalign_bench.attention_backward)(
-    lambda _, __, q, k, *___, **____: 10 * q.numel() * k[-2]
-)
+
+
+@register_flop_formula(torch.ops.coupalign_bench.attention)
+def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    """Count two products: scores, and weights times values."""
+    return 4 * query.numel() * key[-2]
+
+
+@register_flop_formula(torch.ops.coupalign_bench.attention_backward)
+def _attention_backward_flops(
+    grad: torch.Size, out: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Count five products: the scores again, and gradients of weights, queries, keys and values."""
+    return 10 * query.numel() * key[-2]
 
 
 @contextmanager
 def one_operator_attention() -> Iterator[None]:
-    """On a CPU scaled_dot_product_attention may fall apart into matrix products; inside this it stays whole, as on a GPU."""
+    """Keep scaled_dot_product_attention one operator, as on a GPU.
+
+    A CPU may split it into products.
+    """
     original = F.scaled_dot_product_attention
 
     def whole(
@@ -170,15 +187,19 @@ def one_operator_attention() -> Iterator[None]:
 
 
 def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
-    """Forward and backward of one micro-batch under bfloat16 autocast, by part of the model; the optimizer is not in it.
+    """Count forward and backward of one micro-batch under bfloat16 autocast, by part of the model.
+
+    The optimizer is not included.
 
     Args:
-        config: model, data.image_size and data.max_tokens are read.
-        batch: images.
+        config: reads model, data.image_size and data.max_tokens.
+        batch: number of images.
     """
-    vocabulary = vocabulary_of(config.model.text)
+    vocabulary = vocabulary_size(config.model.text)
     size, words = config.data.image_size, config.data.max_tokens
-    with torch.device("meta"):  # building asks for a few numbers, which fake tensors do not have
+
+    # Building reads a few numbers, which fake tensors do not have.
+    with torch.device("meta"):
         model = build_model(config.model, vocabulary, size).train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -196,31 +217,45 @@ def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
 
 
 def traffic_table(costs: dict[str, Cost], batch: int) -> str:
-    """For people: every part, its bytes and products, and its share of the floor of the whole step."""
+    """Format the costs by part, with their shares of the bytes and of the floor of the whole step."""
     total = Cost()
     for cost in costs.values():
         total += cost
-    lines = [
-        f"{'part':<10}{'operators':>10}{'GB':>9}{'share':>8}{'TFLOP':>9}{'floor ms':>10}{'share':>8}"
-    ]
-    lines += [
-        f"{name:<10}{cost.operators:>10,}{cost.bytes / 1e9:>9.2f}{cost.bytes / total.bytes:>8.1%}{cost.flops / 1e12:>9.2f}"
-        f"{cost.seconds * 1e3:>10.2f}{cost.seconds / total.seconds:>8.1%}"
-        for name, cost in {**costs, "total": total}.items()
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"forward and backward of {batch} images, bfloat16 autocast, eager; counted, not measured: each operator reads",
-            "its operands and writes its result once; floor: each at "
-            f"{BYTES_PER_S / 1e12} TB/s or {FLOP_PER_S / 1e12:.0f} TFLOP/s (an H200)",
+
+    rows = []
+    for name, cost in {**costs, "total": total}.items():
+        row = [
+            name,
+            f"{cost.operators:,}",
+            f"{cost.bytes / 1e9:.2f}",
+            f"{cost.bytes / total.bytes:.1%}",
+            f"{cost.flops / 1e12:.2f}",
+            f"{cost.seconds * 1e3:.2f}",
+            f"{cost.seconds / total.seconds:.1%}",
         ]
+        rows.append(row)
+
+    header = ["part", "operators", "GB", "share", "TFLOP", "floor ms", "share"]
+    table = tabulate(
+        rows,
+        header,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=("left", *("right" for _ in header[1:])),
+    )
+    return (
+        f"{table}\n\n"
+        f"forward and backward of {batch} images, bfloat16 autocast, eager; counted, not measured: "
+        "each operator reads\n"
+        "its operands and writes its result once; floor: each at "
+        f"{BYTES_PER_S / 1e12} TB/s or {FLOP_PER_S / 1e12:.0f} TFLOP/s (an H200)"
     )
 
 
 def _part(parents: Iterable[str], model: nn.Module) -> str:
-    """The part of the model that runs; losses, and sums of gradients between parts, belong to none."""
-    above = f"{type(model).__name__}."
-    inside = {name.removeprefix(above).split(".")[0] for name in parents if name.startswith(above)}
-    return next((name for name, _ in model.named_children() if name in inside), "rest")
+    """Name the part of the model that runs. Losses and sums of gradients belong to "rest"."""
+    prefix = f"{type(model).__name__}."
+    running = {
+        name.removeprefix(prefix).split(".")[0] for name in parents if name.startswith(prefix)
+    }
+    return next((name for name, _ in model.named_children() if name in running), "rest")

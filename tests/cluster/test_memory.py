@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from coupalign.config.schema import Config
 from coupalign.costs.footprint import footprint
 from coupalign.costs.plan import (
-    WAYS,
+    STRATEGIES,
     Memory,
     Sizes,
     Strategy,
@@ -29,7 +30,6 @@ from coupalign.costs.plan import (
 )
 from coupalign.distributed.watchdog import doing
 from coupalign.distributed.world import World
-from coupalign.engine import ddp, zero
 from coupalign.engine.base import seed_step
 from coupalign.model.build import build_model
 from tests.distributed.jobs import SIZE, VOCABULARY, make_engine, micro_batches, tiny
@@ -66,7 +66,7 @@ def configs() -> list[Config]:
         )
         if way.stage is not None
         else tiny(*LARGE)
-        for way in WAYS
+        for way in STRATEGIES
     ]
 
 
@@ -121,7 +121,7 @@ class Scale:
             "weights": weights,
             "master": {place: size for place, size in self.trained.items() if place not in weights},
             "moments": moments,
-            "ema": storages(self.engine.ema.kept.values()),
+            "ema": storages(self.engine.ema.averages.values()),
         }
 
     def mark(self, moment: str) -> None:
@@ -203,14 +203,14 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
 
 def mark_moments(scale: Scale) -> Callable[[], None]:
     """Weigh before and after every forward pass, after the last backward pass, and before each update; returns what ends that."""
-    engine, module = scale.engine, zero if hasattr(scale.engine, "stage") else ddp
-    original = module.end_step
+    engine = scale.engine
+    original = engine._end_step
 
     def after_backward(*args: Any) -> Any:
         scale.mark("after backward")
         return original(*args)
 
-    module.end_step = after_backward
+    engine._end_step = after_backward
     hooks = [
         engine.model.register_forward_pre_hook(lambda *_: scale.mark("before forward")),
         engine.model.register_forward_hook(lambda *_: scale.mark("after forward")),
@@ -218,7 +218,7 @@ def mark_moments(scale: Scale) -> Callable[[], None]:
     ]
 
     def undo() -> None:
-        module.end_step = original
+        del engine._end_step
         for hook in hooks:
             hook.remove()
 
@@ -252,7 +252,9 @@ def formula(way: Strategy, sizes: Sizes) -> Memory:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in WAYS if not way.offload], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "way", [way for way in STRATEGIES if not way.offload], ids=lambda way: way.name
+)
 def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
     expected, found = formula(way, sizes), weighed[way.name]
     unit = 4 * sizes.trainable
@@ -279,7 +281,9 @@ def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in WAYS if way.offload], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "way", [way for way in STRATEGIES if way.offload], ids=lambda way: way.name
+)
 def test_what_the_host_holds_when_the_optimizer_is_offloaded(
     way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]
 ) -> None:
@@ -310,9 +314,9 @@ def test_what_the_host_holds_when_the_optimizer_is_offloaded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", STRATEGIES, ids=lambda way: way.name)
 def test_what_a_rank_sends(way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]) -> None:
-    expected = comm_volume_of(way, sizes, RANKS).of(2)
+    expected = comm_volume_of(way, sizes, RANKS).per_step(2)
     print_rows(way, {"sent": (weighed[way.name]["wire"], expected)}, 4 * sizes.trainable)
     assert weighed[way.name]["wire"] == pytest.approx(expected, rel=PADDING)
 
@@ -333,8 +337,8 @@ def test_the_peak_of_a_gpu(precision: str) -> None:
     config = tiny(*LARGE, f"precision={precision}", "train.max_micro_batch=8", "data.max_tokens=8")
     model = model_of(config)
     size, cost = measure_sizes(model, config), footprint(model, config)
-    expected = memory_of(WAYS[0], size, 1, ema=True, bucket_mb=BUCKET_MB, accumulates=False)
-    planned = Memory(**{**vars(expected), "activations": cost.peak.at(8)}).total
+    expected = memory_of(STRATEGIES[0], size, 1, ema=True, bucket_mb=BUCKET_MB, accumulates=False)
+    planned = replace(expected, activations=cost.peak.at(8)).total
     peak = run_ranks(gpu_peak, 1, config, gpu=True)[0]
     print(f"{precision}: {peak / 1e6:.1f} MB measured, {planned / 1e6:.1f} MB planned")
     assert 0.8 * planned < peak < 1.2 * planned + 64e6

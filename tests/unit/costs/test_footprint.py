@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coupalign.config.schema import Config
-from coupalign.costs.footprint import Alive, count_step, footprint, on_gpu_rules
+from coupalign.costs.footprint import LiveMemory, count_step, footprint, on_gpu_rules
 from coupalign.engine.base import DTYPES
 from coupalign.model.build import build_model
 from tests.distributed.jobs import SIZE, VOCABULARY, tiny
@@ -99,7 +99,7 @@ def test_half_precision_saves_memory_and_checkpointing_too() -> None:
 
 
 def test_memory_that_is_freed_or_shared_counts_once() -> None:
-    with Alive() as alive:
+    with LiveMemory() as alive:
         x = torch.empty(1000)
         y = x[10:].view(3, 330)
         assert alive.now == 4000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from coupalign.cli.parser import build_parser, main
 from coupalign.costs.footprint import Footprint, Line
 from coupalign.costs.plan import (
     GPUS,
-    WAYS,
+    STRATEGIES,
     CommVolume,
     Memory,
     Sizes,
@@ -29,16 +30,16 @@ SIZES = Sizes(
     trainable=200_000_000, frozen=10_000_000, largest=24_000_000, largest_group=110_000_000
 )
 OPTIONS = {"ema": True, "bucket_mb": 25, "accumulates": True}
-BY_NAME = {way.name: way for way in WAYS}
+STRATEGY = {way.name: way for way in STRATEGIES}
 
 
 def test_ddp_is_sixteen_bytes_a_parameter_and_four_for_the_average() -> None:
-    memory = memory_of(BY_NAME["ddp"], SIZES, 8, ema=True, bucket_mb=25, accumulates=False)
+    memory = memory_of(STRATEGY["ddp"], SIZES, 8, ema=True, bucket_mb=25, accumulates=False)
     assert memory.total == 20 * SIZES.trainable + 4 * SIZES.frozen + 4 * SIZES.largest
-    accumulating = memory_of(BY_NAME["ddp"], SIZES, 8, **OPTIONS)
+    accumulating = memory_of(STRATEGY["ddp"], SIZES, 8, **OPTIONS)
     assert accumulating.total - memory.total == 4 * SIZES.trainable, "sums beside the buckets"
     assert (
-        memory_of(BY_NAME["ddp"], SIZES, 1, **OPTIONS).total
+        memory_of(STRATEGY["ddp"], SIZES, 1, **OPTIONS).total
         == 20 * SIZES.trainable + 4 * SIZES.frozen
     ), "one rank has no buckets"
 
@@ -46,20 +47,20 @@ def test_ddp_is_sixteen_bytes_a_parameter_and_four_for_the_average() -> None:
 @pytest.mark.parametrize("stage, kept", [(1, 0.25), (2, 0.25), (3, 0.25)])
 def test_states_are_shared_out(stage: int, kept: float) -> None:
     """Master copy and moments: 12 bytes a parameter, divided by the ranks."""
-    memory = memory_of(BY_NAME[f"zero{stage}"], SIZES, 4, **OPTIONS)
+    memory = memory_of(STRATEGY[f"zero{stage}"], SIZES, 4, **OPTIONS)
     assert memory.master + memory.moments == 12 * SIZES.trainable * kept
     assert memory.ema == 4 * SIZES.trainable * (kept if stage == 3 else 1)
-    offloaded = memory_of(BY_NAME[f"zero{stage}+offload"], SIZES, 4, **OPTIONS)
+    offloaded = memory_of(STRATEGY[f"zero{stage}+offload"], SIZES, 4, **OPTIONS)
     assert offloaded.total < memory.total and offloaded.host >= 20 * SIZES.trainable * kept
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", STRATEGIES, ids=lambda way: way.name)
 def test_more_ranks_never_need_more_memory(way) -> None:
     totals = [memory_of(way, SIZES, ranks, **OPTIONS).total for ranks in (2, 4, 8, 64, 1024)]
     assert all(more >= fewer for more, fewer in itertools.pairwise(totals))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("way", STRATEGIES, ids=lambda way: way.name)
 def test_one_rank_sends_nothing(way) -> None:
     assert comm_volume_of(way, SIZES, 1) == CommVolume(0, 0)
 
@@ -68,10 +69,10 @@ def test_what_is_sent() -> None:
     """Of P numbers, for many ranks: 8 P bytes for an all-reduce, 4 P for an all-gather or a reduce-scatter."""
     of = {
         name: comm_volume_of(way, Sizes(10**9 // 4, 0, 1, 1), 10**9)
-        for name, way in BY_NAME.items()
+        for name, way in STRATEGY.items()
     }
     found = {
-        name: (round(wire.of(1) / 1e9, 3), round(wire.of(3) / 1e9, 3))
+        name: (round(wire.per_step(1) / 1e9, 3), round(wire.per_step(3) / 1e9, 3))
         for name, wire in of.items()
         if "+" not in name
     }
@@ -82,7 +83,7 @@ def test_what_is_sent() -> None:
         "zero2": (3, 7),
         "zero3": (2, 6),
     }
-    huge = comm_volume_of(BY_NAME["zero3"], Sizes(2 * 10**9, 0, 1, 1), 10**9)
+    huge = comm_volume_of(STRATEGY["zero3"], Sizes(2 * 10**9, 0, 1, 1), 10**9)
     assert huge.each / 8e9 == pytest.approx(3), (
         "too many to keep from forward to backward: gathered twice"
     )
@@ -107,13 +108,13 @@ def test_break_even_may_never_come() -> None:
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     cost = Footprint(Line(7.0, 3.0), Line(9.0, 5.0), Line(1.0, 0.0))
     for update in (10.0, 400.0):
-        state = Memory(100, 50, 0, 200, 0, 10, update, 0)
+        state = Memory(weights=100, gradients=50, moments=200, buckets=10, update=update)
+
         images = largest_micro_batch(state, cost, 800.0)
-        total = [
-            Memory(**{**vars(state), "activations": cost.peak.at(count)}).total
-            for count in (images, images + 1)
-        ]
-        assert total[0] <= 800 < total[1]
+
+        fits = replace(state, activations=cost.peak.at(images))
+        too_large = replace(state, activations=cost.peak.at(images + 1))
+        assert fits.total <= 800 < too_large.total
     assert largest_micro_batch(state, cost, 300.0) == 0
 
 
@@ -121,9 +122,10 @@ def test_a_plan_says_what_it_is() -> None:
     config = tiny("engine.kind=deepspeed", "engine.stage=2")
     found = plan(config, "rtx3090", nodes=2, ranks_per_node=2)
     assert (found.ranks, found.micro_batch, found.accumulation, found.engine) == (4, 2, 1, "zero2")
-    assert [row.way for row in found.rows] == list(BY_NAME) and all(row.fits for row in found.rows)
+    assert [row.strategy for row in found.rows] == list(STRATEGY)
+    assert all(row.fits for row in found.rows)
     shown = found.table()
-    assert "* zero2" in shown and "estimate" in shown and "counted" in shown
+    assert "zero2 *" in shown and "estimate" in shown and "counted" in shown
     assert (
         json.loads(json.dumps(found.to_json()))["rows"][0]["memory"]["total"]
         == found.rows[0].memory.total
