@@ -152,7 +152,7 @@ def count_step(model: nn.Module, config: Config, images: int) -> tuple[int, int,
 
 @contextmanager
 def on_gpu_rules() -> Iterator[None]:
-    """Count as on a GPU: attention is one operator, autocast runs FLOAT32's functions in float32."""
+    """Count as on a GPU: attention is one operator, autocast gives FLOAT32's functions float32."""
     originals = {name: getattr(F, name) for name in FLOAT32}
     for name, function in originals.items():
         setattr(F, name, _in_float32(function))

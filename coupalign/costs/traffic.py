@@ -217,7 +217,7 @@ def step_traffic(config: Config, batch: int) -> dict[str, Cost]:
 
 
 def traffic_table(costs: dict[str, Cost], batch: int) -> str:
-    """Format the costs by part, with their shares of the bytes and of the floor of the whole step."""
+    """Format the costs by part, with their shares of the bytes and of the floor of a step."""
     total = Cost()
     for cost in costs.values():
         total += cost
