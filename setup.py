@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coupalign" / "version.py")
 setup(
     name="coupalign",
     version=VERSION,
-    description="Distributed training of CoupAlign for referring image segmentation: shards, DeepSpeed or DDP, exact scores, MLflow",
+    description="Distributed training of CoupAlign for referring image segmentation",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
