@@ -1,1 +1,5 @@
-"""Measurements: `coupalign bench WHAT`. A figure is a ratio within one run, beside the machine that it was taken on."""
+"""Benchmarks: everything that is timed. `coupalign bench KIND` runs one.
+
+Each result names its machine. Times of different machines cannot be compared, ratios within one run
+can.
+"""

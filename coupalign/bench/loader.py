@@ -1,14 +1,18 @@
-"""`coupalign bench loader CONFIG`: what the training loader gives on one core, beside what its photographs cost to decode.
+"""`coupalign bench loader CONFIG`: compare the training loader on one core with decoding alone.
 
-The ways take turns over the same samples of data.train, step by step, in one process and on one thread, so that their ratios hold
-whatever else the machine does:
+The methods take turns over the same samples of data.train, step by step, in one process and on one
+thread. So their ratios hold whatever else the machine does:
 
-    decode                       the stored JPEG, in memory already, to RGB at its full size: libjpeg-turbo alone, as the loader calls it
-    decode and resize            and to the square of the model, the loader's way
-    decode and resize, Pillow    the same two with Pillow, as the public repositories have them
-    file by file                 how the public repositories do it: open a file by its name, decode it, decode the mask at full size, resize
-                                 both, number the words of one sentence, for each sample. Their floating-point normalization is left out.
-    loader                       the whole of ours: bytes from the shards, records, sentences, augmentation, batches
+    decode                       the stored JPEG, which is in memory, to RGB at its full size:
+                                 libjpeg-turbo alone, called as the loader calls it
+    decode and resize            the same, and resized to the square input of the model as the
+                                 loader does it
+    decode and resize, Pillow    the same two steps with Pillow, as in the public repositories
+    file by file                 the method of the public repositories, per sample: open a file by
+                                 its name, decode it, decode the mask at full size, resize both, and
+                                 tokenize one sentence. Without their floating-point normalization.
+    loader                       our whole loader: bytes from the shards, records, sentences,
+                                 augmentation, batches
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +32,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
+from coupalign.bench.machine import (
+    Rates,
+    describe_machine,
+    resident_gigabytes,
+    sample_rates,
+    time_call,
+)
+from coupalign.bench.result import Result, format_pairs, format_rows
 from coupalign.config.schema import Config, DataConfig
 from coupalign.data import masks
 from coupalign.data.build import build_train_loader, open_tokenizer
@@ -42,27 +53,29 @@ from coupalign.data.transforms import decode_image, frame_of, image_to_square
 from coupalign.distributed.world import World
 from coupalign.errors import InputError
 
-_WAYS = ("decode", "decode and resize", "decode and resize, Pillow", "file by file", "loader")
+# What the loader is compared with.
+_BASELINES = ("decode", "decode and resize", "decode and resize, Pillow", "file by file")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoaderBench(Result):
-    """What a loader gives.
+    """How fast a loader is.
 
     Attributes:
-        samples_per_second: by way: median, lower and upper quartile over the steps; one core, but for "loader, N workers".
-        ratios: of the medians, of "loader" to what stands behind the slash.
-        kilobytes: of a stored photograph, mean.
-        megapixels: the same.
-        gigabytes: memory of this process before the first and after the last step ("start", "end"), and of its largest worker process
-            ("worker start", "worker end") where there are workers.
-        soak: memory of the largest worker process, by the samples that all of them have read since they started; empty where not asked for.
+        samples_per_second: by method: median, lower and upper quartile over the steps. All run on
+            one core, except "loader, N workers".
+        ratios: the median of "loader" divided by that of another method, as "loader / decode".
+        kilobytes: mean size of a stored image.
+        megapixels: mean size of a stored image.
+        gigabytes: memory of this process before the first step ("start") and after the last
+            ("end"), and of its largest worker process ("worker start", "worker end") if there are
+            workers.
+        soak: memory of the largest worker process, by the number of samples that all workers have
+            read so far. Empty if not asked for.
     """
 
     bench: ClassVar[str] = "loader"
 
-    machine: dict[str, str]
-    config: str
     image_size: int
     global_batch: int
     steps: int
@@ -74,240 +87,320 @@ class LoaderBench(Result):
     soak: dict[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
-        """What is compared with an earlier result, by name."""
-        return {
-            **{f"samples/s {name}": rates[0] for name, rates in self.samples_per_second.items()},
-            **self.ratios,
+        """Return the figures to compare with an earlier result, by name."""
+        medians = {
+            f"samples/s {name}": median for name, (median, _, _) in self.samples_per_second.items()
         }
+        return {**medians, **self.ratios}
 
     def table(self) -> str:
-        """The same for people."""
+        """Format the result for people."""
+        rates = []
+        for name, (median, low, high) in self.samples_per_second.items():
+            rates.append((name, f"{median:,.1f}", f"{low:,.1f}", f"{high:,.1f}"))
+        ratios = [(name, f"{value:.2f}") for name, value in self.ratios.items()]
+
         lines = [
-            "  ".join(f"{name} {value}" for name, value in self.machine.items()),
-            f"{self.config}: photographs of {self.megapixels:.2f} megapixels and {self.kilobytes:.0f} kB to {self.image_size} x "
-            f"{self.image_size}, {self.steps} steps of {self.global_batch}",
+            format_pairs(self.machine),
+            f"{self.config}: images of {self.megapixels:.2f} megapixels and "
+            f"{self.kilobytes:.0f} kB to {self.image_size} x {self.image_size}, "
+            f"{self.steps} steps of {self.global_batch}",
             "",
-            f"{'samples/s':<28}{'median':>10}{'lower':>10}{'upper quartile':>18}",
-        ]
-        lines += [
-            f"{name:<28}{median:>10,.1f}{low:>10,.1f}{high:>18,.1f}"
-            for name, (median, low, high) in self.samples_per_second.items()
-        ]
-        lines += [
+            format_rows(rates, headers=("samples/s", "median", "lower", "upper quartile")),
             "",
-            *(f"{name:<36}{value:>10.2f}" for name, value in self.ratios.items()),
+            format_rows(ratios),
             "",
-            f"memory of this process: {self.gigabytes['start']:.2f} GB before, {self.gigabytes['end']:.2f} GB after",
+            f"memory of this process: {self.gigabytes['start']:.2f} GB before, "
+            f"{self.gigabytes['end']:.2f} GB after",
         ]
         if "worker end" in self.gigabytes:
-            before, after = self.gigabytes["worker start"], self.gigabytes["worker end"]
             lines.append(
-                f"of the largest worker process: {before:.3f} GB before, {after:.3f} GB after"
+                f"memory of the largest worker process: {self.gigabytes['worker start']:.3f} GB "
+                f"before, {self.gigabytes['worker end']:.3f} GB after"
             )
-        lines += [
-            f"{'of it after ' + samples + ' samples':<36}{held:>10.4f} GB"
-            for samples, held in self.soak.items()
-        ]
+        if self.soak:
+            soak = []
+            for samples, held in self.soak.items():
+                soak.append((f"largest worker after {samples} samples", f"{held:.4f} GB"))
+            lines.append(format_rows(soak))
         return "\n".join(lines)
 
 
 def bench_loader(config: Config, steps: int = 20, warmup: int = 2, soak: int = 0) -> LoaderBench:
-    """Time the ways over `steps` steps, after `warmup` of them; then weigh the workers while they read `soak` samples.
+    """Compare the loader with other methods, then measure the memory of its workers.
+
+    Args:
+        config: reads data, train and seed.
+        steps: how many to time, for each method.
+        warmup: steps before them that are not timed.
+        soak: samples that the workers read while their memory is measured. 0: do not measure it.
 
     Raises:
-        InputError: data.train is empty or cannot be read; there are no workers to weigh.
+        InputError: data.train is empty or cannot be read, or `soak` is set but there are no
+            workers.
     """
     if soak and not config.data.workers:
         raise InputError(
-            "--soak weighs worker processes, and there are none: set data.workers to 1 or more"
+            "--soak measures the memory of worker processes, and there are none: "
+            "set data.workers to 1 or more"
         )
     tokenizer = open_tokenizer(config.data)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with contextlib.closing(_open(config, config.data, tokenizer, 0)) as loader:
-            seconds, photos, gigabytes = _one_core(loader, config, tokenizer, steps, warmup)
-    finally:
-        torch.set_num_threads(threads)
-    found = {name: rates(config.train.global_batch, values) for name, values in seconds.items()}
+
+    with _one_thread(), _opened(config, tokenizer, workers=0) as loader:
+        one_core = _measure_one_core(loader, config, tokenizer, steps, warmup=warmup)
+
+    global_batch = config.train.global_batch
+    rates = {name: sample_rates(global_batch, values) for name, values in one_core.seconds.items()}
+    gigabytes = one_core.gigabytes
     if config.data.workers:
         name = f"loader, {config.data.workers} workers"
-        found[name], held = _through(
-            config, config.data, tokenizer, config.data.workers, steps, warmup
-        )
-        gigabytes |= held
-    found |= _uncached(config, tokenizer, steps)
-    ratios = {f"loader / {name}": found["loader"][0] / found[name][0] for name in _WAYS[:-1]}
-    bytes_, pixels = np.mean(photos, axis=0)
+        rates[name], worker_gigabytes = _measure_workers(config, tokenizer, steps, warmup)
+        gigabytes |= worker_gigabytes
+    rates |= _measure_uncached(config, tokenizer, steps)
+
     return LoaderBench(
-        describe_machine(torch.device("cpu")),
-        config.name,
-        config.data.image_size,
-        config.train.global_batch,
-        steps,
-        found,
-        ratios,
-        float(bytes_) / 1e3,
-        float(pixels) / 1e6,
-        gigabytes,
-        _soak(config, tokenizer, soak) if soak else {},
+        machine=describe_machine(torch.device("cpu")),
+        config=config.name,
+        image_size=config.data.image_size,
+        global_batch=global_batch,
+        steps=steps,
+        samples_per_second=rates,
+        ratios={f"loader / {name}": rates["loader"][0] / rates[name][0] for name in _BASELINES},
+        kilobytes=float(np.mean(one_core.image_bytes)) / 1e3,
+        megapixels=float(np.mean(one_core.image_pixels)) / 1e6,
+        gigabytes=gigabytes,
+        soak=_soak(config, tokenizer, soak) if soak else {},
     )
 
 
-def _open(config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int) -> TrainLoader:
-    return build_train_loader(
-        data.model_copy(update={"workers": workers}),
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _opened(
+    config: Config, tokenizer: Tokenizer, workers: int
+) -> contextlib.AbstractContextManager[TrainLoader]:
+    """Open the training loader of a single rank. The block's end closes it."""
+    loader = build_train_loader(
+        config.data.model_copy(update={"workers": workers}),
         seed=config.seed,
         global_batch=config.train.global_batch,
         max_micro_batch=config.train.max_micro_batch,
         world=World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu")),
         tokenizer=tokenizer,
     )
+    return contextlib.closing(loader)
 
 
-def _one_core(
-    loader: TrainLoader, config: Config, tokenizer: Tokenizer, steps: int, warmup: int
-) -> tuple[dict[str, list[float]], list[tuple[int, int]], dict[str, float]]:
-    """Seconds of each step by way; (bytes, pixels) of each photograph; memory."""
-    seconds: dict[str, list[float]] = {name: [] for name in _WAYS}
-    photos: list[tuple[int, int]] = []
-    running = loader.steps_from(0)
-    gigabytes = {}
+# --------------------------------------------------------------------------- methods on one core
+
+# The bytes of an image, and the record of its ref, as the reader returns them.
+Stored = tuple[bytes, dict[str, Any]]
+
+
+@dataclass
+class _OneCore:
+    """Measurements on one core.
+
+    Attributes:
+        seconds: of each step, by method.
+        image_bytes: size of each stored image.
+        image_pixels: size of each stored image.
+        gigabytes: see `LoaderBench.gigabytes`.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    image_bytes: list[int] = field(default_factory=list)
+    image_pixels: list[int] = field(default_factory=list)
+    gigabytes: dict[str, float] = field(default_factory=dict)
+
+
+def _measure_one_core(
+    loader: TrainLoader, config: Config, tokenizer: Tokenizer, steps: int, *, warmup: int
+) -> _OneCore:
+    """Time the loader and every baseline on the samples of each step."""
+    measured = _OneCore(seconds={name: [] for name in (*_BASELINES, "loader")})
+    loaded_steps = loader.steps_from(0)
+
     for step in tqdm(range(warmup + steps), desc="bench loader", unit="step", disable=None):
         if step == warmup:
-            gigabytes["start"] = resident_gigabytes()
-        taken, (_, batches) = _timed(lambda: next(running))
-        numbers = [info.number for batch in batches for info in batch.info]
-        stored = [loader.reader.read_stored(number) for number in numbers]
+            measured.gigabytes["start"] = resident_gigabytes()
+
+        # The loader reads a step, then the baselines process the same samples.
+        loader_seconds, (_, batches) = time_call(lambda: next(loaded_steps))
+        infos = [info for batch in batches for info in batch.info]
+        stored = [loader.reader.read_stored(info.number) for info in infos]
+        sentences = [info.sentence for info in infos]
         with tempfile.TemporaryDirectory() as folder:
-            ways = _ways(
-                Path(folder),
-                stored,
-                [info.sentence for batch in batches for info in batch.info],
-                config.data,
-                tokenizer,
-            )
-            found = {name: _timed(way)[0] for name, way in ways.items()} | {"loader": taken}
+            baselines = _baselines(Path(folder), stored, sentences, config.data, tokenizer)
+            seconds = {name: time_call(method)[0] for name, method in baselines.items()}
+        seconds["loader"] = loader_seconds
+
         if step >= warmup:
-            photos += [(len(jpeg), ref["height"] * ref["width"]) for jpeg, ref in stored]
-            for name, value in found.items():
-                seconds[name].append(value)
-    gigabytes["end"] = resident_gigabytes()
-    return seconds, photos, gigabytes
+            for name, value in seconds.items():
+                measured.seconds[name].append(value)
+            measured.image_bytes += [len(jpeg) for jpeg, _ in stored]
+            measured.image_pixels += [ref["height"] * ref["width"] for _, ref in stored]
+
+    measured.gigabytes["end"] = resident_gigabytes()
+    return measured
 
 
-def _ways(
+def _baselines(
     folder: Path,
-    stored: Sequence[tuple[bytes, dict[str, Any]]],
+    stored: Sequence[Stored],
     sentences: Sequence[str],
     data: DataConfig,
     tokenizer: Tokenizer,
 ) -> dict[str, Callable[[], object]]:
-    """What the loader is compared with, over one step's samples."""
-    frames = [
-        frame_of(ref["height"], ref["width"], data.image_size, data.resize) for _, ref in stored
-    ]
-    names = [folder / f"{place}.jpg" for place in range(len(stored))]
-    for name, (jpeg, _) in zip(names, stored):
-        name.write_bytes(jpeg)
+    """Return what the loader is compared with: functions that process the samples of one step."""
     square = (data.image_size, data.image_size)
-    return {
-        "decode": lambda: [decode_image(jpeg).shape for jpeg, _ in stored],
-        "decode and resize": lambda: [
-            image_to_square(decode_image(jpeg, frame), frame)
-            for (jpeg, _), frame in zip(stored, frames)
-        ],
-        "decode and resize, Pillow": lambda: [
-            _pillow(io.BytesIO(jpeg), square) for jpeg, _ in stored
-        ],
-        "file by file": lambda: [
-            _one_by_name(name, ref["rle"], sentence, data, tokenizer)
-            for name, (_, ref), sentence in zip(names, stored, sentences)
-        ],
-    }
+    jpegs = [jpeg for jpeg, _ in stored]
+    refs = [ref for _, ref in stored]
+    frames = [frame_of(ref["height"], ref["width"], data.image_size, data.resize) for ref in refs]
+
+    files = []
+    for index, jpeg in enumerate(jpegs):
+        files.append(folder / f"{index}.jpg")
+        files[-1].write_bytes(jpeg)
+
+    def decode() -> object:
+        return [decode_image(jpeg).shape for jpeg in jpegs]
+
+    def decode_and_resize() -> object:
+        return [
+            image_to_square(decode_image(jpeg, frame), frame) for jpeg, frame in zip(jpegs, frames)
+        ]
+
+    def decode_and_resize_with_pillow() -> object:
+        return [_load_with_pillow(io.BytesIO(jpeg), square) for jpeg in jpegs]
+
+    def file_by_file() -> object:
+        return [
+            _load_file(file, ref["rle"], sentence, data=data, tokenizer=tokenizer)
+            for file, ref, sentence in zip(files, refs, sentences)
+        ]
+
+    functions = (decode, decode_and_resize, decode_and_resize_with_pillow, file_by_file)
+    return dict(zip(_BASELINES, functions))
 
 
-def _one_by_name(
-    name: Path, rle: dict[str, Any], sentence: str, data: DataConfig, tokenizer: Tokenizer
-) -> tuple[torch.Tensor, ...]:
-    """A sample as the public repositories make it: uint8 [3, S, S], bool [S, S], words [T]."""
+def _load_file(
+    file: Path, rle: dict[str, Any], sentence: str, *, data: DataConfig, tokenizer: Tokenizer
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Load a sample as the public repositories do.
+
+    Returns:
+        image uint8 [3, S, S], mask bool [S, S], words int64 [T].
+    """
     square = (data.image_size, data.image_size)
-    image = _pillow(name, square)
-    mask = np.asarray(Image.fromarray(masks.decode(rle)).resize(square, Image.Resampling.NEAREST))
+    image = _load_with_pillow(file, square)
+    mask = Image.fromarray(masks.decode(rle)).resize(square, Image.Resampling.NEAREST)
     words, _, _ = tokenizer.encode([sentence], data.max_tokens)
     return (
         torch.from_numpy(image.transpose(2, 0, 1).copy()),
-        torch.from_numpy(mask.copy()),
+        torch.from_numpy(np.asarray(mask).copy()),
         words[0],
     )
 
 
-def _pillow(file: Path | io.BytesIO, square: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.open(file).convert("RGB").resize(square, Image.Resampling.BILINEAR))
+def _load_with_pillow(file: Path | io.BytesIO, square: tuple[int, int]) -> np.ndarray:
+    image = Image.open(file).convert("RGB").resize(square, Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
-def _through(
-    config: Config, data: DataConfig, tokenizer: Tokenizer, workers: int, steps: int, warmup: int
+# ---------------------------------------------------------------------------------- workers
+
+
+def _measure_workers(
+    config: Config, tokenizer: Tokenizer, steps: int, warmup: int
 ) -> tuple[Rates, dict[str, float]]:
-    """The loader alone: its rates, with workers, which run ahead, the mean over all steps; and the memory of the largest worker."""
+    """Time the loader with its workers.
+
+    The workers read ahead, so the time of a single step says nothing: all three rates are the mean.
+
+    Returns:
+        the rates, and the memory of the largest worker before and after.
+    """
     seconds, gigabytes = [], {}
-    with contextlib.closing(_open(config, data, tokenizer, workers)) as loader:
-        running = loader.steps_from(0)
+    with _opened(config, tokenizer, config.data.workers) as loader:
+        loaded_steps = loader.steps_from(0)
         for step in range(warmup + steps):
-            seconds.append(_timed(lambda: next(running))[0])
-            if workers and step in (warmup, warmup + steps - 1):
-                gigabytes["worker start" if step == warmup else "worker end"] = max(
-                    map(resident_gigabytes, loader.worker_pids)
-                )
-    seconds = seconds[warmup:]
-    return rates(
-        config.train.global_batch, seconds if not workers else [sum(seconds) / len(seconds)]
-    ), gigabytes
+            seconds.append(time_call(lambda: next(loaded_steps))[0])
+            if step == warmup:
+                gigabytes["worker start"] = _largest_worker_gigabytes(loader)
+        gigabytes["worker end"] = _largest_worker_gigabytes(loader)
+
+    mean = sum(seconds[warmup:]) / steps
+    return sample_rates(config.train.global_batch, [mean]), gigabytes
 
 
 def _soak(config: Config, tokenizer: Tokenizer, samples: int) -> dict[str, float]:
-    """Memory of the largest worker process at some ten places on the way through so many samples, by what was read until then."""
-    steps = max(10, samples // config.train.global_batch)
-    held = {}
-    with contextlib.closing(_open(config, config.data, tokenizer, config.data.workers)) as loader:
-        for step, _ in zip(
-            tqdm(range(1, steps + 1), desc="soak", unit="step", disable=None), loader.steps_from(0)
-        ):
+    """Measure the memory of the largest worker about ten times while `samples` are read."""
+    global_batch = config.train.global_batch
+    steps = max(10, samples // global_batch)
+    gigabytes = {}
+    with _opened(config, tokenizer, config.data.workers) as loader:
+        loaded_steps = loader.steps_from(0)
+        for step in tqdm(range(1, steps + 1), desc="soak", unit="step", disable=None):
+            next(loaded_steps)
             if step % (steps // 10) == 0:
-                held[f"{step * config.train.global_batch:,}"] = max(
-                    map(resident_gigabytes, loader.worker_pids)
-                )
-    return held
+                gigabytes[f"{step * global_batch:,}"] = _largest_worker_gigabytes(loader)
+    return gigabytes
 
 
-def _uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:
-    """The loader on one core where the shards are not in memory, and where they are fetched over HTTP into an empty cache."""
+def _largest_worker_gigabytes(loader: TrainLoader) -> float:
+    return max(resident_gigabytes(pid) for pid in loader.worker_pids)
+
+
+# ---------------------------------------------------------------------------- without a warm cache
+
+
+def _measure_uncached(config: Config, tokenizer: Tokenizer, steps: int) -> dict[str, Rates]:
+    """Time the loader on one core with cold files, and over HTTP with an empty cache.
+
+    Cold files are not in the page cache. Remote shards are not measured.
+    """
+    sources = config.data.train
     folders = [
-        source.index.removeprefix("file://").removesuffix("/index.json")
-        for source in config.data.train
+        source.index.removeprefix("file://").removesuffix("/index.json") for source in sources
     ]
     if any(is_remote(folder) for folder in folders):
         return {}
+
     for folder in folders:
         for shard in Path(folder).glob("*.tar"):
-            _forget(shard)
-    found = {"loader, cold files": _through(config, config.data, tokenizer, 0, steps, 0)[0]}
+            _drop_from_page_cache(shard)
+    rates = {"loader, cold files": _measure_from_first_step(config, tokenizer, steps)}
+
     with contextlib.ExitStack() as stack:
-        addresses = [stack.enter_context(_served(Path(folder))) for folder in folders]
         cache = stack.enter_context(tempfile.TemporaryDirectory())
-        sources = tuple(
-            source.model_copy(update={"index": address})
-            for source, address in zip(config.data.train, addresses)
-        )
-        remote = config.data.model_copy(
-            update={"train": sources, "evaluate": (), "cache_dir": Path(cache)}
-        )
-        found["loader, HTTP, empty cache"] = _through(config, remote, tokenizer, 0, steps, 0)[0]
-    return found
+        served = []
+        for source, folder in zip(sources, folders):
+            address = stack.enter_context(_served_over_http(Path(folder)))
+            served.append(source.model_copy(update={"index": address}))
+
+        changes = {"train": tuple(served), "evaluate": (), "cache_dir": Path(cache)}
+        remote = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+        rates["loader, HTTP, empty cache"] = _measure_from_first_step(remote, tokenizer, steps)
+    return rates
 
 
-def _forget(file: Path) -> None:
-    """Drop a file from the page cache."""
+def _measure_from_first_step(config: Config, tokenizer: Tokenizer, steps: int) -> Rates:
+    """Time the loader without workers and without warmup."""
+    with _opened(config, tokenizer, workers=0) as loader:
+        loaded_steps = loader.steps_from(0)
+        seconds = [time_call(lambda: next(loaded_steps))[0] for _ in range(steps)]
+    return sample_rates(config.train.global_batch, seconds)
+
+
+def _drop_from_page_cache(file: Path) -> None:
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fdatasync(handle)
@@ -317,30 +410,16 @@ def _forget(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _served(folder: Path) -> Iterator[str]:
-    """The address at which a folder can be fetched by this machine; a process of its own serves it."""
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "http.server",
-        "0",
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        str(folder),
-    ]
+def _served_over_http(folder: Path) -> Iterator[str]:
+    """Serve a folder to this machine from another process. Yields its address."""
+    options = ["--bind", "127.0.0.1", "--directory", str(folder)]
+    command = [sys.executable, "-u", "-m", "http.server", "0", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
         try:
             assert server.stdout is not None
-            yield re.search(r"http://[\d.:]+", server.stdout.readline())[0]
+            first_line = server.stdout.readline()
+            yield re.search(r"http://[\d.:]+", first_line)[0]
         finally:
             server.terminate()
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result

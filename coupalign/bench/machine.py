@@ -1,53 +1,34 @@
-"""Which machine a figure belongs to, how fast its matrix products are, and how two results of it compare."""
+"""Describe the machine that a benchmark ran on, and measure time and memory on it."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
 import statistics
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TypeVar
 
 import torch
 
-from coupalign.errors import InputError
+T = TypeVar("T")
 
-Rates = tuple[float, float, float]  # median, lower and upper quartile; a second
-
-
-class Result(ABC):
-    """What a bench found, a dataclass of plain values: JSON and back, and the figures that two of them are compared by."""
-
-    bench: ClassVar[str]
-    machine: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bench": self.bench, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `to_json` gave; fields that have come since then have their defaults."""
-        return cls(
-            **{field.name: value[field.name] for field in fields(cls) if field.name in value}
-        )
-
-    @abstractmethod
-    def figures(self) -> dict[str, float]:
-        """By name."""
+Rates = tuple[float, float, float]  # per second: median, lower and upper quartile
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """What a time depends on, besides the code. Two results are compared if their "device" is the same."""
+    """Describe what a time depends on, besides the code.
+
+    Two results are compared only if their "device" is the same.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        name = processor(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+        name = describe_processor(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
@@ -57,70 +38,57 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     }
 
 
+def describe_processor(cpuinfo: str) -> str:
+    """Name a processor by brand, family, model, instruction sets and number of cores.
+
+    The brand is not enough: clouds call every processor of a maker by one name. "AMD EPYC" can be
+    one with AVX-512 and bf16 instructions, or one of half its speed with neither.
+
+    Args:
+        cpuinfo: content of /proc/cpuinfo on Linux. Empty: not available.
+    """
+    first_core = cpuinfo.partition("\n\n")[0]
+    fields = {}
+    for line in first_core.splitlines():
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+
+    brand = fields.get("model name") or platform.processor() or platform.machine()
+    details = []
+    if "cpu family" in fields:
+        details.append(f"family {fields['cpu family']}")
+    if "model" in fields:
+        details.append(f"model {fields['model']}")
+
+    details.append(torch.backends.cpu.get_cpu_capability())
+    # x86 lists its instruction sets as "flags", ARM as "Features".
+    if "bf16" in fields.get("flags", "") + fields.get("Features", ""):
+        details.append("bf16")
+    return f"{brand} ({', '.join(details)}), {os.cpu_count()} cores"
+
+
 def resident_gigabytes(process: int | str = "self") -> float:
-    """Memory of a process that is held now, 1e9 bytes."""
+    """Return the memory that a process holds now (its resident set), in 1e9 bytes."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e9
 
 
-def rates(samples: int, seconds: Sequence[float]) -> Rates:
-    """Samples a second of steps that took so long."""
-    low, middle, high = (
-        statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
-    )
-    return samples / middle, samples / high, samples / low
+def time_call(function: Callable[[], T]) -> tuple[float, T]:
+    """Call a function. Returns the seconds that it took, and its result."""
+    began = time.perf_counter()
+    result = function()
+    return time.perf_counter() - began, result
 
 
-def ratios(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """now / before of every figure that both have."""
-    return {name: value / before[name] for name, value in now.items() if before.get(name)}
-
-
-def read_result(file: Path, machine: Mapping[str, str], what: str) -> dict[str, Any]:
-    """An earlier result to compare with.
-
-    Raises:
-        InputError: it is not there, no result of this bench, or of another machine.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        theirs = value["machine"]["device"]
-        known = value["bench"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--against {file}: not a result of a bench ({type(error).__name__}: {error}); --out writes one"
-        ) from None
-    if known != what:
-        raise InputError(f"--against {file}: a result of bench {known}, not of bench {what}")
-    if theirs != machine["device"]:
-        raise InputError(
-            f"--against {file}: measured on {theirs}, this is {machine['device']}: ratios of times would mean nothing"
-        )
-    return value
-
-
-def processor(cpuinfo: str) -> str:
-    """Brand, what tells generations of one brand apart, and cores.
-
-    Clouds call every processor of a maker by one name: "AMD EPYC" was one with AVX-512 and bf16 instructions one day, and one of half its
-    speed with neither the next.
+def sample_rates(samples: int, seconds: Sequence[float]) -> Rates:
+    """Return samples per second.
 
     Args:
-        cpuinfo: what Linux has in /proc/cpuinfo.
+        samples: per step.
+        seconds: of each step.
     """
-    first = cpuinfo.partition("\n\n")[0].splitlines()
-    known = {
-        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)
-    }
-    name = known.get("model name") or platform.processor() or platform.machine()
-    details = [
-        f"{key.removeprefix('cpu ')} {known[key]}"
-        for key in ("cpu family", "model")
-        if key in known
-    ]
-    details.append(torch.backends.cpu.get_cpu_capability())
-    if "bf16" in known.get("flags", "") + known.get(
-        "Features", ""
-    ):  # x86's name for the list, and ARM's
-        details.append("bf16")
-    return f"{name} ({', '.join(details)}), {os.cpu_count()} cores"
+    if len(seconds) > 1:
+        low, middle, high = statistics.quantiles(seconds, n=4)
+    else:
+        low = middle = high = seconds[0]
+    return samples / middle, samples / high, samples / low

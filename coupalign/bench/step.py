@@ -1,7 +1,10 @@
-"""`coupalign bench step CONFIG`: a training step of a configuration, on this machine, by part.
+"""`coupalign bench step CONFIG`: measure the training steps of a configuration, by part.
 
-Three looks at the same steps, so that looking costs the times nothing: whole steps without any instrument; steps whose parts are
-timed, by the phases that every engine marks and by hooks on the parts of the model; a few steps under torch's profiler.
+It measures three times, so that instruments do not slow down the times:
+
+1. whole steps, without any instrument;
+2. steps by part, with the phases that every engine marks and with hooks on the parts of the model;
+3. a few steps under torch's profiler.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import resource
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +23,9 @@ import torch
 from torch import nn
 from torch.profiler import profile
 
-from coupalign.bench.calls import activities, count_calls
-from coupalign.bench.machine import Rates, Result, describe_machine, rates, resident_gigabytes
+from coupalign.bench.machine import Rates, describe_machine, resident_gigabytes, sample_rates
+from coupalign.bench.profiler import count_calls, profiler_activities
+from coupalign.bench.result import Result, format_pairs, format_rows
 from coupalign.config.load import override
 from coupalign.config.schema import Config
 from coupalign.costs.traffic import step_traffic
@@ -31,41 +35,49 @@ from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.order import micro_batches
 from coupalign.distributed.world import World
 from coupalign.engine.base import DTYPES, Engine, Phases, seed_step
-from coupalign.engine.build import build_engine
+from coupalign.engine.build import build_engine, engine_name
 from coupalign.engine.optimizer import build_optimizer
 from coupalign.model.base import called_modules
 from coupalign.model.build import build_model
 from coupalign.model.text import vocabulary_size
 
+# The micro-batches of each step.
 Steps = Iterator[list[Batch]]
-_LOOKED_AT, _PROFILED = 5, 3
-_EXCHANGES = ("nccl", "gloo:", "c10d::")
+
+_STEPS_BY_PART, _PROFILED_STEPS = 5, 3
+
+# How the names of communication events begin.
+_COMMUNICATION = ("nccl", "gloo:", "c10d::")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepBench(Result):
-    """What a step costs on this rank.
+    """What a training step costs on this rank.
 
     Attributes:
-        machine: see `describe_machine`.
         samples_per_second: of all ranks: median, lower and upper quartile of the timed steps.
-        milliseconds: "step", the median of the timed ones; then, of others that were looked into, by part. "data" is waiting for the
-            loader, "copy" to the device. The parts of the model are their forward pass; "losses" is what is left of "forward";
-            "backward" holds the exchange of gradients that runs beside it.
-        flop: forward and backward of a step, all ranks; counted.
-        matmul_flop_per_s: the fastest matrix product of this machine in the configuration's precision; measured.
-        utilization: flop per second and rank, as a share of that (MFU).
-        gigabytes: "weights", "optimizer" and "average" (this rank's share); "other", what is held between steps besides, which on a CPU
-            is mostly libraries; "a step's" own: activations, gradients, workspaces; "peak", the sum. Of the GPU, or of the process.
-        calls: a step: kernels launched, waits for the device, numbers read back from it, milliseconds of exchange between ranks.
-        beside: another configuration, whose steps took turns with this one's: the overrides that make it, its samples per second, and how
-            many times its samples per second this one reached, step by step; empty where none was asked for.
+        milliseconds: "step" is the median of the timed steps. The other entries are means of other
+            steps, by part: "data" waits for the loader, "copy" copies to the device. The parts of
+            the model are their forward pass, and "losses" is the rest of "forward". "backward"
+            includes the exchange of gradients that overlaps it.
+        flop: counted FLOPs of forward and backward per step, on all ranks.
+        matmul_flop_per_s: measured speed of this machine's fastest matrix product in the precision
+            of the configuration.
+        utilization: MFU, the achieved FLOP/s per rank divided by `matmul_flop_per_s`.
+        gigabytes: of the GPU, or of the process on a CPU. "weights", "optimizer" and "average" are
+            this rank's share. "other" is what else is held between steps; on a CPU these are mostly
+            libraries. "a step's" is what a step adds: activations, gradients, workspaces. "peak" is
+            the sum.
+        calls: per step: operators, numbers read back from the device, milliseconds of communication
+            between ranks; on a GPU also kernels launched and waits for the device.
+        beside: another configuration, measured in alternation with this one: the overrides that
+            make it, its samples per second, and "ratio", how many times its samples per second this
+            configuration reached, step by step: median, lower and upper quartile. Empty if not
+            asked for.
     """
 
     bench: ClassVar[str] = "step"
 
-    machine: dict[str, str]
-    config: str
     ranks: int
     global_batch: int
     micro_batch: int
@@ -79,10 +91,10 @@ class StepBench(Result):
     utilization: float
     gigabytes: dict[str, float]
     calls: dict[str, float]
-    beside: dict[str, Any]
+    beside: dict[str, Any] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
-        """What is compared with an earlier result, by name."""
+        """Return the figures to compare with an earlier result, by name."""
         return {
             "samples/s": self.samples_per_second[0],
             "utilization": self.utilization,
@@ -92,155 +104,156 @@ class StepBench(Result):
         }
 
     def table(self) -> str:
-        """The same for people."""
+        """Format the result for people."""
         median, low, high = self.samples_per_second
-        looked_at = sum(self.milliseconds.values()) - self.milliseconds["step"]
+        gigabytes = {name: f"{value:.2f} GB" for name, value in self.gigabytes.items()}
+        calls = {name: f"{value:,.1f}" for name, value in self.calls.items()}
+
         lines = [
-            f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, {self.global_batch} samples a step in micro-batches "
-            f"of {self.micro_batch}",
-            "  ".join(f"{name} {value}" for name, value in self.machine.items()),
+            f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, "
+            f"{self.global_batch} samples per step in micro-batches of {self.micro_batch}",
+            format_pairs(self.machine),
             "",
-            f"{median:,.2f} samples/s (median of {self.steps} steps; quartiles {low:,.2f} … {high:,.2f})",
-            f"{self.flop / 1e12:,.3f} TFLOP a step; {self.utilization:.1%} of the {self.matmul_flop_per_s / 1e12:,.2f} TFLOP/s "
-            "that this machine's fastest matrix product reaches",
+            f"{median:,.2f} samples/s (median of {self.steps} steps; "
+            f"quartiles {low:,.2f} … {high:,.2f})",
+            f"{self.flop / 1e12:,.3f} TFLOP per step; MFU {self.utilization:.1%} of the "
+            f"{self.matmul_flop_per_s / 1e12:,.2f} TFLOP/s that this machine's fastest matrix "
+            "product reaches",
             "",
-            f"{'part':<14}{'ms':>10}{'share':>8}",
-        ]
-        lines += [
-            f"{name:<14}{value:>10.2f}" + (f"{value / looked_at:>8.1%}" if name != "step" else "")
-            for name, value in self.milliseconds.items()
-        ]
-        lines += [
+            self._table_of_parts(),
             "",
-            "  ".join(f"{name} {value:.2f} GB" for name, value in self.gigabytes.items()),
-            "  ".join(f"{name} {value:,.1f}" for name, value in self.calls.items()) + "  (a step)",
+            format_pairs(gigabytes),
+            f"{format_pairs(calls)}  (per step)",
         ]
         if self.beside:
             ratio, low, high = self.beside["ratio"]
+            other_rate = self.beside["samples_per_second"][0]
             lines += [
                 "",
                 f"{ratio:.2f} times the samples/s of the same with {self.beside['overrides']} "
-                f"({self.beside['samples_per_second'][0]:,.2f}), steps in turn; quartiles {low:.2f} … {high:.2f}",
+                f"({other_rate:,.2f}), steps in turn; quartiles {low:.2f} … {high:.2f}",
             ]
         return "\n".join(lines)
+
+    def _table_of_parts(self) -> str:
+        """Format the milliseconds, with the share of each part in the sum of the parts."""
+        whole = self.milliseconds["step"]
+        sum_of_parts = sum(self.milliseconds.values()) - whole
+
+        rows = [("step", f"{whole:.2f}", "")]
+        for name, value in self.milliseconds.items():
+            if name != "step":
+                rows.append((name, f"{value:.2f}", f"{value / sum_of_parts:.1%}"))
+        return format_rows(rows, headers=("part", "ms", "share"))
 
 
 def bench_step(
     config: Config,
     world: World,
     steps: int = 20,
+    *,
     warmup: int = 5,
-    random: bool = False,
+    random_data: bool = False,
     trace: Path | None = None,
     beside: Sequence[str] = (),
 ) -> StepBench:
-    """Time training steps; collective.
+    """Time training steps.
+
+    Collective: every rank must call it.
 
     Args:
-        random: random samples in place of data.train, which then need not be there.
-        trace: where the profiler's trace is written, for ui.perfetto.dev.
-        beside: overrides that make another configuration, to be measured in turn with this one.
+        config: of the training run.
+        steps: how many to time.
+        warmup: steps before them that are not timed.
+        random_data: use random samples. data.train need not exist then.
+        trace: where to write the profiler's trace, for ui.perfetto.dev.
+        beside: overrides that make another configuration, which takes turns with this one.
 
     Raises:
         InputError: the configuration cannot be trained here.
     """
     torch.manual_seed(config.seed)
     with ExitStack() as stack:
-        run = _start(config, world, stack, random, warmup)
-        start = _gigabytes(world, peak=False)
-        seconds = run.timed(steps)
-        gigabytes = _by_kind(run.engine, start, _gigabytes(world, peak=True))
-        milliseconds = _parts(run, run.engine.model, statistics.median(seconds))
-        calls = _calls(run, trace)
-        in_turn = (
-            _beside(
-                run, _start(override(config, beside), world, stack, random, warmup), beside, steps
-            )
-            if beside
-            else {}
-        )
-    _, micro = micro_batches(config.train.global_batch, config.train.max_micro_batch, world.size)
-    flop = sum(cost.flops for cost in step_traffic(config, micro).values()) * (
-        config.train.global_batch // micro
-    )
-    fastest = matmul_peak(DTYPES[config.precision], world.device)
-    rate = rates(config.train.global_batch, seconds)
-    share = flop * rate[0] / config.train.global_batch / world.size / fastest
+        trainer = _start(config, world, stack, random_data=random_data, warmup=warmup)
+
+        # The plain times and the memory come first: instruments would change both.
+        held_between_steps = _held_gigabytes(world)
+        seconds = trainer.timed_steps(steps)
+        gigabytes = _memory_by_kind(trainer.engine, held_between_steps, _peak_gigabytes(world))
+
+        milliseconds = {"step": 1e3 * statistics.median(seconds), **_time_parts(trainer)}
+        calls = _count_calls(trainer, trace)
+
+        compared = {}
+        if beside:
+            other_config = override(config, beside)
+            other = _start(other_config, world, stack, random_data=random_data, warmup=warmup)
+            compared = _compare(trainer, other, beside, steps)
+
+    rates = sample_rates(config.train.global_batch, seconds)
+    steps_per_second = rates[0] / config.train.global_batch
+    micro_batch, flop = _flop_per_step(config, world)
+    peak = matmul_peak(DTYPES[config.precision], world.device)
     return StepBench(
-        describe_machine(world.device),
-        config.name,
-        world.size,
-        config.train.global_batch,
-        micro,
-        config.precision,
-        config.engine.kind
-        + (f" ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else ""),
-        steps,
-        rate,
-        milliseconds,
-        flop,
-        fastest,
-        share,
-        gigabytes,
-        calls,
-        in_turn,
+        machine=describe_machine(world.device),
+        config=config.name,
+        ranks=world.size,
+        global_batch=config.train.global_batch,
+        micro_batch=micro_batch,
+        precision=config.precision,
+        engine=engine_name(config.engine),
+        steps=steps,
+        samples_per_second=rates,
+        milliseconds=milliseconds,
+        flop=flop,
+        matmul_flop_per_s=peak,
+        utilization=flop * steps_per_second / world.size / peak,
+        gigabytes=gigabytes,
+        calls=calls,
+        beside=compared,
     )
 
 
-def _start(config: Config, world: World, stack: ExitStack, random: bool, warmup: int) -> _Runner:
-    """Everything that a configuration's steps need, and its first ones."""
-    vocabulary, batches = _random(config, world) if random else _read(config, world, stack)
-    model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
-    run = _Runner(
-        build_engine(model, build_optimizer(model, config.optim), config, world),
-        batches,
-        config,
-        world,
-    )
-    for _ in range(warmup):
-        run.step()
-    return run
+def _flop_per_step(config: Config, world: World) -> tuple[int, int]:
+    """Return the samples of a micro-batch, and the FLOPs of a step on all ranks."""
+    global_batch = config.train.global_batch
+    _, samples = micro_batches(global_batch, config.train.max_micro_batch, world.size)
+    costs = step_traffic(config, samples).values()
+    return samples, sum(cost.flops for cost in costs) * (global_batch // samples)
 
 
-def _beside(run: _Runner, other: _Runner, overrides: Sequence[str], steps: int) -> dict[str, Any]:
-    """Steps of two configurations in turn, see `StepBench.beside`."""
-    pairs = [(run.timed(1)[0], other.timed(1)[0]) for _ in range(steps)]
-    samples = other.config.train.global_batch
-    gain = samples / run.config.train.global_batch  # a step of the other may be of another size
-    low, median, high = np.quantile(
-        [theirs / own / gain for own, theirs in pairs], (0.25, 0.5, 0.75)
-    ).tolist()
-    return {
-        "overrides": " ".join(overrides),
-        "samples_per_second": rates(samples, [theirs for _, theirs in pairs]),
-        "ratio": (median, low, high),
-    }
+# ---------------------------------------------------------------------------------- training steps
 
 
-class _Runner:
-    """Training steps, one after another."""
+class _Trainer:
+    """Run training steps one after another.
 
-    def __init__(self, engine: Engine, batches: Steps, config: Config, world: World) -> None:
-        self.engine, self.batches, self.config, self.world = engine, batches, config, world
+    Attributes:
+        phase_seconds: seconds of each phase, summed over the steps since it was last cleared.
+    """
+
+    def __init__(self, engine: Engine, steps: Steps, config: Config, world: World) -> None:
+        self.engine, self.steps, self.config, self.world = engine, steps, config, world
         self.phases = Phases(world.device)
-        self.done = 0
-        self.found: dict[str, float] = {}
+        self.steps_done = 0
+        self.phase_seconds: dict[str, float] = {}
 
     def step(self) -> None:
-        """One step; its phases are added to `found`, in seconds."""
+        """Train one step, and add its phases to `phase_seconds`."""
         with self.phases("data"):
-            micro_batches = next(self.batches)
-        seed_step(self.config.seed, self.done, self.world.rank)
+            batches = next(self.steps)
+        seed_step(self.config.seed, self.steps_done, self.world.rank)
         with self.phases("copy"):
-            micro_batches = [batch.to(self.world.device) for batch in micro_batches]
-        stats = self.engine.train_step(micro_batches, 1.0)
-        self.done += 1
+            batches = [batch.to(self.world.device) for batch in batches]
+        stats = self.engine.train_step(batches, lr_scale=1.0)
+        self.steps_done += 1
+
         for seconds in (stats.seconds, self.phases.read()):
             for name, value in seconds.items():
-                self.found[name] = self.found.get(name, 0.0) + value
+                self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + value
 
-    def timed(self, steps: int) -> list[float]:
-        """Seconds of each of so many steps, from the end of one to the end of the next; nothing waits in between."""
+    def timed_steps(self, steps: int) -> list[float]:
+        """Train and return the seconds of each step. Nothing waits for the device in between."""
         clock = Phases(self.world.device)
         for _ in range(steps):
             with clock("step"):
@@ -249,77 +262,25 @@ class _Runner:
         return [clock.between(begin, end) for _, begin, end in clock.marks]
 
 
-def _parts(run: _Runner, model: nn.Module, step_s: float) -> dict[str, float]:
-    """Milliseconds a step by part; the times of the model's parts are taken by hooks."""
-    inside = Phases(run.world.device)
-    run.found = {}
-    with _hooks(model, inside):
-        for _ in range(_LOOKED_AT):
-            run.step()
-        _wait(run.world.device)
-    found = {name: 1e3 * value / _LOOKED_AT for name, value in run.found.items()}
-    own = {name: 1e3 * value / _LOOKED_AT for name, value in inside.read().items()}
-    forward = found.pop("forward")
-    means = found.pop("losses", 0.0)
-    order = [name for name, _ in model.named_children() if name in own]
-    return {
-        "step": 1e3 * step_s,
-        "data": found["data"],
-        "copy": found["copy"],
-        **{name: own[name] for name in order},
-        "losses": forward - sum(own.values()),
-        "backward": found["backward"],
-        "optimizer": found.get("optimizer", 0.0),
-        "loss means": means,
-    }
+def _start(
+    config: Config, world: World, stack: ExitStack, *, random_data: bool, warmup: int
+) -> _Trainer:
+    """Open the data, build the model and the engine, and train the first steps."""
+    if random_data:
+        vocabulary, steps = _random_steps(config, world)
+    else:
+        vocabulary, steps = _loaded_steps(config, world, stack)
+
+    model = build_model(config.model, vocabulary, config.data.image_size).to(world.device)
+    engine = build_engine(model, build_optimizer(model, config.optim), config, world)
+    trainer = _Trainer(engine, steps, config, world)
+    for _ in range(warmup):
+        trainer.step()
+    return trainer
 
 
-@contextmanager
-def _hooks(model: nn.Module, phases: Phases) -> Iterator[None]:
-    """Inside, the forward pass of each child of the model is a phase; what checkpointing computes again in the backward pass is not."""
-    with ExitStack() as handles:
-        for name, _ in model.named_children():
-            for module in called_modules(model, name).values():
-                running: list[Any] = []
-
-                def begin(*_: Any, name: str = name, running: list[Any] = running) -> None:
-                    if torch._C._current_graph_task_id() == -1:
-                        running.append(phases(name))
-                        running[-1].__enter__()
-
-                def end(*_: Any, running: list[Any] = running) -> None:
-                    if running:
-                        running.pop().__exit__(None, None, None)
-
-                handles.callback(module.register_forward_pre_hook(begin).remove)
-                handles.callback(module.register_forward_hook(end).remove)
-        yield
-
-
-def _calls(run: _Runner, trace: Path | None) -> dict[str, float]:
-    """What the profiler counts, a step."""
-    cuda = run.world.device.type == "cuda"
-    with profile(activities=activities(run.world.device)) as profiler:
-        for _ in range(_PROFILED):
-            run.step()
-        _wait(run.world.device)
-    if trace is not None and run.world.is_main:
-        trace.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(trace))
-    events = profiler.events()
-    exchange = sum(
-        event.device_time_total if cuda else event.cpu_time_total
-        for event in events
-        if event.name.startswith(_EXCHANGES)
-    )
-    # The last wait is ours.
-    return {
-        **count_calls(events, _PROFILED, run.world.device, own_waits=1),
-        "ms of exchange": exchange / 1e3 / _PROFILED,
-    }
-
-
-def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
+def _loaded_steps(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
+    """Return the size of the vocabulary, and the steps of data.train."""
     tokenizer = open_tokenizer(config.data)
     loader = build_train_loader(
         config.data,
@@ -333,19 +294,133 @@ def _read(config: Config, world: World, stack: ExitStack) -> tuple[int, Steps]:
     return len(tokenizer), (batches for _, batches in loader.steps_from(0))
 
 
-def _random(config: Config, world: World) -> tuple[int, Steps]:
-    """The same few random batches again and again."""
+def _random_steps(config: Config, world: World) -> tuple[int, Steps]:
+    """Return the size of the vocabulary, and the same random step again and again."""
+    data, train = config.data, config.train
     vocabulary = vocabulary_size(config.model.text)
-    count, samples = micro_batches(
-        config.train.global_batch, config.train.max_micro_batch, world.size
-    )
+    number, samples = micro_batches(train.global_batch, train.max_micro_batch, world.size)
+
     step = [
-        random_batch(samples, config.data.image_size, config.data.max_tokens, vocabulary)
-        for _ in range(count)
+        random_batch(samples, data.image_size, data.max_tokens, vocabulary) for _ in range(number)
     ]
-    return vocabulary, cycle(
-        [[batch.pin_memory() for batch in step] if world.device.type == "cuda" else step]
-    )
+    if world.device.type == "cuda":
+        step = [batch.pin_memory() for batch in step]
+    return vocabulary, cycle([step])
+
+
+def _compare(
+    trainer: _Trainer, other: _Trainer, overrides: Sequence[str], steps: int
+) -> dict[str, Any]:
+    """Alternate steps of two configurations, see `StepBench.beside`."""
+    own_seconds, other_seconds = [], []
+    for _ in range(steps):
+        own_seconds += trainer.timed_steps(1)
+        other_seconds += other.timed_steps(1)
+
+    # The global batches may differ, so compare seconds per sample.
+    own_samples = trainer.config.train.global_batch
+    other_samples = other.config.train.global_batch
+    size_ratio = other_samples / own_samples
+    ratios = [theirs / own / size_ratio for own, theirs in zip(own_seconds, other_seconds)]
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+    return {
+        "overrides": " ".join(overrides),
+        "samples_per_second": sample_rates(other_samples, other_seconds),
+        "ratio": (median, low, high),
+    }
+
+
+# ---------------------------------------------------------------------------------- time by part
+
+
+def _time_parts(trainer: _Trainer) -> dict[str, float]:
+    """Return the milliseconds per step of each part, see `StepBench.milliseconds`."""
+    model, device = trainer.engine.model, trainer.world.device
+    model_phases = Phases(device)
+    trainer.phase_seconds = {}
+    with _forward_timed(model, model_phases):
+        for _ in range(_STEPS_BY_PART):
+            trainer.step()
+        _wait(device)
+
+    phases = _mean_milliseconds(trainer.phase_seconds)
+    children = _mean_milliseconds(model_phases.read())
+    return {
+        "data": phases["data"],
+        "copy": phases["copy"],
+        **{name: children[name] for name, _ in model.named_children() if name in children},
+        "losses": phases["forward"] - sum(children.values()),
+        "backward": phases["backward"],
+        "optimizer": phases.get("optimizer", 0.0),
+        "loss means": phases.get("losses", 0.0),
+    }
+
+
+def _mean_milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: 1e3 * value / _STEPS_BY_PART for name, value in seconds.items()}
+
+
+@contextmanager
+def _forward_timed(model: nn.Module, phases: Phases) -> Iterator[None]:
+    """Record the forward pass of each child of the model as a phase.
+
+    Recomputation in the backward pass, by checkpointing, is not recorded.
+    """
+    with ExitStack() as handles:
+        for name, _ in model.named_children():
+            for module in called_modules(model, name).values():
+                handles.enter_context(_module_timed(module, name, phases))
+        yield
+
+
+@contextmanager
+def _module_timed(module: nn.Module, name: str, phases: Phases) -> Iterator[None]:
+    running: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        is_backward = torch._C._current_graph_task_id() != -1
+        if not is_backward:
+            running.append(phases(name))
+            running[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+
+    before, after = module.register_forward_pre_hook(begin), module.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+# ---------------------------------------------------------------------------------- calls
+
+
+def _count_calls(trainer: _Trainer, trace: Path | None) -> dict[str, float]:
+    """Count calls per step with the profiler, see `StepBench.calls`."""
+    device = trainer.world.device
+    with profile(activities=profiler_activities(device)) as profiler:
+        for _ in range(_PROFILED_STEPS):
+            trainer.step()
+        _wait(device)
+
+    if trace is not None and trainer.world.is_main:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(trace))
+
+    events = profiler.events()
+    communication = [event for event in events if event.name.startswith(_COMMUNICATION)]
+    if device.type == "cuda":
+        microseconds = sum(event.device_time_total for event in communication)
+    else:
+        microseconds = sum(event.cpu_time_total for event in communication)
+
+    # The last wait is our own.
+    calls = count_calls(events, _PROFILED_STEPS, device, own_waits=1)
+    calls["ms of exchange"] = microseconds / 1e3 / _PROFILED_STEPS
+    return calls
 
 
 def _wait(device: torch.device) -> None:
@@ -353,23 +428,26 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _by_kind(engine: Engine, start: float, peak: float) -> dict[str, float]:
-    """See `StepBench.gigabytes`; what is held between steps, and the most, 1e9 bytes."""
-    kinds = {name: count / 1e9 for name, count in engine.held_bytes().items()}
-    kinds["other"] = start - sum(kinds.values())
-    return {**kinds, "a step's": peak - start, "peak": peak}
+# ---------------------------------------------------------------------------------- memory
 
 
-def _gigabytes(world: World, peak: bool) -> float:
-    """Memory that is held, or the most that was since the last look, 1e9 bytes. On a CPU that of the process, whose most never falls."""
+def _memory_by_kind(engine: Engine, between_steps: float, peak: float) -> dict[str, float]:
+    """Divide memory by what it is for, in 1e9 bytes, see `StepBench.gigabytes`."""
+    kinds = {name: size / 1e9 for name, size in engine.held_bytes().items()}
+    kinds["other"] = between_steps - sum(kinds.values())
+    return {**kinds, "a step's": peak - between_steps, "peak": peak}
+
+
+def _held_gigabytes(world: World) -> float:
+    """Return the memory that is held now, in 1e9 bytes, and let the peak begin here."""
     if world.device.type == "cuda":
-        value = (
-            torch.cuda.max_memory_allocated(world.device)
-            if peak
-            else torch.cuda.memory_allocated(world.device)
-        )
         torch.cuda.reset_peak_memory_stats(world.device)
-        return value / 1e9
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.memory_allocated(world.device) / 1e9
     return resident_gigabytes()
+
+
+def _peak_gigabytes(world: World) -> float:
+    """Return the highest memory since `_held_gigabytes`; on a CPU, since the process began."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -11,7 +11,7 @@ from coupalign.cli.options import Answer, add_file_and_overrides, add_verb, ok_o
 from coupalign.errors import InputError
 
 if TYPE_CHECKING:
-    from coupalign.bench.machine import Result
+    from coupalign.bench.result import Result
     from coupalign.config.schema import Config
     from coupalign.distributed.world import World
 
@@ -142,7 +142,7 @@ def _bench_step(options: argparse.Namespace) -> Answer:
             world,
             options.steps,
             warmup=options.warmup,
-            random=options.random_data,
+            random_data=options.random_data,
             trace=options.profile,
             beside=options.beside,
         )
@@ -172,7 +172,8 @@ def _bench_on_ranks(
     options: argparse.Namespace, measure: Callable[[Config, World], Result]
 ) -> Answer:
     """Measure on all ranks that a launcher started, and print the result on the first."""
-    from coupalign.bench.machine import describe_machine, read_result
+    from coupalign.bench.machine import describe_machine
+    from coupalign.bench.result import read_result
     from coupalign.config.load import read_config
     from coupalign.distributed.world import rank_session
 
@@ -195,7 +196,8 @@ def _bench_on_ranks(
 def _bench_startup(options: argparse.Namespace) -> Answer:
     import torch
 
-    from coupalign.bench.machine import describe_machine, read_result
+    from coupalign.bench.machine import describe_machine
+    from coupalign.bench.result import read_result
     from coupalign.bench.startup import bench_startup
 
     earlier = None
@@ -212,7 +214,7 @@ def _show_result(
     """Print a result and its ratios to an earlier one; write it where --out says."""
     from tabulate import tabulate
 
-    from coupalign.bench.machine import ratios
+    from coupalign.bench.result import ratios
     from coupalign.files import write_json
 
     print(result.table())

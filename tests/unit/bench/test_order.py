@@ -1,4 +1,4 @@
-"""The simulation of the order, small: against counting by hand, and with faults put in."""
+"""`coupalign bench order` at a small scale: compared with counting by hand, and with faults."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from coupalign.bench.order import (
 )
 from coupalign.cli.parser import main
 from coupalign.data.order import rank_slice
+from coupalign.distributed.world import World
 
 SMALL = Scale(
     samples=60_000,
@@ -41,102 +42,111 @@ def bench() -> OrderBench:
     return bench_order(SMALL)
 
 
-def test_all_holds_and_canonical_nodes_make_the_difference(bench: OrderBench) -> None:
-    assert (
-        bench.faults == []
-        and bench.count.once == bench.count.drawn == 60_000
-        and bench.count.never == 0
-    )
-    with_parts, after, without = bench.fetched
-    assert (
-        max(with_parts.worst, after.worst) < 1.01
-        and 3.9 < without.mean <= 4
-        and (without.canonical_nodes, without.nodes) == (1, 4)
-    )
-    assert (
-        30 < bench.window_shards <= 40
-        and bench.rank.steps == 625
-        and 0 < bench.rank.peak_bytes < 60_000 * 8
-    )
+def test_every_sample_is_read_once(bench: OrderBench) -> None:
+    assert bench.faults == []
+    assert bench.count.once == bench.count.drawn == 60_000
+    assert bench.count.never == 0
 
 
-def test_what_is_shown_and_what_is_for_machines(bench: OrderBench) -> None:
+def test_canonical_nodes_reduce_what_a_node_fetches(bench: OrderBench) -> None:
+    before, after, without = bench.fetched
+
+    assert max(before.worst, after.worst) < 1.01
+    assert (without.canonical_nodes, without.nodes) == (1, 4)
+    assert 3.9 < without.mean <= 4
+
+
+def test_cost_of_a_rank_is_measured(bench: OrderBench) -> None:
+    assert 30 < bench.window_shards <= 40
+    assert bench.rank.steps == 625
+    assert 0 < bench.rank.peak_bytes < 60_000 * 8
+
+
+def test_table_and_json_show_the_counts(bench: OrderBench) -> None:
     shown = table(bench)
-    assert (
-        "read 60,000, once 60,000, never 0; 24 of 24" in shown
-        and "Choose for data.canonical_nodes" in shown
-        and "FAULT" not in shown
-    )
+    assert "read 60,000, once 60,000, never 0; 24 of 24" in shown
+    assert "Choose data.canonical_nodes" in shown
+    assert "FAULT" not in shown
     assert max(map(len, shown.splitlines())) < 140
-    found = json.loads(json.dumps(bench.to_json()))
-    assert found["faults"] == [] and found["scale"]["before"] == {
-        "nodes": 4,
-        "ranks": 16,
-        "workers": 2,
-    }
+
+    value = json.loads(json.dumps(bench.to_json()))
+    assert value["faults"] == []
+    assert value["scale"]["before"] == {"nodes": 4, "ranks": 16, "workers": 2}
 
 
 @pytest.mark.parametrize("parts, nodes", [(12, 4), (12, 3), (1, 4), (4, 12), (6, 4)])
-def test_what_is_fetched_is_what_the_ranks_read(parts: int, nodes: int) -> None:
-    """Step by step, by the slices of the nodes; also where a node reads a fraction of a part."""
+def test_fetched_samples_are_those_of_the_shards_that_nodes_read(parts: int, nodes: int) -> None:
+    """Counts step by step from the slices of the nodes, also if a node reads part of a part."""
     scale = replace(SMALL, samples=6000, shards=300)
     layout = scale.layout()
     orders = scale.orders(layout, parts)
-    shard_of = np.repeat(np.arange(300), np.diff(layout.starts))
-    touched: list[set] = [set() for _ in range(nodes)]
-    length = 6000 // parts  # whole, so that every part begins its epoch at the same place of a step
-    for step in range(length * parts // 96, -(-2 * length * parts // 96)):
-        for node, seen in enumerate(touched):
-            taken = rank_slice(96, simulated_rank(node, nodes))
-            for place, (epoch, number) in enumerate(orders.step(step, 96, taken), taken.start):
+    sizes = np.diff(layout.starts)
+    shard_of = np.repeat(np.arange(300), sizes)
+
+    # The parts have equal lengths, so each begins its epoch at the same position of a step.
+    length = 6000 // parts
+    steps = range(length * parts // 96, -(-2 * length * parts // 96))
+    touched: list[set[tuple[int, int]]] = [set() for _ in range(nodes)]
+    for step in steps:
+        for node, shards_of_node in enumerate(touched):
+            positions = rank_slice(96, simulated_rank(node, nodes))
+            keys = orders.step(step, 96, positions)
+            for position, (epoch, number) in enumerate(keys, positions.start):
                 if epoch == 1:
-                    seen.add((place // (96 // parts), shard_of[number]))
-    expected = [sum(np.diff(layout.starts)[shard] for _, shard in seen) for seen in touched]
-    assert fetched_samples(scale.orders(layout, parts), layout, nodes, 96).tolist() == expected
+                    part = position // (96 // parts)
+                    shards_of_node.add((part, shard_of[number]))
+
+    expected = [sum(sizes[shard] for _, shard in shards) for shards in touched]
+    fresh_orders = scale.orders(layout, parts)
+    assert fetched_samples(fresh_orders, layout, nodes, 96).tolist() == expected
 
 
 @pytest.mark.parametrize(
-    "rank, found, words",
+    "wrong_slice, message",
     [
-        (3, slice(12, 18), r" \d,\d{3} never; 60,000 reads in all"),  # it reads what rank 2 reads
-        (3, slice(18, 25), r" 60,000 samples 5\d,\d{3} were read once, 0 never; 6\d,\d{3} reads"),
+        # Rank 3 reads what rank 2 reads.
+        (slice(12, 18), r" \d,\d{3} never; 60,000 reads in all"),
+        # Rank 3 reads one sample of rank 4, too.
+        (slice(18, 25), r" 60,000 samples 5\d,\d{3} were read once, 0 never; 6\d,\d{3} reads"),
     ],
 )
-def test_a_wrong_sharing_is_found(
-    rank: int, found: slice, words: str, monkeypatch: pytest.MonkeyPatch, bench: OrderBench
+def test_wrong_slice_of_a_rank_is_a_fault(
+    wrong_slice: slice, message: str, monkeypatch: pytest.MonkeyPatch, bench: OrderBench
 ) -> None:
-    monkeypatch.setattr(
-        order,
-        "rank_slice",
-        lambda size, world: (
-            found if (world.rank, world.size) == (rank, 16) else rank_slice(size, world)
-        ),
-    )
+    def wrong_rank_slice(global_batch: int, world: World) -> slice:
+        if (world.rank, world.size) == (3, 16):
+            return wrong_slice
+        return rank_slice(global_batch, world)
+
+    monkeypatch.setattr(order, "rank_slice", wrong_rank_slice)
+
     (fault,) = replace(bench, count=count_reads(SMALL, SMALL.layout())).faults
-    assert re.search(words, fault)
+    assert re.search(message, fault)
 
 
-def test_an_order_that_depends_on_its_past_is_found(
+def test_order_that_depends_on_earlier_steps_is_a_fault(
     monkeypatch: pytest.MonkeyPatch, bench: OrderBench
 ) -> None:
     step = order.EpochOrders.step
     monkeypatch.setattr(
         order.EpochOrders, "step", lambda orders, number, *rest: step(orders, number + 1, *rest)
     )
+
     (fault,) = replace(bench, count=count_reads(SMALL, SMALL.layout())).faults
     assert "of 24 steps are not the same" in fault
 
 
-def test_the_verb_says_no_where_a_property_fails(
+def test_status_is_1_if_a_property_does_not_hold(
     bench: OrderBench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # All properties hold.
     monkeypatch.setattr(order, "bench_order", lambda: bench)
     assert main(["bench", "order", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["count"]["once"] == 60_000
-    far = replace(bench, fetched=(Fetched(12, 4, 1.0, 1.06),))
-    monkeypatch.setattr(order, "bench_order", lambda: far)
+
+    # One node fetches too much.
+    faulty = replace(bench, fetched=(Fetched(12, 4, 1.0, 1.06),))
+    monkeypatch.setattr(order, "bench_order", lambda: faulty)
     assert main(["bench", "order"]) == 1
-    assert (
-        "FAULT: one of 4 nodes fetches 1.060 times its share, more than 1.05"
-        in capsys.readouterr().out
-    )
+    fault = "FAULT: one of 4 nodes fetches 1.060 times its share, more than 1.05"
+    assert fault in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`coupalign bench step` on a model of a few thousand weights: what is counted is exact, what is timed is there and adds up."""
+"""`coupalign bench step` on a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import io
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from coupalign.bench.machine import processor
 from coupalign.cli.parser import main
 from coupalign.config.load import read_config
 from coupalign.costs.traffic import step_traffic
-from coupalign.costs.utilization import matmul_peak
 from coupalign.model.build import build_model
 
 TINY = """
@@ -41,158 +39,141 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def out(config: Path) -> Path:
-    """The result of a bench on random data, which has left its table and its trace beside it."""
+    """The result of a benchmark on random data, next to its table and its trace."""
     out = config.parent / "results" / "step.json"
+    trace = out.with_name("trace.json")
+    outputs = ["--profile", str(trace), "--out", str(out)]
+
     printed = io.StringIO()
     with redirect_stdout(printed):
-        words = [
-            "--random-data",
-            "--profile",
-            str(out.with_name("trace.json")),
-            "--out",
-            str(out),
-            *SHORT,
-        ]
-        assert main(["bench", "step", str(config), *words]) == 0
+        assert main(["bench", "step", str(config), "--random-data", *outputs, *SHORT]) == 0
+
     out.with_name("table.txt").write_text(printed.getvalue())
     return out
 
 
-def test_a_step_by_part(config: Path, out: Path) -> None:
-    table, value = out.with_name("table.txt").read_text(), json.loads(out.read_text())
-    assert (value["micro_batch"], value["global_batch"], value["ranks"], value["engine"]) == (
-        2,
-        4,
-        1,
-        "ddp",
-    )
-    assert list(value["milliseconds"]) == [
-        "step",
-        "data",
-        "copy",
-        "image",
-        "text",
-        "wpa",
-        "decoder",
-        "proposals",
-        "sma",
-        "head",
-        "losses",
-        "backward",
-        "optimizer",
-        "loss means",
-    ]
-    assert all(one > 0 for one in value["milliseconds"].values()), value["milliseconds"]
+@pytest.fixture
+def result(out: Path) -> dict[str, Any]:
+    return json.loads(out.read_text())
+
+
+def test_result_names_batches_ranks_and_engine(result: dict[str, Any]) -> None:
+    assert result["micro_batch"] == 2
+    assert result["global_batch"] == 4
+    assert result["ranks"] == 1
+    assert result["engine"] == "ddp"
+
+
+def test_every_part_of_a_step_is_timed(out: Path, result: dict[str, Any]) -> None:
+    model_parts = ["image", "text", "wpa", "decoder", "proposals", "sma", "head"]
+    other_parts = ["losses", "backward", "optimizer", "loss means"]
+    milliseconds = result["milliseconds"]
+    assert list(milliseconds) == ["step", "data", "copy", *model_parts, *other_parts]
+    assert all(value > 0 for value in milliseconds.values()), milliseconds
+
+    median, low, high = result["samples_per_second"]
+    assert low <= median <= high
+    assert "samples/s (median of 3 steps" in out.with_name("table.txt").read_text()
+
+
+def test_utilization_is_counted_flops_over_the_measured_peak(
+    config: Path, out: Path, result: dict[str, Any]
+) -> None:
+    micro_batches = 2
     costs = step_traffic(read_config(config), 2)
-    assert value["flop"] == 2 * sum(cost.flops for cost in costs.values())
-    seconds = value["global_batch"] / value["samples_per_second"][0]
-    assert value["utilization"] == pytest.approx(
-        value["flop"] / seconds / value["matmul_flop_per_s"]
-    )
-    held = value["gigabytes"]
-    model = build_model(read_config(config).model, 30522, 32)
-    weights = (
-        sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers())) / 1e9
-    )
-    moments = 2 * sum(p.numel() * 4 for p in model.parameters()) / 1e9
+    assert result["flop"] == micro_batches * sum(cost.flops for cost in costs.values())
+
+    seconds = result["global_batch"] / result["samples_per_second"][0]
+    achieved = result["flop"] / seconds
+    assert result["utilization"] == pytest.approx(achieved / result["matmul_flop_per_s"])
+
+    table = out.with_name("table.txt").read_text()
+    assert f"MFU {result['utilization']:.1%} of the" in table
+
+
+def test_memory_is_divided_by_kind(config: Path, result: dict[str, Any]) -> None:
+    held = result["gigabytes"]
     assert list(held) == ["weights", "optimizer", "average", "other", "a step's", "peak"]
     assert sum(list(held.values())[:5]) == pytest.approx(held["peak"])
-    assert held["weights"] == pytest.approx(weights, rel=1e-6) and held[
-        "optimizer"
-    ] == pytest.approx(moments, rel=0.02)
+
+    model = build_model(read_config(config).model, 30522, 32)
+    tensors = (*model.parameters(), *model.buffers())
+    weights = sum(x.numel() * x.element_size() for x in tensors) / 1e9
+    moments = 2 * sum(p.numel() * 4 for p in model.parameters()) / 1e9
+    assert held["weights"] == pytest.approx(weights, rel=1e-6)
+    assert held["optimizer"] == pytest.approx(moments, rel=0.02)
     assert held["average"] == 0
-    median, low, high = value["samples_per_second"]
-    assert low <= median <= high and value["calls"]["operators"] > 100
-    assert "samples/s (median of 3 steps" in table and "% of the" in table
+
+
+def test_profiler_counts_operators_and_writes_a_trace(out: Path, result: dict[str, Any]) -> None:
+    assert result["calls"]["operators"] > 100
+
     events = json.loads(out.with_name("trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::addmm" for event in events)
 
 
-def test_real_data_and_another_method_against_an_earlier_result(
+def test_real_data_beside_another_batch_and_against_an_earlier_result(
     config: Path, out: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lavt = ["model.kind=lavt", "model.decoder.width=8"]
     data = f"data.train=[{{index: {shards}, split: train}}]"
+    comparisons = ["--against", str(out), "--beside", "train.global_batch=2"]
     capsys.readouterr()
-    words = [
-        str(config),
-        data,
-        "model.kind=lavt",
-        "model.decoder.width=8",
-        "--against",
-        str(out),
-        "--beside",
-        "train.global_batch=2",
-    ]
-    assert main(["bench", "step", *words, *SHORT, "--json"]) == 0
+
+    status = main(["bench", "step", str(config), data, *lavt, *comparisons, *SHORT, "--json"])
+
+    assert status == 0
     *table, line = capsys.readouterr().out.splitlines()
-    value, before = json.loads(line), json.loads(out.read_text())
-    assert (
-        value["milliseconds"]["data"] > 0
-        and value["milliseconds"]["decoder"] > 0
-        and "proposals" not in value["milliseconds"]
-    )
-    beside = value["beside"]
-    assert (
-        beside["overrides"] == "train.global_batch=2"
-        and beside["ratio"][1] <= beside["ratio"][0] <= beside["ratio"][2]
-    )
-    assert any(
-        "times the samples/s of the same with train.global_batch=2" in line for line in table
-    )
-    assert value["against"]["samples/s"] == pytest.approx(
-        value["samples_per_second"][0] / before["samples_per_second"][0]
-    )
-    assert f"ratios to {out}" in table and "ms proposals" not in value["against"]
+    result, before = json.loads(line), json.loads(out.read_text())
+    assert result["milliseconds"]["data"] > 0
+    assert result["milliseconds"]["decoder"] > 0
+    assert "proposals" not in result["milliseconds"]
+
+    # Compared with the configuration that took turns.
+    beside = result["beside"]
+    median, low, high = beside["ratio"]
+    assert beside["overrides"] == "train.global_batch=2"
+    assert low <= median <= high
+    sentence = "times the samples/s of the same with train.global_batch=2"
+    assert any(sentence in line for line in table)
+
+    # Compared with the earlier result.
+    ratio = result["samples_per_second"][0] / before["samples_per_second"][0]
+    assert result["against"]["samples/s"] == pytest.approx(ratio)
+    assert f"ratios to {out}" in table
+    assert "ms proposals" not in result["against"]
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "earlier, message",
     [
-        ("{", "not a result"),
+        ("{", "cannot be read as a result"),
+        ("{}", "not a result of coupalign bench"),
         ('{"bench": "loader", "machine": {"device": "x"}}', "of bench loader"),
         ('{"bench": "step", "machine": {"device": "a PDP-11"}}', "measured on a PDP-11"),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_is_timed(
-    config: Path, tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+def test_result_that_cannot_be_compared_is_refused_before_timing(
+    config: Path,
+    tmp_path: Path,
+    earlier: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "before.json").write_text(text)
-    assert (
-        main(
-            [
-                "bench",
-                "step",
-                str(config),
-                "--random-data",
-                "--against",
-                str(tmp_path / "before.json"),
-            ]
-        )
-        == 2
-    )
-    assert words in capsys.readouterr().err
+    file = tmp_path / "before.json"
+    file.write_text(earlier)
+
+    status = main(["bench", "step", str(config), "--random-data", "--against", str(file)])
+
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 def test_wrong_use_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "step"]) == 2 and "need a configuration" in capsys.readouterr().err
+    assert main(["bench", "step"]) == 2
+    assert "need a configuration" in capsys.readouterr().err
+
     assert main(["bench", "step", str(config), "--steps", "0"]) == 2
-    assert main(["bench", "step", str(config)]) == 2 and "vocabulary" in capsys.readouterr().err
 
-
-def test_processors_of_one_brand_are_told_apart() -> None:
-    old = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel\t\t: 1\n"
-    new = old.replace("model\t\t: 1", "model\t\t: 17").replace("avx2", "avx2 avx512_bf16")
-    assert processor(old).startswith("AMD EPYC (family 25, model 1, ") and "bf16" not in processor(
-        old
-    )
-    assert processor(new).startswith(
-        "AMD EPYC (family 25, model 17, "
-    ) and ", bf16), " in processor(new)
-    assert ", bf16), " in processor(
-        "processor\t: 0\nFeatures\t: fp asimd bf16\n"
-    )  # ARM gives no name
-    assert processor("").endswith(" cores")  # and without /proc
-
-
-def test_the_peak_is_that_of_matrix_products() -> None:
-    assert 1e9 < matmul_peak(torch.float32, torch.device("cpu")) < 1e15
+    assert main(["bench", "step", str(config)]) == 2
+    assert "vocabulary" in capsys.readouterr().err
