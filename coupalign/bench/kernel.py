@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -146,7 +147,7 @@ def bench_kernel(
     dtype = torch.bfloat16 if on_gpu else torch.float32
 
     # A compiled backward runs many times after one forward, so it must not reuse its buffers.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
 
     timings, copies = [], []
     bar = tqdm(

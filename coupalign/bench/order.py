@@ -12,6 +12,7 @@ import tracemalloc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -380,6 +381,7 @@ def table(bench: OrderBench) -> str:
         ("each of these steps", f"{rank.epoch_s / rank.steps * 1e6:,.1f} us"),
         ("peak memory during the epoch (tracemalloc)", f"{rank.peak_bytes / 1e6:,.1f} MB"),
     ]
+    headers = ("canonical_nodes", "nodes", "mean", "worst")
     fetched = []
     for row in bench.fetched:
         cells = (f"{row.canonical_nodes:,}", f"{row.nodes:,}")
@@ -393,7 +395,7 @@ def table(bench: OrderBench) -> str:
         f"then {after.ranks:,} ranks on {after.nodes}",
         "",
         "the order, for one rank (its workers only receive sample numbers)",
-        format_rows(costs),
+        indent(format_rows(costs), "  "),
         "",
         f"an epoch, counted over {before.ranks:,} ranks, and after two fifths of it over "
         f"{after.ranks:,}, x {before.workers} workers",
@@ -402,7 +404,7 @@ def table(bench: OrderBench) -> str:
         "for a rank that begins there",
         "",
         "whole shards fetched per node and epoch, as a multiple of samples / nodes",
-        format_rows(fetched, headers=("canonical_nodes", "nodes", "mean", "worst")),
+        indent(format_rows(fetched, headers), "  "),
         "",
         *_conclusion(bench),
         *(f"FAULT: {fault}" for fault in bench.faults),

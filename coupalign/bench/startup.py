@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import ClassVar
 
 import torch
@@ -113,7 +114,8 @@ class StartupBench(Result):
 
 
 def _format_seconds(seconds: dict[str, float]) -> str:
-    return format_rows([(name, f"{value:.2f} s") for name, value in seconds.items()])
+    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
+    return indent(format_rows(rows), "  ")
 
 
 def bench_startup(config: Path, overrides: Sequence[str]) -> StartupBench:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,6 +100,16 @@ def test_variants_without_a_time_have_a_reason(
     assert "batch 1, backward" in table
     assert result["copies"][0]["gb_per_s"] > 0
     assert set(result["gigabytes"]) >= {kernel.EAGER, kernel.KERNEL}
+
+
+def test_benchmark_runs_in_a_new_process() -> None:
+    """Parts of torch that other tests have imported are not there."""
+    script = (
+        "from coupalign.bench import kernel\n"
+        "kernel.VARIANTS = (kernel.EAGER,)\n"
+        "kernel.bench_kernel((1,), ((20, 16),))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(
