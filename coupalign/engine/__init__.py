@@ -1,1 +1,1 @@
-"""One optimizer step, whoever owns the ranks: the interface (`base.py`), DDP (`ddp.py`), DeepSpeed (`zero.py`)."""
+"""One optimizer step under DDP (`ddp.py`) or DeepSpeed (`zero.py`), and its checkpoints."""

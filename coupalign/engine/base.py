@@ -1,11 +1,11 @@
-"""The engine seam: everything that differs between DDP and DeepSpeed, at the level where they agree, one optimizer step."""
+"""The engine seam: what differs between DDP and DeepSpeed, at the level of one optimizer step."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,26 +14,39 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.distributed.world import World, gather_on_device, sum_over_ranks
-from coupalign.engine.optimizer_state import Moments
+from coupalign.engine.ema import Ema
+from coupalign.engine.optimizer_state import OptimizerState, load_whole_state, open_optimizer_state
+from coupalign.model.weights.load import load_model_weights, read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run needs, besides weights and optimizer, to go on exactly: the data order is a function of the step."""
+    """What a run needs to resume exactly, besides weights and optimizer state.
 
-    step: int = 0  # optimizer steps done, skipped ones included: the place in the data
-    bad_steps: int = 0  # consecutive steps skipped up to here
-    best: float | None = None  # best score on the first evaluated split
+    The data order is a function of the step, so no loader state is needed.
+
+    Attributes:
+        step: optimizer steps done, including skipped ones; also the position in the data.
+        bad_steps: consecutive skipped steps up to now.
+        best: best score on the first evaluated split.
+        best_step: the step with that score.
+        evaluated: the step after which the scores were last taken. An evaluation that was
+            interrupted does not count.
+    """
+
+    step: int = 0
+    bad_steps: int = 0
+    best: float | None = None
     best_step: int | None = None
-    evaluated: int | None = (
-        None  # after which step the scores were last taken; one that was cut short is taken again
-    )
+    evaluated: int | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain numbers, as state.json stores them."""
         return asdict(self)
 
 
@@ -41,20 +54,27 @@ class TrainState:
 class StepStats:
     """What one optimizer step did, averaged over all ranks and micro-batches.
 
-    The numbers stay on the device until somebody asks for one of them: a step itself makes nobody wait.
+    The numbers stay on the device until you read a property, so a step waits for nothing.
+
+    Attributes:
+        terms: names of the losses. "loss" is the weighted sum; the others are unweighted.
+        means: float64 [ranks, terms], each rank's means over its micro-batches.
+        norm: of the whole gradient, before clipping; 0-dim.
+        loss_scale: factor on the loss, for fp16.
+        seconds: of this rank, by phase: "forward" (which only ZeRO 3 lets other ranks delay),
+            "backward" (with the exchange of gradients that overlaps it), "losses" (averaging over
+            the ranks), "optimizer" (clipping, update, moving average).
     """
 
-    terms: tuple[str, ...]  # "loss" is the weighted sum; the others are unweighted
-    means: Tensor  # float64 [ranks, terms]: each rank's means over its micro-batches
-    norm: Tensor  # of the whole gradient, before clipping; 0-dim
+    terms: tuple[str, ...]
+    means: Tensor
+    norm: Tensor
     loss_scale: float = 1.0
-    # Of this rank, seconds: "forward" (which no other rank delays but under ZeRO 3), "backward" (with the exchange of gradients that
-    # runs beside it), "losses" (averaged over the ranks), "optimizer" (clipping, update, moving average).
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def losses(self) -> dict[str, float]:
-        """By term."""
+        """Mean over the ranks, by term."""
         return dict(zip(self.terms, self.means.mean(0).tolist()))
 
     @property
@@ -65,52 +85,214 @@ class StepStats:
 
     @property
     def applied(self) -> bool:
-        """False: the weights did not change, since the loss or the gradient was not finite."""
+        """Whether the weights changed. False: the loss or the gradient was not finite."""
         return math.isfinite(self.norm.item())
 
     @property
     def grad_norm(self) -> float:
-        """Of the whole gradient, before clipping; nan where it is not finite."""
+        """Norm of the whole gradient before clipping; NaN if it is not finite."""
         return self.norm.item() if self.applied else math.nan
 
 
 class Engine(Protocol):
-    """Every method is collective: all ranks call it, in the same order."""
+    """One optimizer step, and what it needs. Every rank must call each method, in the same order.
+
+    Attributes:
+        device: on which the model computes.
+        model: the bare model, without the engine's wrapper.
+    """
 
     device: torch.device
-    model: nn.Module  # the bare one, whatever wraps it
+    model: nn.Module
 
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
-        """One optimizer step over this rank's micro-batches; learning rates are their peaks times `lr_scale`."""
+        """Take one optimizer step over this rank's micro-batches.
+
+        Args:
+            lr_scale: the learning rates are their peaks times this.
+        """
 
     def infer(self, batch: Batch) -> Tensor:
-        """Logits float32 [B, S, S] in evaluation mode, without gradients."""
+        """Return logits, float32 [B, S, S], in evaluation mode and without gradients."""
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are their moving average, where the run keeps one."""
+        """Enter a context in which the weights are their moving average, if the run keeps one."""
 
     def save(self, directory: Path) -> None:
         """Write the optimizer state into an existing directory, each rank its share."""
 
     def load(self, directory: Path, counters: dict[str, float]) -> None:
-        """Take weights, moving average and optimizer state from a directory that `save` and `export` of the same kind of engine
-        and the same number of ranks filled."""
+        """Load weights, moving average and optimizer state.
 
-    def adopt(self, directory: Path, moments: Moments, counters: dict[str, float]) -> None:
-        """The same from the checkpoint of any engine on any number of ranks, with its moments whole."""
+        `save` and `export` of the same kind of engine, on as many ranks, wrote the directory.
+        """
+
+    def adopt(
+        self, directory: Path, optimizer_state: OptimizerState, counters: dict[str, float]
+    ) -> None:
+        """Load like `load`, but from a checkpoint of any engine on any number of ranks.
+
+        Args:
+            optimizer_state: reads the moments of whole parameters.
+        """
 
     def counters(self) -> dict[str, float]:
-        """The few numbers of the optimizer that are the same on every rank, for `load` and `adopt`."""
+        """Return the optimizer's scalars, the same on every rank, for `load` and `adopt`."""
 
     def held_bytes(self) -> dict[str, int]:
-        """What this rank keeps between steps: "weights", "optimizer", "average"."""
+        """Return the bytes that this rank keeps between steps: "weights", "optimizer", "average".
+
+        Under ZeRO, the optimizer's copies of this rank's share of the weights count as its own.
+        """
 
     def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
-        """All weights, fp32 on the CPU, by the model's own names, on rank 0; None elsewhere, or without a moving average."""
+        """Return all weights by the model's own names, fp32 on the CPU, on rank 0.
+
+        Returns None on the other ranks, and if there is no moving average to return.
+        """
+
+
+class EngineBase:
+    """What the engines share: learning rates, loss scale, phases, moving average, checkpoints.
+
+    A subclass sets `inference_net`, calls `_start_ema` when the weights are in place, and
+    implements `train_step`, `save`, `_update` and `_collect_weights`.
+
+    Attributes:
+        peak_lrs: peak learning rate of each parameter group.
+        parameters: the trainable ones.
+        clip_norm: infinity if gradients are not clipped.
+        ema: moving average of the weights. None: the run keeps none.
+        inference_net: what `infer` runs; on one rank, without waiting for the others.
+    """
+
+    inference_net: nn.Module
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, world: World
+    ) -> None:
+        self.model, self.optimizer, self.world = model, optimizer, world
+        self.device = world.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.clip_norm = config.optim.clip_norm or float("inf")
+        self.loss_scale = LossScale(config.precision, world.device)
+        self.phases = Phases(world.device)
+        self.ema: Ema | None = None
+
+    def infer(self, batch: Batch) -> Tensor:
+        self.inference_net.eval()
+        return infer_logits(self.inference_net, batch)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self.ema is None:
+            yield
+            return
+        self._forget_gathered_weights()
+        with self.ema.swapped_in():
+            yield
+            self._forget_gathered_weights()
+
+    def load(self, directory: Path, counters: dict[str, float]) -> None:
+        self.adopt(directory, open_optimizer_state(directory), counters)
+
+    def adopt(
+        self, directory: Path, optimizer_state: OptimizerState, counters: dict[str, float]
+    ) -> None:
+        self.loss_scale.restore(counters)
+        weights = read_weights(directory / "weights.safetensors")
+        self._adopt_weights(weights, optimizer_state, source=str(directory))
+        self._load_ema(directory)
+
+    def counters(self) -> dict[str, float]:
+        return self.loss_scale.state()
+
+    def held_bytes(self) -> dict[str, int]:
+        return held_bytes(
+            self.model, self.optimizer, self.ema.averages.values() if self.ema else ()
+        )
+
+    def export(self, averaged: bool = False) -> dict[str, Tensor] | None:
+        if averaged and self.ema is None:
+            return None
+        with self.averaged() if averaged else nullcontext():
+            return self._collect_weights()
+
+    def _set_learning_rates(self, scale: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
+            group["lr"] = peak * scale
+
+    def _clip_gradients(self) -> Tensor:
+        """Undo the loss scale, then clip; returns the gradients' norm before clipping, 0-dim."""
+        if self.loss_scale.scale != 1.0:
+            torch._foreach_div_([p.grad for p in self.parameters], self.loss_scale.scale)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+
+    def _end_step(self, micro_losses: Sequence[dict[str, Tensor]]) -> StepStats:
+        """Average the losses over the ranks, take the step and count it."""
+        terms = tuple(micro_losses[0])
+        with self.phases("losses"):
+            rows = [
+                torch.stack([losses[name].detach().float() for name in terms])
+                for losses in micro_losses
+            ]
+            means = gather_on_device(torch.stack(rows).mean(0), self.world)
+
+        with self.phases("optimizer"):
+            norm = self._update()
+
+        scale = self.loss_scale.scale
+        self.loss_scale.update(torch.isfinite(norm))
+        return StepStats(terms, means, norm, scale, self.phases.read())
+
+    def _update(self) -> Tensor:
+        """Take the optimizer step if the gradient is finite.
+
+        Returns:
+            the gradient's norm before clipping, 0-dim, on the device; not finite if refused.
+        """
+        raise NotImplementedError
+
+    def _collect_weights(self) -> dict[str, Tensor] | None:
+        """Return all weights as `export` does; None on ranks other than 0."""
+        raise NotImplementedError
+
+    def _adopt_weights(
+        self, weights: dict[str, Tensor], optimizer_state: OptimizerState, source: str
+    ) -> None:
+        """Load whole weights and moments; here for an engine that holds whole parameters."""
+        load_model_weights(self.model, weights, source)
+        load_whole_state(
+            optimizer_state, self.model, self.optimizer, int(self.loss_scale.applied_steps)
+        )
+
+    def _start_ema(self, config: Config, weights: Mapping[str, Tensor]) -> None:
+        """Begin the moving average of tensors that are updated in place, if the run keeps one."""
+        if config.train.ema is not None:
+            self.ema = Ema(weights, config.train.ema.decay)
+
+    def _load_ema(self, directory: Path) -> None:
+        if self.ema is None:
+            return
+        averages = read_weights(directory / "ema.safetensors")
+        self.ema.restore(
+            {name: self._own_share(averages[name], live) for name, live in self.ema.live.items()}
+        )
+
+    def _own_share(self, whole: Tensor, share: Tensor) -> Tensor:
+        """Cut this rank's share out of a whole tensor; here it is the whole tensor."""
+        return whole
+
+    def _forget_gathered_weights(self) -> None:
+        """Drop copies of weights that would hide a change of the originals; here there are none."""
 
 
 class MixedPrecision(nn.Module):
-    """Runs a model under autocast. Weights, gradients and their exchange stay fp32, so that DDP and every ZeRO stage agree."""
+    """Run a model under autocast.
+
+    Weights, gradients and their exchange stay fp32, so DDP and every ZeRO stage agree.
+    """
 
     def __init__(self, model: nn.Module, precision: str):
         super().__init__()
@@ -122,21 +304,29 @@ class MixedPrecision(nn.Module):
             return self.model(*inputs)
 
 
+@torch.no_grad()
+def infer_logits(net: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits, float32 [B, S, S], of a network that is in evaluation mode."""
+    return net(batch.image, batch.words, batch.word_mask).float()
+
+
 @contextmanager
-def same_statistics(net: nn.Module) -> Iterator[None]:
-    """What BatchNorm has seen inside is forgotten afterwards."""
-    kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
+def preserved_buffers(net: nn.Module) -> Iterator[None]:
+    """Restore the buffers of `net` on exit, so that BatchNorm forgets what it saw inside."""
+    before = [(buffer, buffer.clone()) for buffer in net.buffers()]
     yield
-    for buffer, value in kept:
+    for buffer, value in before:
         buffer.copy_(value)
 
 
 class Phases:
-    """Adds up the time of each phase of a step: on a GPU that of its stream, which nobody waits for.
+    """Add up the seconds of each phase of a step.
 
-    with phases("forward"):
-        ...
-    phases.read()             # {"forward": 0.21}
+        with phases("forward"):
+            ...
+        phases.read()  # {"forward": 0.21}
+
+    On a GPU, this is the time of its stream, measured by events without waiting for it.
     """
 
     def __init__(self, device: torch.device):
@@ -145,25 +335,28 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to the phase."""
+        """Count what runs inside as the phase `name`."""
         begin = self._mark()
         yield
         self.marks.append((name, begin, self._mark()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last reading. What the GPU has not got through yet counts in the next one."""
+        """Return seconds by phase since the last call.
+
+        Work that the GPU has not finished yet counts in the next call.
+        """
         seconds: dict[str, float] = {}
-        later = []
+        unfinished = []
         for name, begin, end in self.marks:
             if self.device.type == "cuda" and not end.query():
-                later.append((name, begin, end))
+                unfinished.append((name, begin, end))
             else:
                 seconds[name] = seconds.get(name, 0.0) + self.between(begin, end)
-        self.marks = later
+        self.marks = unfinished
         return seconds
 
     def between(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks that have been reached."""
+        """Return the seconds between two marks that the device has reached."""
         return begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
 
     def _mark(self) -> Any:
@@ -175,22 +368,27 @@ class Phases:
 
 
 class LossScale:
-    """Counts the updates that were applied, on the device, and follows fp16's loss scale.
+    """Count applied updates on the device, and adapt fp16's loss scale.
 
-    The scale halves on overflow and doubles after 2,000 good steps; it is 1 and constant for the other types. It is a number of the
-    host, so fp16 alone waits for each step.
+    The scale halves on overflow and doubles after 2,000 good steps. For the other precisions it
+    is 1. It is a number on the host, so only fp16 waits for each step.
+
+    Attributes:
+        applied_steps: updates that changed the weights; int64, 0-dim, on the device.
+        scale: current factor on the loss.
+        good_steps: consecutive steps without overflow.
     """
 
     def __init__(self, precision: str, device: torch.device | str = "cpu"):
-        self.follows = precision == "fp16"
-        self.applied = torch.zeros((), dtype=torch.int64, device=device)
-        self.scale = 65536.0 if self.follows else 1.0
+        self.is_dynamic = precision == "fp16"
+        self.applied_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.scale = 65536.0 if self.is_dynamic else 1.0
         self.good_steps = 0
 
-    def count(self, applied: Tensor) -> None:
-        """Note a step whose update was applied or refused; bool, 0-dim."""
-        self.applied += applied
-        if not self.follows:
+    def update(self, applied: Tensor) -> None:
+        """Count a step whose update was applied or refused; bool, 0-dim."""
+        self.applied_steps += applied
+        if not self.is_dynamic:
             return
         self.good_steps = self.good_steps + 1 if applied else 0
         if not self.good_steps:
@@ -199,92 +397,73 @@ class LossScale:
             self.scale *= 2
 
     def state(self) -> dict[str, float]:
-        return {"applied": int(self.applied), "scale": self.scale, "good_steps": self.good_steps}
+        """Return plain numbers for a checkpoint."""
+        return {
+            "applied": int(self.applied_steps),
+            "scale": self.scale,
+            "good_steps": self.good_steps,
+        }
 
     def restore(self, state: dict[str, float]) -> None:
-        self.applied.fill_(int(state["applied"]))
+        """Continue from what `state` returned."""
+        self.applied_steps.fill_(int(state["applied"]))
         self.scale, self.good_steps = state["scale"], int(state["good_steps"])
 
 
 def backward_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The loss to differentiate. One that is not finite becomes NaN in every gradient, so that no engine can apply it."""
+    """Return the loss to differentiate.
+
+    A loss that is not finite becomes NaN in every gradient, so no engine can apply it.
+    """
     loss = losses["loss"]
     return loss * torch.where(torch.isfinite(loss), 1.0, math.nan)
 
 
-def end_step(
-    micro_losses: Sequence[dict[str, Tensor]],
-    world: World,
-    phases: Phases,
-    updates: LossScale,
-    update: Callable[[], Tensor],
-) -> StepStats:
-    """What is the same for every engine once the gradients are there.
-
-    Args:
-        update: takes the step where the gradient is finite; the norm of the gradient before clipping, 0-dim, on the device.
-    """
-    terms = tuple(micro_losses[0])
-    with phases("losses"):
-        mine = torch.stack(
-            [
-                torch.stack([losses[name].detach().float() for name in terms])
-                for losses in micro_losses
-            ]
-        ).mean(0)
-        means = gather_on_device(mine, world)
-    with phases("optimizer"):
-        norm = update()
-    scale = updates.scale
-    updates.count(torch.isfinite(norm))
-    return StepStats(terms, means, norm, scale, phases.read())
-
-
 def held_bytes(
-    model: nn.Module, optimizer: torch.optim.Optimizer, average: Iterable[Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Iterable[Tensor]
 ) -> dict[str, int]:
-    """Bytes by kind. Under ZeRO the optimizer has copies of a rank's share of the weights, too; they count as its own."""
+    """Count bytes by kind, as `Engine.held_bytes`; memory that two kinds share counts once."""
     shares = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]
-    kinds = {
+    groups = [group["params"] for group in optimizer.param_groups]
+    leaves_by_kind = {
         "weights": [*model.parameters(), *model.buffers(), *shares],
-        "optimizer": tree_leaves(
-            [[group["params"] for group in optimizer.param_groups], *optimizer.state.values()]
-        ),
-        "average": list(average),
+        "optimizer": tree_leaves([groups, *optimizer.state.values()]),
+        "average": list(averages),
     }
+
     counted: set[int] = set()
-    found = {}
-    for kind, tensors in kinds.items():
-        storages = {
-            x.untyped_storage()._cdata: x.untyped_storage().nbytes()
-            for x in tensors
-            if isinstance(x, Tensor)
-        }
-        found[kind] = sum(size for place, size in storages.items() if place not in counted)
-        counted |= storages.keys()
-    return found
+    total = {}
+    for kind, leaves in leaves_by_kind.items():
+        storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, Tensor)]
+        sizes = {storage._cdata: storage.nbytes() for storage in storages}
+        total[kind] = sum(size for storage, size in sizes.items() if storage not in counted)
+        counted |= sizes.keys()
+    return total
 
 
-def agree_on_statistics(model: nn.Module, world: World) -> None:
-    """Running statistics of BatchNorms that learn become their mean over the ranks, each of which has seen other samples; collective.
+def average_norm_statistics(model: nn.Module, world: World) -> None:
+    """Average the running statistics of trainable BatchNorms over the ranks; collective.
 
-    Without it the ranks would score, and rank 0 save, models that differ.
+    Each rank has seen other samples. Without this, the ranks would score different models, and
+    rank 0 would save its own.
     """
     for module in model.modules():
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.track_running_stats
-            and module.weight.requires_grad
-        ):
-            for statistic in (module.running_mean, module.running_var):
-                sum_over_ranks(statistic, world)
-                statistic /= world.size
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if not module.track_running_stats or not module.weight.requires_grad:
+            continue
+        for statistic in (module.running_mean, module.running_var):
+            sum_over_ranks(statistic, world)
+            statistic /= world.size
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout and stochastic depth become a function of (seed, step, rank): nothing to save, nothing to lose on resume."""
+    """Seed torch as a function of (seed, step, rank), for dropout and stochastic depth.
+
+    So there is no generator state to save, and nothing to lose on resume.
+    """
     mixed = 0x9E3779B97F4A7C15  # the increment and multipliers of splitmix64
-    for word in (seed, step, rank):
-        mixed = ((mixed ^ word) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+    for number in (seed, step, rank):
+        mixed = ((mixed ^ number) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
         mixed ^= mixed >> 31
     torch.manual_seed(mixed & (2**63 - 1))

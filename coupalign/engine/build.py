@@ -1,4 +1,4 @@
-"""Config -> engine."""
+"""Build the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def build_engine(
     """
     if config.cuda_graphs and world.device.type != "cuda":
         raise InputError(
-            f"cuda_graphs: true needs an NVIDIA GPU, and this process computes on the {world.device.type}: "
-            "set cuda_graphs: false"
+            "cuda_graphs: true needs an NVIDIA GPU, but this process computes on the "
+            f"{world.device.type}: set cuda_graphs: false"
         )
     if config.compile:
         compile_regions(model)
+
     match config.engine:
         case DdpEngine():
             from coupalign.engine.ddp import Ddp
@@ -36,3 +37,12 @@ def build_engine(
             from coupalign.engine.zero import Zero
 
             return Zero(model, optimizer, config, world)
+
+
+def engine_name(engine: DdpEngine | DeepSpeedEngine) -> str:
+    """Return an engine's name, for people: "ddp" or "deepspeed ZeRO 2"."""
+    match engine:
+        case DdpEngine():
+            return "ddp"
+        case DeepSpeedEngine(stage=stage):
+            return f"deepspeed ZeRO {stage}"

@@ -10,32 +10,43 @@ from torch import Tensor
 
 
 class Ema:
-    """Average of tensors that are updated in place: whole parameters under DDP and ZeRO 0 to 2, a rank's share under ZeRO 3.
+    """Average tensors that training updates in place.
+
+    These are whole parameters under DDP and ZeRO 0 to 2, and a rank's share under ZeRO 3.
 
     Args:
         live: the tensors that training changes, by name.
-        decay: per step; the first steps use (1 + step) / (10 + step), so that the random start is forgotten soon.
+        decay: per step. The first steps use (1 + step) / (10 + step), which forgets the random
+            start soon.
+
+    Attributes:
+        averages: by name, of the same shapes as `live`.
     """
 
     def __init__(self, live: Mapping[str, Tensor], decay: float):
         self.live = dict(live)
-        self.kept = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self.averages = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, step: Tensor, taken: Tensor) -> None:
-        """Move towards the live tensors after optimizer step `step`, counted from 1, if it was `taken`; both 0-dim, on their device."""
+    def update(self, step: Tensor, applied: Tensor) -> None:
+        """Move the averages towards the live tensors, if the step was applied.
+
+        Args:
+            step: optimizer steps including this one; 0-dim, on the tensors' device.
+            applied: whether the step changed the weights; 0-dim, on the tensors' device.
+        """
         decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
-        weight = (1 - decay) * taken
+        weight = (1 - decay) * applied
         torch._foreach_lerp_(
-            list(self.kept.values()),
+            list(self.averages.values()),
             [tensor.detach() for tensor in self.live.values()],
-            [weight] * len(self.kept),
+            [weight] * len(self.averages),
         )
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the live tensors hold their averages."""
+        """Enter a context in which the live tensors hold their averages."""
         self._swap()
         try:
             yield
@@ -44,13 +55,13 @@ class Ema:
 
     @torch.no_grad()
     def restore(self, averages: Mapping[str, Tensor]) -> None:
-        """Take the averages from tensors of the same names and shapes."""
-        for name, kept in self.kept.items():
-            kept.copy_(averages[name])
+        """Copy the averages from tensors of the same names and shapes."""
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
 
     @torch.no_grad()
     def _swap(self) -> None:
         for name, live in self.live.items():
-            held = live.detach().clone()
-            live.detach().copy_(self.kept[name])
-            self.kept[name].copy_(held)
+            before = live.detach().clone()
+            live.detach().copy_(self.averages[name])
+            self.averages[name].copy_(before)

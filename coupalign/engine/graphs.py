@@ -1,8 +1,11 @@
-"""CUDA graphs: the forward and the backward pass of a micro-batch, recorded once and then played back with one launch each.
+"""CUDA graphs: record the passes of a micro-batch once, then replay each by one launch.
 
-Launching a step operator by operator keeps the host busy about as long as the GPU (docs/performance.md, "The host's share"). A graph
-asks for what a step here has anyway: shapes that never change, no number read back, no tensor made on the host, weights that stay where
-they are. What it changes for whoever calls it: every result lies where that of the last playback lay.
+Launching a step operator by operator keeps the host busy about as long as the GPU
+(docs/performance.md, "The host's share"). A graph needs shapes that never change, no number read
+back from the device, no tensor made on the host, and weights that stay in place. A step has all
+of that anyway.
+
+Caution: each replay overwrites the previous outputs, so copy them if you need them later.
 """
 
 from __future__ import annotations
@@ -13,57 +16,52 @@ import torch
 from torch import Tensor, nn
 
 from coupalign.data.batch import Batch
-from coupalign.engine.base import same_statistics
+from coupalign.engine.base import preserved_buffers
 
 
 class RecordedStep(nn.Module):
-    """A network that plays its training passes back. Scoring runs it as it is.
+    """A network that replays its training passes. Inference runs it eagerly.
 
-    Gradients must be there before the first backward pass of a step: `zero_gradients`.
+    Call `zero_gradients` before the first backward pass of each step: gradients must exist.
 
     Args:
-        net: image, words, word_mask, target -> scalar losses, of which "loss" alone has a gradient; on a CUDA device.
-        batch: of the shapes and the memory layout of every batch to come, on that device.
+        net: maps image, words, word_mask, target to scalar losses, of which only "loss" has a
+            gradient; on a CUDA device.
+        batch: an example with the shapes and the memory layout of every batch to come, on that
+            device.
     """
 
     def __init__(self, net: nn.Module, batch: Batch):
         super().__init__()
         self.net = net
-        self.shapes = [
-            part.shape for part in (batch.image, batch.words, batch.word_mask, batch.target)
-        ]
+        inputs = (batch.image, batch.words, batch.word_mask, batch.target)
+        self.shapes = [tensor.shape for tensor in inputs]
+
         self.train()
-        with same_statistics(net):
-            torch.cuda.make_graphed_callables(
-                net,
-                (batch.image, batch.words, batch.word_mask, batch.target),
-                allow_unused_input=True,
-            )
+        with preserved_buffers(net):
+            torch.cuda.make_graphed_callables(net, inputs, allow_unused_input=True)
 
     def forward(
         self, image: Tensor, words: Tensor, word_mask: Tensor, target: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """As of the network."""
+        """Run the network, or replay its recording if a target is given; returns the same."""
         if target is None:
             return self.net(image, words, word_mask)
-        assert [part.shape for part in (image, words, word_mask, target)] == self.shapes, (
-            "another shape than what was recorded"
-        )
-        return {
-            name: loss.clone() for name, loss in self.net(image, words, word_mask, target).items()
-        }
+
+        shapes = [tensor.shape for tensor in (image, words, word_mask, target)]
+        assert shapes == self.shapes, f"recorded for shapes {self.shapes}, called with {shapes}"
+        losses = self.net(image, words, word_mask, target)
+        return {name: loss.clone() for name, loss in losses.items()}
 
 
 def zero_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give each parameter, float32 all of them, a new gradient of zeros, by one launch.
+    """Give each parameter (float32) a new gradient of zeros, all in one allocation.
 
-    Autograd adds to a gradient that is there. One that it first had to store would share memory with the graph's own, and the next
-    micro-batch would write over the sum. New ones, since DDP rounds otherwise where it finds its own of the step before.
+    Gradients must exist before the first replay: autograd then accumulates into them. Otherwise
+    they would alias the graph's buffers, and the next micro-batch would overwrite the sum. They
+    must be new in each step, because reusing the last step's changes DDP's rounding.
     """
-    zeros = torch.zeros(
-        sum(parameter.numel() for parameter in parameters), device=parameters[0].device
-    )
-    for parameter, part in zip(
-        parameters, zeros.split([parameter.numel() for parameter in parameters])
-    ):
-        parameter.grad = part.view_as(parameter)
+    sizes = [parameter.numel() for parameter in parameters]
+    zeros = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, gradient in zip(parameters, zeros.split(sizes)):
+        parameter.grad = gradient.view_as(parameter)

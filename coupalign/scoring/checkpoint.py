@@ -1,4 +1,4 @@
-"""Scores of a finished checkpoint, alone or over the ranks of a launcher: `coupalign eval`."""
+"""Score a finished checkpoint, on one process or on the ranks of a launcher: `coupalign eval`."""
 
 from __future__ import annotations
 
@@ -6,160 +6,140 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from coupalign.config.load import override
 from coupalign.config.schema import Config, Source
-from coupalign.data.batch import Batch
-from coupalign.data.table import RULES
+from coupalign.data.table import Rule
 from coupalign.distributed.stop import StopRequest
 from coupalign.distributed.world import AgreedFlag, rank_session
-from coupalign.engine.base import MixedPrecision
+from coupalign.engine.base import MixedPrecision, infer_logits
 from coupalign.engine.open_checkpoint import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
 from coupalign.evaluation.metrics import Score
-from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.evaluation.rows import rows_path
 from coupalign.files import write_json
-from coupalign.model.base import ReferringModel
 from coupalign.report.explanations import build_explainer
 from coupalign.report.pictures import save_pictures
-from coupalign.scoring.splits import Infer, score_split, split_names
-from coupalign.tracking import open_tracker
+from coupalign.scoring.splits import Evaluations, ScoreRequest, name_splits, score_split
+
+Scores = dict[tuple[str, Rule], Score]
+"""Scores by (protocol name, sentence rule)."""
 
 
 def score_checkpoint(
     path: Path,
     overrides: Sequence[str] = (),
+    *,
     splits: Sequence[str] = (),
     index: str | None = None,
-    protocol: str | None = None,
-    sentences: str = "each",
-    language_blind: bool = False,
-    pictures: int = 0,
+    request: ScoreRequest | None = None,
     stop: StopRequest | None = None,
-) -> dict[str, dict[tuple[str, str], Score]]:
-    """Score a checkpoint and keep scores, rows and pictures in its run directory; collective.
+) -> dict[str, Scores]:
+    """Score a checkpoint; write scores, rows and pictures into its run directory; collective.
 
-    Every (image, text) goes through the model once, whatever the number of protocols and sentence rules.
+    Each image and sentence goes through the model once, whatever the number of protocols and
+    sentence rules.
 
     Args:
-        path: run directory (its best checkpoint) or a checkpoint.
-        overrides: changes of the configuration that the checkpoint holds.
-        splits: names of splits; none: those of the configuration.
+        path: a run directory (its best checkpoint) or a checkpoint.
+        overrides: changes of the checkpoint's configuration.
+        splits: names of splits. Empty: those of the configuration.
         index: another shard directory to take the splits from.
-        protocol: ris-v1, lavt, cris, all; none: the configuration's.
-        sentences: each, first, concatenated, all.
-        language_blind: also with the sentences shuffled among the samples.
-        pictures: best, median, worst and random samples to draw, of each; under the first protocol and rule.
-        stop: ends the scoring early, on any rank.
+        request: protocols, sentence rules and pictures. Pictures are of the first protocol and
+            rule. Default: the configuration's protocol, each sentence, no pictures.
+        stop: ends the scoring early, if requested on any rank.
 
     Returns:
-        by split the scores by (protocol, sentence rule); empty on ranks other than 0.
+        scores by split, on rank 0; empty elsewhere.
 
     Raises:
-        Stopped: on every rank, where `stop` was asked for.
+        InputError: there is no such checkpoint or split.
+        Stopped: on every rank, if `stop` was requested.
     """
+    request = request or ScoreRequest()
     with rank_session() as world:
         checkpoint = find_checkpoint(path)
         config, model, tokenizer = open_checkpoint(checkpoint, world.device)
-        config = override(config, overrides).model_copy(
-            update={"run_dir": run_directory(checkpoint)}
-        )
-        score = partial(
-            score_split,
-            _inference(model.eval(), config.precision),
-            config,
-            tokenizer=tokenizer,
-            world=world,
-            protocols=list(PROTOCOLS)
-            if protocol == "all"
-            else [protocol or config.evaluate.protocol],
-            rules=RULES if sentences == "all" else [sentences],
-            language_blind=language_blind,
-            pictures=pictures,
-            stopped=AgreedFlag(lambda: stop is not None and stop.name is not None, world),
-        )
-        scores: dict[str, dict[tuple[str, str], Score]] = {}
-        for split, source in split_names(_sources(config, splits, index)).items():
-            evaluations = score(name=split, source=source)
+        config = override(config, overrides)
+        config = config.model_copy(update={"run_dir": run_directory(checkpoint)})
+
+        net = MixedPrecision(model, config.precision).eval()
+        stopped = AgreedFlag(lambda: stop is not None and stop.name is not None, world)
+        scores: dict[str, Scores] = {}
+        for split, source in name_splits(_choose_sources(config, splits, index)).items():
+            evaluations = score_split(
+                partial(infer_logits, net),
+                config,
+                split,
+                source,
+                tokenizer=tokenizer,
+                world=world,
+                request=request,
+                stopped=stopped,
+            )
             if not world.is_main:
                 continue
-            scores[split] = {
-                key: evaluation.score
-                for key, evaluation in evaluations.items()
-                if evaluation.score is not None
-            }
-            for one in scores[split].values():
-                _keep(config.directory, checkpoint, split, one)
-            if pictures:
+            scores[split] = _write_scores(config, checkpoint, split, evaluations)
+            if request.pictures:
+                first = next(iter(evaluations.values()))
                 explain = build_explainer(model, tokenizer, config.data, device=world.device)
-                save_pictures(
-                    config.directory / "pictures" / split,
-                    next(iter(evaluations.values())),
-                    pictures,
-                    explain=explain,
-                )
+                folder = config.directory / "pictures" / split
+                save_pictures(folder, first, request.pictures, explain=explain)
+
         if scores:
-            split, first = next(
-                (split, score) for split, found in scores.items() for score in found.values()
-            )
-            write_json(
-                config.directory / "score.json",
-                {"checkpoint": checkpoint.resolve().name, "split": split, **first.to_json()},
-            )
+            _write_first_score(config, checkpoint, scores)
         return scores
 
 
-def publish_scores(config: Config) -> None:
-    """Show the scores, rows, pictures and page of a tracked run in its MLflow run; rank 0 only."""
-    if not (config.directory / "tracking.json").is_file():
-        return
-    with open_tracker(config.tracking, config.directory, config.name, rank=0) as tracker:
-        for name in ("score.json", "report.html"):
-            if (config.directory / name).is_file():
-                tracker.artifact(config.directory / name)
-        for name in ("scores", "pictures"):
-            if (config.directory / name).is_dir():
-                tracker.artifact(config.directory / name, name)
+def run_directory(checkpoint: Path) -> Path:
+    """Return the directory to which a checkpoint's scores belong.
+
+    RUN/checkpoints/step-00000100 belongs to RUN. A checkpoint elsewhere is its own run directory.
+    """
+    resolved = checkpoint.resolve()
+    return resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
 
 
-def _inference(model: ReferringModel, precision: str) -> Infer:
-    net = MixedPrecision(model, precision).eval()
+def _write_scores(config: Config, checkpoint: Path, split: str, evaluations: Evaluations) -> Scores:
+    """Write each score of a split as JSON next to its rows."""
+    scores: Scores = {}
+    for key, evaluation in evaluations.items():
+        score = evaluation.score
+        if score is None:
+            continue
+        rows = rows_path(config.directory, split, score.protocol, score.sentences)
+        write_json(
+            rows.with_suffix(".json"), {"checkpoint": checkpoint.resolve().name, **score.to_json()}
+        )
+        scores[key] = score
+    return scores
 
-    @torch.no_grad()
-    def infer(batch: Batch) -> Tensor:
-        return net(batch.image, batch.words, batch.word_mask).float()
 
-    return infer
-
-
-def _keep(run: Path, checkpoint: Path, split: str, score: Score) -> None:
-    path = rows_path(run, split, score.protocol, score.sentences).with_suffix(".json")
-    write_json(path, {"checkpoint": checkpoint.resolve().name, **score.to_json()})
+def _write_first_score(config: Config, checkpoint: Path, scores: dict[str, Scores]) -> None:
+    """Write the first score as <run>/score.json."""
+    for split, scores_of_split in scores.items():
+        for score in scores_of_split.values():
+            names = {"checkpoint": checkpoint.resolve().name, "split": split}
+            write_json(config.directory / "score.json", {**names, **score.to_json()})
+            return
 
 
-def _sources(config: Config, splits: Sequence[str], index: str | None) -> list[Source]:
-    known = config.data.evaluate
-    if not splits and index is None:
-        if not known:
+def _choose_sources(config: Config, splits: Sequence[str], index: str | None) -> list[Source]:
+    """List the sources to score: splits of `index`, named splits, or all of data.evaluate."""
+    configured = config.data.evaluate
+    if index is not None:
+        if not splits:
+            raise InputError("--index needs a --split")
+        return [Source(index=index, split=split) for split in splits]
+    if not splits:
+        if not configured:
             raise InputError(
                 "the configuration has no data.evaluate: name an --index and a --split"
             )
-        return list(known)
-    if index is not None and not splits:
-        raise InputError("--index needs a --split")
-    if index is not None:
-        return [Source(index=index, split=split) for split in splits]
-    chosen = [source for split in splits for source in known if source.split == split]
-    # A split that the run did not watch lies in the shard set that it did watch.
-    base = known or config.data.train
-    missing = [split for split in splits if split not in {source.split for source in known}]
-    return chosen + [base[0].model_copy(update={"split": split}) for split in missing]
+        return list(configured)
 
-
-def run_directory(checkpoint: Path) -> Path:
-    """Where the scores of a checkpoint belong: …/checkpoints/step-00000100 -> …; one that lies elsewhere is its own run directory."""
-    resolved = checkpoint.resolve()
-    return resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    # A split that the run did not evaluate comes from the shards that it did read.
+    base = (configured or config.data.train)[0]
+    chosen = [source for split in splits for source in configured if source.split == split]
+    configured_splits = {source.split for source in configured}
+    others = [split for split in splits if split not in configured_splits]
+    return chosen + [base.model_copy(update={"split": split}) for split in others]

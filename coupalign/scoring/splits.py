@@ -1,10 +1,9 @@
-"""Scores of a model on the evaluation splits of a config, over all ranks, with the rows kept as files."""
+"""Score a model on evaluation splits over all ranks, and keep every sample's counts as files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,144 +12,219 @@ from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader
 from coupalign.data.leak import read_trained_on
 from coupalign.data.loader import EvalLoader
-from coupalign.data.table import Rule
+from coupalign.data.table import RULES, Rule
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.distributed.world import World
 from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
 from coupalign.evaluation.metrics import Score
-from coupalign.evaluation.protocols import describe_conditions, find_protocol
+from coupalign.evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    describe_conditions,
+    find_protocol,
+)
 from coupalign.evaluation.rows import Rows, rows_path, write_rows
 from coupalign.report.pictures import save_pictures
 
 Infer = Callable[[Batch], Tensor]
+"""Maps a batch on the rank's device to logits, float [B, S, S]."""
+
+Evaluations = dict[tuple[str, Rule], Evaluation]
+"""Evaluations by (protocol name, sentence rule)."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What to score, beyond the configuration.
+
+    Attributes:
+        protocols: names of protocols. Empty: the configuration's.
+        rules: which sentences of a ref are samples.
+        language_blind: score a second time with the sentences shuffled among the samples, and
+            attach that score to the first one.
+        pictures: samples per group (best, median, worst, random) of which to draw pictures.
+    """
+
+    protocols: Sequence[str] = ()
+    rules: Sequence[Rule] = ("each",)
+    language_blind: bool = False
+    pictures: int = 0
+
+    @classmethod
+    def from_names(
+        cls, protocol: str | None, sentences: str, *, language_blind: bool, pictures: int
+    ) -> ScoreRequest:
+        """Build a request from the names of the command line, where "all" stands for each of them.
+
+        Args:
+            protocol: None: the configuration's.
+        """
+        protocols = [protocol] if protocol else []
+        return cls(
+            protocols=list(PROTOCOLS) if protocol == "all" else protocols,
+            rules=RULES if sentences == "all" else [sentences],
+            language_blind=language_blind,
+            pictures=pictures,
+        )
 
 
 def score_splits(
     infer: Infer,
     config: Config,
-    sources: Sequence[Source],
+    *,
     tokenizer: Tokenizer,
     world: World,
     pictures: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:
-    """Score each source by itself under the config's protocol, every sentence a sample; collective.
+    """Score each source of data.evaluate under the config's protocol; collective.
 
-    Names -> scores on rank 0, which also draws so many `pictures` of each kind; empty elsewhere. Raises Stopped on every rank
-    once `stopped`, which must agree on all of them, says so.
+    Args:
+        pictures: samples per group of which rank 0 draws pictures.
+        stopped: asked before each batch; must return the same on every rank.
+
+    Returns:
+        scores by split, on rank 0; empty elsewhere.
+
+    Raises:
+        Stopped: on every rank, once `stopped` returned true.
     """
+    request = ScoreRequest(pictures=pictures)
     scores = {}
-    for name, source in split_names(sources).items():
-        [evaluation] = score_split(
-            infer, config, name, source, tokenizer, world, pictures=pictures, stopped=stopped
-        ).values()
+    for split, source in name_splits(config.data.evaluate).items():
+        evaluations = score_split(
+            infer,
+            config,
+            split,
+            source,
+            tokenizer=tokenizer,
+            world=world,
+            request=request,
+            stopped=stopped,
+        )
+        [evaluation] = evaluations.values()
         if evaluation.score is not None:
-            scores[name] = evaluation.score
+            scores[split] = evaluation.score
             if pictures:
-                save_pictures(config.directory / "pictures" / name, evaluation, pictures)
+                save_pictures(config.directory / "pictures" / split, evaluation, pictures)
     return scores
 
 
 def score_split(
     infer: Infer,
     config: Config,
-    name: str,
+    split: str,
     source: Source,
+    *,
     tokenizer: Tokenizer,
     world: World,
-    *,
-    protocols: Sequence[str] = (),
-    rules: Sequence[Rule] = ("each",),
-    language_blind: bool = False,
-    pictures: int = 0,
+    request: ScoreRequest,
     stopped: Callable[[], bool] = lambda: False,
-) -> dict[tuple[str, Rule], Evaluation]:
-    """Score one source in one pass over the model and write its rows (see `evaluation.facts`) to `<run>/scores/`; collective.
+) -> Evaluations:
+    """Score one source and write its rows (see `evaluation.rows`) to <run>/scores/; collective.
+
+    All protocols and sentence rules share one pass over the model.
 
     Args:
-        infer: batch on `world.device` -> logits float [B, S, S].
-        protocols: none: the config's.
-        rules: which sentences of a ref are samples.
-        language_blind: score a second time with the sentences shuffled among the samples, and keep it beside each score.
-        pictures: samples of each kind (best, median, worst, random) that every rank keeps to look at.
-        stopped: ends the scoring early, see `evaluate`.
+        split: short name of the source, as in `name_splits`.
+        stopped: see `score_splits`.
 
     Returns:
-        by (protocol, sentence rule), as `evaluate` does.
-    """
-    wanted = [find_protocol(protocol) for protocol in protocols or [config.evaluate.protocol]]
-    limit = config.evaluate.limit
+        Evaluations in the order of the protocols and rules. Only rank 0 has scores.
 
-    def one_pass(shuffled: bool, shown: int) -> dict[tuple[str, Rule], Evaluation]:
+    Raises:
+        Stopped: on every rank, once `stopped` returned true.
+    """
+    protocols = [find_protocol(name) for name in request.protocols or [config.evaluate.protocol]]
+
+    def conditions(protocol: Protocol, rule: Rule) -> Mapping[str, str]:
+        return describe_conditions(
+            protocol, config.data, [source], limit=config.evaluate.limit, rule=rule
+        )
+
+    def run_pass(*, shuffled: bool, pictures: int) -> tuple[EvalLoader, Evaluations]:
         loader = build_eval_loader(
             config.data,
             [source],
             batch=config.evaluate.batch,
             world=world,
             tokenizer=tokenizer,
-            limit=limit,
+            limit=config.evaluate.limit,
             shuffle_sentences=shuffled,
-            images=shown > 0,
-            rules=rules,
+            images=pictures > 0,
+            rules=request.rules,
         )
-        results = evaluate(
+        evaluations = evaluate(
             lambda batch: infer(batch.to(world.device)),
             loader,
-            wanted,
+            protocols,
             world=world,
             bootstrap=config.evaluate.bootstrap,
-            pictures=shown,
-            conditions=lambda protocol, rule: describe_conditions(
-                protocol, config.data, [source], limit=limit, rule=rule
-            ),
-            title=f"scoring {name}{' (sentences shuffled)' if shuffled else ''}",
+            pictures=pictures,
+            conditions=conditions,
+            title=f"scoring {split} (sentences shuffled)" if shuffled else f"scoring {split}",
             stopped=stopped,
         )
-        if world.is_main and not shuffled:
-            for (protocol, rule), evaluation in results.items():
-                path = rows_path(config.directory, name, protocol, rule)
-                write_rows(
-                    path,
-                    Rows.from_integers(evaluation.rows, loader.names_and_sentences),
-                    find_protocol(protocol).empty,
-                )
-        return _with_leak(results, config.directory, loader)
+        return loader, evaluations
 
-    results = one_pass(False, pictures)
-    if language_blind:
-        blind = one_pass(True, 0)
-        for key, evaluation in results.items():
-            if evaluation.score is not None and (other := blind[key].score) is not None:
-                results[key] = replace(
-                    evaluation, score=with_language_blind(evaluation.score, other)
-                )
-    return results
+    loader, evaluations = run_pass(shuffled=False, pictures=request.pictures)
+    if world.is_main:
+        _write_rows(config, split, evaluations, loader)
+    evaluations = _add_leak_message(evaluations, config, loader)
+
+    if request.language_blind:
+        loader, blind = run_pass(shuffled=True, pictures=0)
+        blind = _add_leak_message(blind, config, loader)
+        evaluations = _attach_language_blind(evaluations, blind)
+    return evaluations
 
 
-def _with_leak(
-    results: dict[tuple[str, Rule], Evaluation], run: Path, loader: EvalLoader
-) -> dict[tuple[str, Rule], Evaluation]:
-    """The scores with what is known of photographs that were trained on; on rank 0, the only one that has scores."""
-    seen = (
-        read_trained_on(run) if any(evaluation.score for evaluation in results.values()) else None
-    )
-    if seen is None:
-        return results
-    words = seen.leak_message(loader.photos)
+def name_splits(sources: Sequence[Source]) -> dict[str, Source]:
+    """Give each source a short name: its split.
+
+    If two sources share a split, the data set comes first: "refcoco-unc-val".
+    """
+    splits = [source.split for source in sources]
+    names = {}
+    for source in sources:
+        name = source.split
+        if splits.count(name) > 1:
+            name = f"{source.dataset}-{source.split_by}-{source.split}"
+        assert name not in names, f"the same source twice: {name}"
+        names[name] = source
+    return names
+
+
+def _write_rows(config: Config, split: str, evaluations: Evaluations, loader: EvalLoader) -> None:
+    for (protocol, rule), evaluation in evaluations.items():
+        rows = Rows.from_integers(evaluation.rows, loader.names_and_sentences)
+        path = rows_path(config.directory, split, protocol, rule)
+        write_rows(path, rows, find_protocol(protocol).empty)
+
+
+def _add_leak_message(evaluations: Evaluations, config: Config, loader: EvalLoader) -> Evaluations:
+    """Say with each score how many of its photographs were trained on, if that is known."""
+    # Scores exist on rank 0 only.
+    if not any(evaluation.score for evaluation in evaluations.values()):
+        return evaluations
+    trained_on = read_trained_on(config.directory)
+    if trained_on is None:
+        return evaluations
+
+    message = trained_on.leak_message(loader.photos)
     return {
-        key: replace(evaluation, score=replace(evaluation.score, leak=words))
-        for key, evaluation in results.items()
+        key: replace(evaluation, score=replace(evaluation.score, leak=message))
+        for key, evaluation in evaluations.items()
     }
 
 
-def split_names(sources: Sequence[Source]) -> dict[str, Source]:
-    """A short name for each source: its split, with the data set in front where two share a split."""
-    splits = [source.split for source in sources]
-    names = [
-        source.split
-        if splits.count(source.split) == 1
-        else f"{source.dataset}-{source.split_by}-{source.split}"
-        for source in sources
-    ]
-    assert len(set(names)) == len(names), f"the same source twice: {names}"
-    return dict(zip(names, sources))
+def _attach_language_blind(evaluations: Evaluations, blind: Evaluations) -> Evaluations:
+    """Attach the scores with shuffled sentences to those with the right ones."""
+    attached = {}
+    for key, evaluation in evaluations.items():
+        blind_score = blind[key].score
+        if evaluation.score is not None and blind_score is not None:
+            score = with_language_blind(evaluation.score, blind_score)
+            evaluation = replace(evaluation, score=score)
+        attached[key] = evaluation
+    return attached

@@ -1,1 +1,1 @@
-"""Training: the loop (`loop.py`), the optimizer (`optim.py`), the learning rate (`schedule.py`)."""
+"""Training: what a run consists of (`run.py`), its loop (`loop.py`), clocks and learning rate."""

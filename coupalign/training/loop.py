@@ -1,103 +1,55 @@
-"""The training loop: data order in, optimizer steps through the engine, numbers out; it can stop and go on anywhere."""
+"""The training loop: batches in, optimizer steps through the engine, metrics and checkpoints out.
+
+It can be stopped anywhere. The same command resumes with the same numbers.
+"""
 
 from __future__ import annotations
 
 import logging
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import coupalign
-from coupalign.compat import garbage_collection_paused
-from coupalign.config.load import dump, flatten
-from coupalign.config.schema import Config, CoupAlignConfig
-from coupalign.costs.utilization import Utilization
-from coupalign.data.batch import Batch
-from coupalign.data.build import build_train_loader, open_tokenizer
-from coupalign.data.leak import TrainedOn, read_trained_on
-from coupalign.data.loader import TrainLoader
-from coupalign.data.tokenizer import Tokenizer
+from coupalign.config.load import flatten
+from coupalign.config.schema import Config
 from coupalign.distributed.stop import StopRequest
 from coupalign.distributed.watchdog import doing
 from coupalign.distributed.world import (
     AgreedFlag,
-    World,
     from_main,
     max_over_ranks,
     on_main,
     rank_session,
 )
-from coupalign.engine.base import Engine, StepStats, TrainState, agree_on_statistics, seed_step
-from coupalign.engine.build import build_engine
-from coupalign.engine.checkpoint import Checkpoints, finished_checkpoints
-from coupalign.engine.optimizer import build_optimizer
-from coupalign.errors import InputError
+from coupalign.engine.base import StepStats, TrainState, average_norm_statistics, seed_step
+from coupalign.errors import RunError
 from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
-from coupalign.files import remove_debris, whole_file, write_json
-from coupalign.kernels import describe_choice
-from coupalign.model.build import build_model
-from coupalign.model.compile import explain_compilation
-from coupalign.model.weights.load import load_pretrained
+from coupalign.files import write_json
+from coupalign.model.compile import describe_compilation
 from coupalign.scoring.splits import score_splits
 from coupalign.tracking.journal import Tracker
 from coupalign.tracking.open import open_tracker
 from coupalign.training.meter import Meter, RankTimes
-from coupalign.training.schedule import lr_scale, steps_per_epoch, total_steps
-from coupalign.version import git_revision
+from coupalign.training.run import Run, claim_directory, prepare_run, run_tags
+from coupalign.training.schedule import lr_scale
 
 logger = logging.getLogger("coupalign.training")
-_ASK_EVERY_S = 1.0  # the ranks agree whether to stop
 
-
-@dataclass(frozen=True)
-class Run:
-    """The resources of a training run on this rank."""
-
-    config: Config
-    world: World
-    tokenizer: Tokenizer
-    loader: TrainLoader
-    engine: Engine
-    checkpoints: Checkpoints
-    total: int  # optimizer steps of the whole run
-    trained_on: TrainedOn
-
-    def logs(self, step: int) -> bool:
-        """Whether numbers are logged after `step` steps."""
-        return self._due(self.config.train.log_every, step)
-
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step` steps."""
-        return self._due(self.config.train.save_every or self.config.train.evaluate_every, step)
-
-    def evaluates(self, step: int) -> bool:
-        """Whether scores are due after `step` steps."""
-        return bool(self.config.data.evaluate) and self._due(self.config.train.evaluate_every, step)
-
-    def halts(self, step: int) -> bool:
-        """Whether anything is due after `step` steps."""
-        return self.logs(step) or self.saves(step) or self.evaluates(step)
-
-    def owes_evaluation(self, state: TrainState) -> bool:
-        """Whether the scores after the step of `state` are due and were not taken."""
-        return 0 < state.step != state.evaluated and self.evaluates(state.step)
-
-    def _due(self, every: int | None, step: int) -> bool:
-        """Whether something that happens every so many steps (none: every epoch) happens after `step` steps."""
-        return (
-            step % (every or steps_per_epoch(self.config.train, self.loader.samples)) == 0
-            or step == self.total
-        )
+_SECONDS_BETWEEN_AGREEMENTS = 1.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training session ended. `scores` of the last evaluation, by split, on rank 0."""
+    """How a training session ended.
+
+    Attributes:
+        finished: whether the run is complete. False: the same command resumes it.
+        is_main: whether this is rank 0.
+        scores: of the last evaluation in this session, by split; on rank 0 only.
+    """
 
     state: TrainState
     finished: bool
@@ -106,26 +58,29 @@ class Outcome:
 
 
 def train(config: Config, stop: StopRequest) -> Outcome:
-    """Train, or go on training, the run that `config` describes, until its end or until `stop` on any rank; call it on every rank.
+    """Train or resume the run that `config` describes, to its end or until any rank is to stop.
+
+    Call it on every rank.
 
     Raises:
-        InputError: for everything the user can mend, before the first step where that is possible.
+        InputError: the user must change something; before the first step, if possible.
+        RunError: the run failed although its input was right.
     """
     with rank_session(hang_minutes=config.train.hang_minutes) as world:
-        run = _prepare(config, world)
+        run = prepare_run(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
-            on_main(lambda: _claim(run), world)
+            on_main(lambda: claim_directory(run), world)
             with open_tracker(
                 config.tracking,
                 config.directory,
                 config.name,
-                world.rank,
-                flatten(config),
-                _tags(run),
+                rank=world.rank,
+                params=flatten(config),
+                tags=run_tags(run),
             ) as tracker:
                 tracker.artifact(config.directory / "config.yaml")
-                outcome = _steps(run, state, tracker, stop)
+                outcome = train_until_done(run, state, tracker, stop)
                 if not outcome.finished:
                     tracker.close("SCHEDULED")
             return outcome
@@ -133,312 +88,284 @@ def train(config: Config, stop: StopRequest) -> Outcome:
             run.loader.close()
 
 
-@garbage_collection_paused()
-def _prepare(config: Config, world: World) -> Run:
-    """Everything that is built once; wrong input shows here, before any time is spent."""
-    doing("opening the data", alone=True)
-    torch.manual_seed(config.seed)
-    tokenizer = open_tokenizer(config.data)
-    loader = build_train_loader(
-        config.data,
-        config.seed,
-        config.train.global_batch,
-        config.train.max_micro_batch,
-        world.rank,
-        world.size,
-        tokenizer,
-    )
-    doing("building the model", alone=True)
-    trained_on = loader.trained_on
-    model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
-    if not finished_checkpoints(config.directory / "checkpoints"):
-        reports = load_pretrained(model, config.model)
-        trained_on = trained_on.after(
-            [Path(report.source) for report in reports if not report.random],
-            [report.leak for report in reports if report.leak],
-        )
-        if world.is_main:
-            print("\n".join([*(report.text() for report in reports), *loader.leaks]), flush=True)
-            if before := len(trained_on.photos - loader.trained_on.photos):
-                print(
-                    f"the encoders were trained by a run of ours before, on {before:,} photographs that are not in data.train: every "
-                    "score counts them as trained on",
-                    flush=True,
-                )
-    doing("building the engine")
-    engine = build_engine(model, build_optimizer(model, config.optim), config, world)
-    total = total_steps(config.train, loader.samples)
-    if world.is_main:
-        print(
-            f"{config.name}: {config.model.kind}, {loader.samples:,} samples, {total:,} steps of {config.train.global_batch} "
-            f"({world.size} ranks x {loader.micro_batches} micro-batches), {_engine_name(config)}, {config.precision} on "
-            f"{world.device.type}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters "
-            f"-> {config.directory}",
-            flush=True,
-        )
-        if isinstance(config.model, CoupAlignConfig):
-            print(f"word-pixel alignment: {describe_choice(config.model.wpa.impl)}", flush=True)
-    return Run(
-        config,
-        world,
-        tokenizer,
-        loader,
-        engine,
-        Checkpoints(config, world, loader.fingerprint),
-        total,
-        trained_on,
-    )
+def train_until_done(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
+    """Train from `state` to the last step, or until any rank was asked to stop."""
+    session = Session(run, state, tracker, stop)
+    session.agree_whether_to_stop(state)
+
+    # Catch up: a checkpoint may be older than its scores, and a finished run shows them again.
+    if run.evaluation_overdue(state) or run.final_scores_due(state):
+        state = session.evaluate(state)
+        if run.save_due(state.step):
+            session.save(state)
+
+    while state.step < run.total_steps and not session.stopping:
+        state, stats = session.advance(state)
+
+        if run.log_due(state.step):
+            session.log(state, stats)
+
+        session.agree_whether_to_stop(state)
+        if run.evaluation_due(state.step):
+            state = session.evaluate(state)
+        if run.save_due(state.step) or session.stopping:
+            session.save(state)
+
+    return session.end(state)
 
 
-def _claim(run: Run) -> None:
-    """Make the run directory this session's: nothing half-written of a killed one, and the configuration as it is now."""
-    config = run.config
-    try:
-        remove_debris(config.directory)
-        with whole_file(config.directory / "config.yaml", "w") as file:
-            file.write(dump(config))
-        # A checkpoint knows what it was trained on; a file of an older run under this name does not.
-        known = [
-            read_trained_on(checkpoint)
-            for checkpoint in finished_checkpoints(config.directory / "checkpoints")
-        ]
-        (next(filter(None, reversed(known)), None) or run.trained_on).write(config.directory)
-    except OSError as error:
-        raise InputError(
-            f"{config.directory}: the run directory cannot be written ({error}). Make it writable, make room, or choose "
-            "another run_dir"
-        ) from error
+class Session:
+    """The actions of `train_until_done`, with the clocks, iterator and progress bar they share.
 
-
-def _steps(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
-    """Train from `state` to the end, or until a stop is agreed on. A checkpoint may owe its evaluation, which then comes first."""
-    config, world = run.config, run.world
-    scores: dict[str, Score] | None = None  # none: not evaluated yet; empty on ranks other than 0
-    bar = tqdm(
-        total=run.total,
-        initial=state.step,
-        desc=config.name,
-        unit="step",
-        disable=not world.is_main,
-        mininterval=1.0,
-        dynamic_ncols=True,
-    )
-    meter, ranks, utilization = (
-        Meter(),
-        RankTimes(config.directory, world),
-        Utilization(config, world),
-    )
-    batches = run.loader.steps_from(state.step)
-    saved, first = state, True
-    while True:
-        stopping, pause = _agreed(stop, state, meter, world)
-        shown = scores is not None or not config.data.evaluate or state.step < run.total
-        if not stopping and (run.owes_evaluation(state) or not shown):
-            try:
-                scores, state = _evaluate(run, state, tracker, stop)
-            except Stopped:
-                stopping = True
-            meter.restart()
-        if state != saved and (stopping or run.saves(state.step)):
-            saved = _save(run, state, tracker, meter)
-        if stopping and (state.step < run.total or run.owes_evaluation(state)):
-            bar.close()
-            _say(
-                world,
-                f"stopped by {stop.name or 'another rank'} after step {state.step:,}; the same command goes on from "
-                f"{run.checkpoints.folder}",
-            )
-            return Outcome(state, False, world.is_main, scores or {})
-        if state.step >= run.total:
-            break
-        state, stats = _advance(run, state, batches, meter, bar, state.step + pause)
-        if config.compile and first:
-            _say(world, explain_compilation())
-        first = False
-        if run.logs(state.step):
-            lr = lr_scale(state.step - 1, run.total, config.schedule) * config.optim.lr
-            ranks_row = ranks.note(state.step, meter.own_seconds())
-            times = meter.read()
-            times |= utilization.of(times["train/samples_per_second"])
-            tracker.log(
-                state.step,
-                {**_row(stats, lr), **ranks_row, **times, "data/bad_samples": len(run.loader.bad)},
-            )
-            meter.restart()
-            bar.set_postfix(loss=f"{stats.losses['loss']:.3f}", data_wait=f"{meter.last_wait:.0%}")
-    bar.close()
-    _say(
-        world,
-        f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, {meter.saving_share:.1%} of this session",
-    )
-    return Outcome(state, True, world.is_main, scores or {})
-
-
-def _agreed(stop: StopRequest, state: TrainState, meter: Meter, world: World) -> tuple[bool, int]:
-    """Whether to stop, and after how many steps to ask again: as many as the slowest rank does in a second."""
-    doing(f"step {state.step}: agreeing whether to stop")
-    asked, slowest_s = max_over_ranks([float(stop.name is not None), meter.step_seconds], world)
-    return asked > 0, max(1, int(_ASK_EVERY_S / slowest_s)) if slowest_s else 1
-
-
-def _advance(
-    run: Run,
-    state: TrainState,
-    batches: Iterator[tuple[int, list[Batch]]],
-    meter: Meter,
-    bar: tqdm,
-    until: int,
-) -> tuple[TrainState, StepStats]:
-    """Train up to step `until`, or to an earlier one after which something is due; the stats of the last step.
-
-    The host waits for no step in between, and looks only then whether each of them was applied.
+    Attributes:
+        stopping: whether the ranks have agreed to stop.
+        agree_at: the step after which the ranks agree again.
+        saved: the state that the newest checkpoint holds.
+        scores: of the last evaluation, by split; on rank 0 only.
     """
-    done: list[StepStats] = []
-    step = state.step
-    while not done or (step < until and not run.halts(step)):
-        stats, micro_batches = _step(run, step, batches, meter)
-        meter.add(run.config.train.global_batch, micro_batches, stats.seconds.get("forward", 0.0))
-        bar.update()
-        done.append(stats)
-        step += 1
-    for stats in done:
-        state = _judged(state, stats, run.config)
-    return state, done[-1]
 
+    def __init__(self, run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> None:
+        self.run, self.tracker, self.stop = run, tracker, stop
+        self.stopping = False
+        self.agree_at = state.step
+        self.saved = state
+        self.scores: dict[str, Score] = {}
 
-def _step(
-    run: Run, step: int, batches: Iterator[tuple[int, list[Batch]]], meter: Meter
-) -> tuple[StepStats, list[Batch]]:
-    doing(f"step {step + 1}: reading data", alone=True)
-    with meter.waiting():
-        place, micro_batches = next(batches)
-    assert place == step
-    doing(f"step {step + 1}: forward, backward, update")
-    seed_step(run.config.seed, step, run.world.rank)
-    scale = lr_scale(step, run.total, run.config.schedule)
-    return run.engine.train_step(
-        [batch.to(run.world.device) for batch in micro_batches], scale
-    ), micro_batches
-
-
-def _save(run: Run, state: TrainState, tracker: Tracker, meter: Meter) -> TrainState:
-    """Save; what was saved."""
-    doing(f"step {state.step}: saving a checkpoint")
-    with meter.saving():
-        agree_on_statistics(run.engine.model, run.world)
-        run.checkpoints.save(run.engine, state, run.tokenizer)
-    tracker.log(state.step, {"save/seconds": meter.last_save_s, "save/share": meter.saving_share})
-    return state
-
-
-def _evaluate(
-    run: Run, state: TrainState, tracker: Tracker, stop: StopRequest
-) -> tuple[dict[str, Score], TrainState]:
-    """Score every evaluation split; the first decides which checkpoint is the best. Raises Stopped where a stop is agreed on."""
-    config, world = run.config, run.world
-    agree_on_statistics(run.engine.model, world)
-    try:
-        with run.engine.averaged():
-            scores = score_splits(
-                run.engine.infer,
-                config,
-                config.data.evaluate,
-                run.tokenizer,
-                world,
-                config.evaluate.pictures if state.step == run.total else 0,
-                AgreedFlag(lambda: stop.name is not None, world),
-            )
-    except OSError as error:
-        raise InputError(
-            f"{config.directory}: the scores after step {state.step} could not be written ({error}). Make room, then call the "
-            "same command: it goes on from the newest checkpoint"
-        ) from error
-    for split, score in scores.items():
-        tracker.log(
-            state.step, {f"eval/{split}/{name}": value for name, value in score.metrics.items()}
+        self.bar = tqdm(
+            total=run.total_steps,
+            initial=state.step,
+            desc=run.config.name,
+            unit="step",
+            disable=not run.world.is_main,
+            mininterval=1.0,
+            dynamic_ncols=True,
         )
-        tracker.tag({f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)})
-        write_json(
-            config.directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()}
+        self.meter = Meter()
+        self.rank_times = RankTimes(run.config.directory, run.world)
+        self.first_step = state.step
+        self.batches = run.loader.steps_from(state.step)
+
+    def agree_whether_to_stop(self, state: TrainState) -> None:
+        """Exchange between the ranks whether to stop, and when to do so again; collective.
+
+        That is after as many steps as the slowest rank takes in a second.
+        """
+        doing(f"step {state.step}: agreeing whether to stop")
+        requested = float(self.stop.name is not None)
+        any_requested, slowest_s = max_over_ranks(
+            [requested, self.meter.step_seconds], self.run.world
         )
-        tqdm.write(
-            f"step {state.step:,}  {split}: oIoU {100 * score.metrics['oIoU']:.2f}  mIoU {100 * score.metrics['mIoU']:.2f}  "
-            f"P@0.5 {100 * score.metrics['P@0.5']:.2f}  ({score.protocol}, {score.samples:,} samples)"
+        steps_between = int(_SECONDS_BETWEEN_AGREEMENTS / slowest_s) if slowest_s else 1
+        self.stopping = any_requested > 0
+        self.agree_at = state.step + max(1, steps_between)
+
+    def advance(self, state: TrainState) -> tuple[TrainState, StepStats]:
+        """Train until anything is due or the ranks agree again; returns the last step's stats.
+
+        The host waits for no step in between. It checks at the end whether each was applied.
+        """
+        run, step = self.run, state.step
+        is_first = step == self.first_step
+        stats_of_steps: list[StepStats] = []
+        while not stats_of_steps or (step < self.agree_at and not run.anything_due(step)):
+            stats_of_steps.append(self._train_step(step))
+            step += 1
+
+        for stats in stats_of_steps:
+            state = _count_step(state, stats, run.config)
+
+        if is_first and run.config.compile:
+            self._print(describe_compilation())
+        return state, stats_of_steps[-1]
+
+    def log(self, state: TrainState, stats: StepStats) -> None:
+        """Log losses, times and the comparison of the ranks since the last call; collective."""
+        config = self.run.config
+        slowest_rank = self.rank_times.compare(state.step, self.meter.local_seconds())
+        rates = self.meter.read()
+        peak_share = lr_scale(state.step - 1, self.run.total_steps, config.schedule)
+        metrics = {
+            **_step_metrics(stats, lr=peak_share * config.optim.lr),
+            **slowest_rank,
+            **rates,
+            "data/bad_samples": len(self.run.loader.bad),
+        }
+        self.tracker.log(state.step, metrics)
+
+        self.meter.restart()
+        self.bar.set_postfix(
+            loss=f"{stats.losses['loss']:.3f}", data_wait=f"{self.meter.last_wait_share:.0%}"
         )
-    if scores:
-        tracker.artifact(config.directory / "scores", "scores")
-    first = from_main(next((score.metrics["oIoU"] for score in scores.values()), None), world)
-    state = replace(state, evaluated=state.step)
-    if state.best is None or (first is not None and first > state.best):
-        state = replace(state, best=first, best_step=state.step)
-    return scores, state
 
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Score every evaluation split, unless a stop comes first; collective.
 
-def _say(world: World, words: str) -> None:
-    if world.is_main:
-        print(words, flush=True)
+        Returns:
+            `state` with the scores taken, or unchanged if the ranks are stopping: the evaluation
+            then stays due, and the next session begins with it.
+        """
+        if self.stopping:
+            return state
+        try:
+            self.scores = self._score_splits(state)
+        except Stopped:
+            self.stopping = True
+            return state
+        self._publish_scores(state)
 
+        # The first split decides which checkpoint is the best.
+        first = next((score.metrics["oIoU"] for score in self.scores.values()), None)
+        first = from_main(first, self.run.world)
+        state = replace(state, evaluated=state.step)
+        if state.best is None or (first is not None and first > state.best):
+            state = replace(state, best=first, best_step=state.step)
+        self.meter.restart()
+        return state
 
-def _judged(state: TrainState, stats: StepStats, config: Config) -> TrainState:
-    """The state after a step, whose update may have been refused."""
-    bad = 0 if stats.applied else state.bad_steps + 1
-    if bad:
-        where = f"the loss on ranks {list(stats.bad_ranks)}" if stats.bad_ranks else "the gradient"
-        logger.warning(
-            "step %d: %s was not finite; the weights were left as they were (%d in a row)",
+    def save(self, state: TrainState) -> None:
+        """Save a checkpoint, unless the newest one holds this state already; collective."""
+        if state == self.saved:
+            return
+        run = self.run
+        doing(f"step {state.step}: saving a checkpoint")
+        with self.meter.saving():
+            average_norm_statistics(run.engine.model, run.world)
+            run.checkpoints.save(run.engine, state, run.tokenizer)
+        self.tracker.log(
             state.step,
-            where,
-            bad,
+            {"save/seconds": self.meter.last_save_s, "save/share": self.meter.saving_share},
         )
-    # fp16 finds its loss scale by overflowing: from 65536 down to 1 takes up to 16 steps.
-    allowed = config.train.max_bad_steps + (
-        16 if config.precision == "fp16" and not stats.bad_ranks else 0
+        self.saved = state
+
+    def end(self, state: TrainState) -> Outcome:
+        """Print and return how the session ended."""
+        run, meter = self.run, self.meter
+        self.bar.close()
+        finished = state.step >= run.total_steps and not run.evaluation_overdue(state)
+        if finished:
+            self._print(
+                f"{meter.saves} checkpoints were saved in {meter.saving_s:.1f} s, "
+                f"{meter.saving_share:.1%} of this session"
+            )
+        else:
+            self._print(
+                f"stopped by {self.stop.name or 'another rank'} after step {state.step:,}; "
+                f"the same command resumes from {run.checkpoints.folder}"
+            )
+        return Outcome(state, finished, run.world.is_main, self.scores)
+
+    def _train_step(self, step: int) -> StepStats:
+        run = self.run
+        doing(f"step {step + 1}: reading data", alone=True)
+        with self.meter.waiting():
+            batch_step, micro_batches = next(self.batches)
+        assert batch_step == step
+
+        doing(f"step {step + 1}: forward, backward, update")
+        seed_step(run.config.seed, step, run.world.rank)
+        stats = run.engine.train_step(
+            [batch.to(run.world.device) for batch in micro_batches],
+            lr_scale(step, run.total_steps, run.config.schedule),
+        )
+
+        global_batch = run.config.train.global_batch
+        self.meter.add(global_batch, micro_batches, stats.seconds.get("forward", 0.0))
+        self.bar.update()
+        return stats
+
+    def _score_splits(self, state: TrainState) -> dict[str, Score]:
+        run, config = self.run, self.run.config
+        average_norm_statistics(run.engine.model, run.world)
+        try:
+            with run.engine.averaged():
+                return score_splits(
+                    run.engine.infer,
+                    config,
+                    tokenizer=run.tokenizer,
+                    world=run.world,
+                    pictures=config.evaluate.pictures if state.step == run.total_steps else 0,
+                    stopped=AgreedFlag(lambda: self.stop.name is not None, run.world),
+                )
+        except OSError as error:
+            raise RunError(
+                f"{config.directory}: the scores after step {state.step} could not be written "
+                f"({error}). Free some space, then run the same command: it resumes from the "
+                "newest checkpoint"
+            ) from error
+
+    def _publish_scores(self, state: TrainState) -> None:
+        """Track, write and print the scores; on rank 0, the only one that has any."""
+        directory = self.run.config.directory
+        for split, score in self.scores.items():
+            metrics = {f"eval/{split}/{name}": value for name, value in score.metrics.items()}
+            self.tracker.log(state.step, metrics)
+            self.tracker.tag(
+                {f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)}
+            )
+            write_json(
+                directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()}
+            )
+
+            percent = {name: 100 * score.metrics[name] for name in ("oIoU", "mIoU", "P@0.5")}
+            values = "  ".join(f"{name} {value:.2f}" for name, value in percent.items())
+            tqdm.write(
+                f"step {state.step:,}  {split}: {values}  "
+                f"({score.protocol}, {score.samples:,} samples)"
+            )
+        if self.scores:
+            self.tracker.artifact(directory / "scores", "scores")
+
+    def _print(self, text: str) -> None:
+        if self.run.world.is_main:
+            print(text, flush=True)
+
+
+def _count_step(state: TrainState, stats: StepStats, config: Config) -> TrainState:
+    """Return the state after a step, whose update may have been refused.
+
+    Raises:
+        RunError: too many updates in a row were refused.
+    """
+    if stats.applied:
+        return replace(state, step=state.step + 1, bad_steps=0)
+
+    bad_steps = state.bad_steps + 1
+    culprit = f"the loss on ranks {list(stats.bad_ranks)}" if stats.bad_ranks else "the gradient"
+    logger.warning(
+        "step %d: %s was not finite; the weights were left as they were (%d in a row)",
+        state.step,
+        culprit,
+        bad_steps,
     )
-    if bad >= allowed:
-        raise InputError(
-            f"step {state.step}: {where} was not finite {bad} times in a row. Lower optim.lr, set optim.clip_norm, "
-            "or train in precision: fp32; the run can go on from its last checkpoint"
+
+    # fp16 finds its loss scale by overflowing: from 65536 down to 1 takes up to 16 steps.
+    allowed = config.train.max_bad_steps
+    if config.precision == "fp16" and not stats.bad_ranks:
+        allowed += 16
+    if bad_steps >= allowed:
+        raise RunError(
+            f"step {state.step}: {culprit} was not finite {bad_steps} times in a row. Lower "
+            "optim.lr, set optim.clip_norm, or train in precision: fp32; the run can resume from "
+            "its last checkpoint"
         )
-    return replace(state, step=state.step + 1, bad_steps=bad)
+    return replace(state, step=state.step + 1, bad_steps=bad_steps)
 
 
-def _row(stats: StepStats, lr: float) -> dict[str, float]:
-    row = {f"train/{name}": value for name, value in stats.losses.items()}
-    row |= {
+def _step_metrics(stats: StepStats, lr: float) -> dict[str, float]:
+    metrics = {f"train/{name}": value for name, value in stats.losses.items()}
+    metrics |= {
         "train/lr": lr,
         "train/grad_norm": stats.grad_norm,
         "train/skipped": float(not stats.applied),
         "train/peak_memory_gb": _peak_memory_gb(),
     }
     if stats.loss_scale != 1.0:
-        row["train/loss_scale"] = stats.loss_scale
-    return row
+        metrics["train/loss_scale"] = stats.loss_scale
+    return metrics
 
 
 def _peak_memory_gb() -> float:
-    """Most memory ever held, GB (1e9 bytes): on the GPU where there is one, else of this process."""
+    """Return the most memory ever held, in GB (1e9 bytes): on the GPU, or else by this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _tags(run: Run) -> dict[str, str]:
-    weights = (
-        read_trained_on(run.config.directory) or run.trained_on
-    ).weights  # known to the session that loaded them
-    return {
-        "data_fingerprint": run.loader.fingerprint,
-        "mix": run.config.data.mix or "leaks refused",
-        "leak": "; ".join([*run.loader.leaks, *weights]) or "none found",
-        "method": run.config.model.kind,
-        "git": git_revision(Path(coupalign.__file__).parent),
-        "coupalign": coupalign.__version__,
-        "torch": torch.__version__,
-        "engine": _engine_name(run.config),
-        "world_size": str(run.world.size),
-        "precision": run.config.precision,
-    }
-
-
-def _engine_name(config: Config) -> str:
-    return f"deepspeed ZeRO {config.engine.stage}" if config.engine.kind == "deepspeed" else "ddp"

@@ -1,4 +1,4 @@
-"""Where the time goes: samples per second, waiting for data, saving, and which rank the others wait for."""
+"""Where the time goes: throughput, waiting for data, saving, and which rank delays the others."""
 
 from __future__ import annotations
 
@@ -16,138 +16,169 @@ from coupalign.data.batch import Batch
 from coupalign.distributed.world import World, gather_objects, gather_vector
 
 RANKS = "ranks.jsonl"
-_SLOW, _SLOW_S = (
-    1.5,
-    0.05,
-)  # a rank is a straggler from this many times the median on, and this many seconds a step above it
+
+# A rank is a straggler if its time per step is this many times the median, and this many seconds
+# above it.
+_STRAGGLER_RATIO = 1.5
+_STRAGGLER_S = 0.05
 
 logger = logging.getLogger("coupalign.training")
 
 
 class Meter:
-    """Times of a session on one rank."""
+    """Measure a training session on one rank.
+
+    Attributes:
+        saves: checkpoints saved in this session.
+        saving_s: seconds spent on them.
+        last_save_s: seconds of the last one.
+        last_wait_share: share of time spent waiting for data, as of the last `read`.
+    """
 
     def __init__(self) -> None:
-        self.last_wait = self.last_step_s = 0.0
+        self.last_wait_share = self.last_step_s = 0.0
         self.steps = 0
         self.session_began = time.perf_counter()
         self.saves, self.saving_s = 0, 0.0
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time until now: an evaluation or a checkpoint is not training."""
+        """Forget the time until now, because evaluating and saving are not training."""
         self.last_step_s = self.step_seconds
         self.began = time.perf_counter()
-        self.waited = self.forward_s = 0.0
-        self.steps = self.samples = self.read_here = self.cut_here = 0
+        self.waited_s = self.forward_s = 0.0
+        self.steps = self.samples = self.local_samples = self.cut_sentences = 0
 
     def add(self, samples: int, micro_batches: Sequence[Batch], forward_s: float) -> None:
-        """Count a step of `samples` over all ranks, whose part on this rank are the micro-batches."""
+        """Count a step.
+
+        Args:
+            samples: over all ranks.
+            micro_batches: this rank's part of them.
+            forward_s: seconds of this rank's forward passes.
+        """
         self.steps += 1
         self.samples += samples
         self.forward_s += forward_s
-        self.read_here += sum(len(batch) for batch in micro_batches)
-        self.cut_here += sum(info.cut for batch in micro_batches for info in batch.info)
+        for batch in micro_batches:
+            self.local_samples += len(batch)
+            self.cut_sentences += sum(info.cut for info in batch.info)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What runs inside is waiting for data."""
+        """Count what runs inside as waiting for data."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
+        self.waited_s += time.perf_counter() - began
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What runs inside is saving."""
+        """Count what runs inside as saving a checkpoint."""
         began = time.perf_counter()
         yield
-        self.saves, self.saving_s = self.saves + 1, self.saving_s + time.perf_counter() - began
         self.last_save_s = time.perf_counter() - began
+        self.saves += 1
+        self.saving_s += self.last_save_s
         self.restart()
 
     @property
     def saving_share(self) -> float:
-        """The share of the session until now that went into saving."""
+        """The share of the session so far that went into saving."""
         return self.saving_s / (time.perf_counter() - self.session_began)
 
     @property
     def step_seconds(self) -> float:
-        """Seconds a step since the last look, or before it where nothing was done since; 0 before the first step."""
-        return (time.perf_counter() - self.began) / self.steps if self.steps else self.last_step_s
+        """Seconds per step since the last restart, or before it if no step was done since.
 
-    def own_seconds(self) -> tuple[float, float]:
-        """Seconds a step that this rank waited for data and spent in forward passes: what it does without the other ranks."""
-        return self.waited / max(1, self.steps), self.forward_s / max(1, self.steps)
+        0 before the first step.
+        """
+        if not self.steps:
+            return self.last_step_s
+        return (time.perf_counter() - self.began) / self.steps
+
+    def local_seconds(self) -> tuple[float, float]:
+        """Return seconds per step that do not depend on the other ranks.
+
+        Returns:
+            (seconds waiting for data, seconds in forward passes)
+        """
+        steps = max(1, self.steps)
+        return self.waited_s / steps, self.forward_s / steps
 
     def read(self) -> dict[str, float]:
-        """Rates and shares since the last look, for the log; `restart` begins the next one."""
-        passed = time.perf_counter() - self.began
-        self.last_wait = self.waited / passed
+        """Return rates and shares since the last restart, as metrics for the log."""
+        seconds = time.perf_counter() - self.began
+        self.last_wait_share = self.waited_s / seconds
         return {
-            "train/samples_per_second": self.samples / passed,
-            "data/wait_share": self.last_wait,
-            "data/cut_sentences_share": self.cut_here / max(1, self.read_here),
+            "train/samples_per_second": self.samples / seconds,
+            "data/wait_share": self.last_wait_share,
+            "data/cut_sentences_share": self.cut_sentences / max(1, self.local_samples),
         }
 
 
 class RankTimes:
-    """Compares the ranks: a line of seconds by rank in <run>/ranks.jsonl, and a warning that names a straggler, once.
+    """Compare the ranks: append their times to <run>/ranks.jsonl, warn once of each straggler.
 
         {"step": 120, "data_s": [0.01, 0.01, 0.62, 0.01], "forward_s": [0.21, 0.20, 0.21, 0.21]}
 
-    Each rank's seconds a step outside of collectives: waiting for data, and in forward passes. The wall time of a step tells
-    nothing, since every rank waits for the slowest. Under ZeRO 3 a forward pass waits for others, too.
+    These are each rank's seconds per step outside of collectives: waiting for data, and in forward
+    passes. The wall time of a step would not tell them apart, since every rank waits for the
+    slowest. Under ZeRO 3, a forward pass waits for the others, too.
     """
 
     def __init__(self, run_dir: Path, world: World) -> None:
         self.path, self.world = run_dir / RANKS, world
         self.hosts = gather_objects(socket.gethostname(), world)
-        self.named: set[int] = set()
+        self.warned_of: set[int] = set()
 
-    def note(self, step: int, own_seconds: tuple[float, float]) -> dict[str, float]:
-        """Compare after `step`; collective. Metrics of the slowest rank; none where there is one rank."""
+    def compare(self, step: int, local_seconds: tuple[float, float]) -> dict[str, float]:
+        """Compare the ranks after `step`; collective.
+
+        Returns:
+            metrics of the slowest rank; empty with one rank.
+        """
         if self.world.size == 1:
             return {}
-        seconds = gather_vector(
-            torch.tensor(own_seconds, dtype=torch.float64, device=self.world.device), self.world
-        )  # [ranks, 2]
+
+        own = torch.tensor(local_seconds, dtype=torch.float64, device=self.world.device)
+        seconds = gather_vector(own, self.world)  # [ranks, 2]
         total = seconds.sum(1)
         slowest, median = int(total.argmax()), float(total.median())
+
         if self.world.is_main:
-            line = {
-                "step": step,
-                "data_s": _rounded(seconds[:, 0]),
-                "forward_s": _rounded(seconds[:, 1]),
-            }
-            with (
-                suppress(OSError),
-                open(self.path, "a", encoding="utf-8") as file,
-            ):  # a full disk is the journal's to report
-                file.write(json.dumps(line) + "\n")
-            self._name(slowest, seconds, median)
+            self._append(step, seconds)
+            self._warn_of_straggler(slowest, seconds[slowest], median)
         return {
             "ranks/slowest": float(slowest),
             "ranks/slowest_s": float(total[slowest]),
             "ranks/median_s": median,
         }
 
-    def _name(self, rank: int, seconds: torch.Tensor, median: float) -> None:
-        data, forward = seconds[rank].tolist()
-        if rank in self.named or data + forward < max(_SLOW * median, median + _SLOW_S):
+    def _append(self, step: int, seconds: torch.Tensor) -> None:
+        data_s, forward_s = seconds.T.tolist()
+        line = {
+            "step": step,
+            "data_s": [round(value, 4) for value in data_s],
+            "forward_s": [round(value, 4) for value in forward_s],
+        }
+        # The journal reports a full disk.
+        with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _warn_of_straggler(self, rank: int, seconds: torch.Tensor, median: float) -> None:
+        data_s, forward_s = seconds.tolist()
+        threshold = max(_STRAGGLER_RATIO * median, median + _STRAGGLER_S)
+        if rank in self.warned_of or data_s + forward_s < threshold:
             return
-        self.named.add(rank)
+        self.warned_of.add(rank)
         logger.warning(
-            "rank %d on %s holds up the others: %.2f s a step by itself (%.2f s waiting for data, %.2f s forward), the median "
-            "of the ranks is %.2f s; %s has the times of all",
+            "rank %d on %s holds up the others: it takes %.2f s per step by itself (%.2f s waiting "
+            "for data, %.2f s forward), while the median of the ranks is %.2f s; %s has all times",
             rank,
             self.hosts[rank],
-            data + forward,
-            data,
-            forward,
+            data_s + forward_s,
+            data_s,
+            forward_s,
             median,
             self.path,
         )
-
-
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(value, 4) for value in values.tolist()]

@@ -13,7 +13,7 @@ from coupalign.data.table import RULES
 from coupalign.distributed.world import World
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.model.build import build_model
-from coupalign.scoring.splits import score_split
+from coupalign.scoring.splits import ScoreRequest, score_split
 from tests.distributed.jobs import TINY
 from tests.distributed.ranks import run_ranks
 
@@ -35,7 +35,13 @@ def score(world: World, config: Config, shards: Path) -> dict[str, object]:
             )  # a random start predicts nothing without it
 
     results = score_split(
-        infer, config, "val", source, tokenizer, world, protocols=list(PROTOCOLS), rules=RULES
+        infer,
+        config,
+        "val",
+        source,
+        tokenizer=tokenizer,
+        world=world,
+        request=ScoreRequest(protocols=list(PROTOCOLS), rules=RULES),
     )
     return {
         key: (evaluation.rows.tolist(), evaluation.score and evaluation.score.to_json())

@@ -19,7 +19,7 @@ from coupalign.distributed.world import (
     rank_session,
     wait_for_all,
 )
-from coupalign.engine.base import agree_on_statistics
+from coupalign.engine.base import average_norm_statistics
 from coupalign.errors import InputError
 from tests.distributed.ranks import run_ranks
 
@@ -109,7 +109,7 @@ def statistics(world: World) -> tuple[list[float], list[float]]:
     for norm in (learned, kept):
         norm.running_mean.fill_(world.rank + 1.0)
         norm.running_var.fill_(4.0**world.rank)
-    agree_on_statistics(torch.nn.Sequential(learned, kept), world)
+    average_norm_statistics(torch.nn.Sequential(learned, kept), world)
     return [
         *learned.running_mean.tolist(),
         *learned.running_var.tolist(),

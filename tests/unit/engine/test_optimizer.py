@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coupalign.config.schema import OptimConfig
-from coupalign.engine.optimizer import build_optimizer, parameter_groups, which_apex
+from coupalign.engine.optimizer import build_optimizer, parameter_groups, installed_apex
 from coupalign.errors import InputError
 from coupalign.model.build import build_model
 from tests.distributed.jobs import SIZE, VOCABULARY, tiny
@@ -77,16 +77,16 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_apex_is_told_apart_without_importing_it(site: Path) -> None:
-    assert which_apex() == "absent"
+    assert installed_apex() == "absent"
     package = site / "apex"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    assert which_apex() == "unrelated"
+    assert installed_apex() == "unrelated"
     (package / "optimizers").mkdir()
     (package / "optimizers" / "fused_adam.py").write_text("")
-    assert which_apex() == "nvidia without CUDA kernels"
+    assert installed_apex() == "nvidia without CUDA kernels"
     (site / "amp_C.py").write_text("")
-    assert which_apex() == "nvidia"
+    assert installed_apex() == "nvidia"
 
 
 def test_asking_for_an_apex_that_is_not_there_says_what_to_do(site: Path) -> None:
