@@ -1,4 +1,4 @@
-"""`describe`: the sums are the model's, the FLOPs scale as they must, and no memory is taken for weights."""
+"""`coupalign describe`: sums are the model's, FLOPs scale, and weights take no memory."""
 
 from __future__ import annotations
 
@@ -27,36 +27,44 @@ SMALL = CoupAlignConfig(
 )
 
 
-def test_parts_sum_to_the_model():
-    found = describe(Config(model=SMALL, data=DataConfig(image_size=64)), 50)
+def small_config(image_size: int = 64, model: CoupAlignConfig = SMALL) -> Config:
+    return Config(model=model, data=DataConfig(image_size=image_size))
+
+
+def test_parts_sum_to_the_model() -> None:
     model = build_model(SMALL, 50, 64)
-    assert (
-        found.total.parameters
-        == found.total.trainable
-        == sum(p.numel() for p in model.parameters())
-    )
-    assert tuple(found.parts) == tuple(dict(model.named_children())) and all(
-        part.flops > 0 for part in found.parts.values()
-    )
-    assert (
-        found.shapes[-1] == ("logits", (1, 64, 64))
-        and ("image stage 4", (1, 2, 2, 16)) in found.shapes
-    )
-    assert json.loads(json.dumps(found.to_json()))["total"]["flops"] == found.total.flops
-    assert f"{found.total.parameters:,}" in found.table()
+
+    description = describe(small_config(), 50)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    assert description.total.parameters == description.total.trainable == parameters
+    assert list(description.parts) == [name for name, _ in model.named_children()]
+    assert all(part.flops > 0 for part in description.parts.values())
+    assert description.shapes[-1] == ("logits", (1, 64, 64))
+    assert ("image stage 4", (1, 2, 2, 16)) in description.shapes
+
+    # The same as JSON and as a table.
+    value = json.loads(json.dumps(description.to_json()))
+    assert value["total"]["flops"] == description.total.flops
+    assert f"{parameters:,}" in description.table()
 
 
-def test_convolutions_are_counted_exactly():
-    """Four times the pixels: four times the FLOPs in the image encoder, none more in the text encoder."""
-    small, large = (
-        describe(Config(model=SMALL, data=DataConfig(image_size=s)), 50) for s in (64, 128)
-    )
+def test_flops_of_the_image_encoder_grow_with_the_pixels() -> None:
+    small = describe(small_config(image_size=64), 50)
+    large = describe(small_config(image_size=128), 50)
+
     assert large.parts["image"].flops == 4 * small.parts["image"].flops
     assert large.parts["text"].flops == small.parts["text"].flops
-    head = 2 * 16 * 16 * (9 * 16 * 16 + 16)
-    without = SMALL.model_copy(update={"proposals": ProposalsConfig(count=0)})
-    without = describe(Config(model=without, data=DataConfig(image_size=64)), 50)
-    assert without.parts["head"].flops == head and "proposals" not in without.parts
+
+
+def test_convolutions_are_counted_exactly() -> None:
+    without_proposals = SMALL.model_copy(update={"proposals": ProposalsConfig(count=0)})
+
+    description = describe(small_config(model=without_proposals), 50)
+
+    # At 16 x 16: a 3 x 3 convolution of 16 channels, and a 1 x 1 convolution to one.
+    assert description.parts["head"].flops == 2 * 16 * 16 * (9 * 16 * 16 + 16)
+    assert "proposals" not in description.parts
 
 
 @pytest.mark.parametrize(
@@ -68,8 +76,13 @@ def test_convolutions_are_counted_exactly():
         ("darknet53", 40.6),
     ],
 )
-def test_published_encoders_need_no_weights(name, millions):
-    found = describe(Config(model=CoupAlignConfig(image=TimmBackbone(name=name))))
-    assert found.parts["image"].parameters / 1e6 == pytest.approx(millions, abs=0.1)
-    assert found.parts["text"].parameters == 108_891_648 and found.vocabulary == 30522
-    assert found.parts["decoder"].flops < 0.5 * found.parts["image"].flops
+def test_published_encoders_are_described_without_weights(name: str, millions: float) -> None:
+    config = Config(model=CoupAlignConfig(image=TimmBackbone(name=name)))
+
+    description = describe(config)
+
+    image, text = description.parts["image"], description.parts["text"]
+    assert image.parameters / 1e6 == pytest.approx(millions, abs=0.1)
+    assert text.parameters == 108_891_648
+    assert description.vocabulary == 30522
+    assert description.parts["decoder"].flops < 0.5 * image.flops

@@ -1,4 +1,7 @@
-"""The planner: properties of its formulas, and its answers at the bounds; tests/cluster/test_memory.py measures."""
+"""The planner: properties of its formulas, and its answers at the bounds.
+
+tests/cluster/test_memory.py compares it with measurements.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,7 @@ from coupalign.costs.plan import (
     CommVolume,
     Memory,
     Sizes,
+    Strategy,
     break_even,
     comm_volume_of,
     largest_micro_batch,
@@ -30,63 +35,84 @@ SIZES = Sizes(
     trainable=200_000_000, frozen=10_000_000, largest=24_000_000, largest_group=110_000_000
 )
 OPTIONS = {"ema": True, "bucket_mb": 25, "accumulates": True}
-STRATEGY = {way.name: way for way in STRATEGIES}
+STRATEGY = {strategy.name: strategy for strategy in STRATEGIES}
+
+DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
 
 
-def test_ddp_is_sixteen_bytes_a_parameter_and_four_for_the_average() -> None:
-    memory = memory_of(STRATEGY["ddp"], SIZES, 8, ema=True, bucket_mb=25, accumulates=False)
-    assert memory.total == 20 * SIZES.trainable + 4 * SIZES.frozen + 4 * SIZES.largest
-    accumulating = memory_of(STRATEGY["ddp"], SIZES, 8, **OPTIONS)
-    assert accumulating.total - memory.total == 4 * SIZES.trainable, "sums beside the buckets"
-    assert (
-        memory_of(STRATEGY["ddp"], SIZES, 1, **OPTIONS).total
-        == 20 * SIZES.trainable + 4 * SIZES.frozen
-    ), "one rank has no buckets"
+def ddp_bytes(ranks: int, accumulates: bool) -> float:
+    memory = memory_of(
+        STRATEGY["ddp"], SIZES, ranks, ema=True, bucket_mb=25, accumulates=accumulates
+    )
+    return memory.total
 
 
-@pytest.mark.parametrize("stage, kept", [(1, 0.25), (2, 0.25), (3, 0.25)])
-def test_states_are_shared_out(stage: int, kept: float) -> None:
-    """Master copy and moments: 12 bytes a parameter, divided by the ranks."""
+def test_ddp_takes_16_bytes_per_parameter_and_4_for_the_average() -> None:
+    state = 20 * SIZES.trainable + 4 * SIZES.frozen
+    assert ddp_bytes(ranks=8, accumulates=False) == state + 4 * SIZES.largest
+
+
+def test_ddp_buckets_take_memory_if_several_ranks_accumulate() -> None:
+    # Under no_sync, gradients accumulate separately from the buckets.
+    difference = ddp_bytes(ranks=8, accumulates=True) - ddp_bytes(ranks=8, accumulates=False)
+    assert difference == 4 * SIZES.trainable
+
+    # One rank has no buckets.
+    assert ddp_bytes(ranks=1, accumulates=True) == 20 * SIZES.trainable + 4 * SIZES.frozen
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_divides_optimizer_state_by_ranks(stage: int) -> None:
+    """Master copy and moments take 12 bytes per parameter."""
     memory = memory_of(STRATEGY[f"zero{stage}"], SIZES, 4, **OPTIONS)
-    assert memory.master + memory.moments == 12 * SIZES.trainable * kept
-    assert memory.ema == 4 * SIZES.trainable * (kept if stage == 3 else 1)
+
+    assert memory.master + memory.moments == 12 * SIZES.trainable / 4
+    assert memory.ema == 4 * SIZES.trainable * (0.25 if stage == 3 else 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_moves_optimizer_state_to_the_host(stage: int) -> None:
+    memory = memory_of(STRATEGY[f"zero{stage}"], SIZES, 4, **OPTIONS)
     offloaded = memory_of(STRATEGY[f"zero{stage}+offload"], SIZES, 4, **OPTIONS)
-    assert offloaded.total < memory.total and offloaded.host >= 20 * SIZES.trainable * kept
+
+    assert offloaded.total < memory.total
+    assert offloaded.host >= 20 * SIZES.trainable / 4
 
 
-@pytest.mark.parametrize("way", STRATEGIES, ids=lambda way: way.name)
-def test_more_ranks_never_need_more_memory(way) -> None:
-    totals = [memory_of(way, SIZES, ranks, **OPTIONS).total for ranks in (2, 4, 8, 64, 1024)]
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+def test_more_ranks_never_need_more_memory(strategy: Strategy) -> None:
+    totals = [memory_of(strategy, SIZES, ranks, **OPTIONS).total for ranks in (2, 4, 8, 64, 1024)]
+
     assert all(more >= fewer for more, fewer in itertools.pairwise(totals))
 
 
-@pytest.mark.parametrize("way", STRATEGIES, ids=lambda way: way.name)
-def test_one_rank_sends_nothing(way) -> None:
-    assert comm_volume_of(way, SIZES, 1) == CommVolume(0, 0)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+def test_one_rank_sends_nothing(strategy: Strategy) -> None:
+    assert comm_volume_of(strategy, SIZES, 1) == CommVolume(0, 0)
 
 
-def test_what_is_sent() -> None:
-    """Of P numbers, for many ranks: 8 P bytes for an all-reduce, 4 P for an all-gather or a reduce-scatter."""
-    of = {
-        name: comm_volume_of(way, Sizes(10**9 // 4, 0, 1, 1), 10**9)
-        for name, way in STRATEGY.items()
-    }
-    found = {
-        name: (round(wire.per_step(1) / 1e9, 3), round(wire.per_step(3) / 1e9, 3))
-        for name, wire in of.items()
-        if "+" not in name
-    }
-    assert found == {
-        "ddp": (2, 2),
-        "zero0": (2, 2),
-        "zero1": (3, 3),
-        "zero2": (3, 7),
-        "zero3": (2, 6),
-    }
-    huge = comm_volume_of(STRATEGY["zero3"], Sizes(2 * 10**9, 0, 1, 1), 10**9)
-    assert huge.each / 8e9 == pytest.approx(3), (
-        "too many to keep from forward to backward: gathered twice"
-    )
+@pytest.mark.parametrize(
+    "name, one_micro_batch, three_micro_batches",
+    [("ddp", 2, 2), ("zero0", 2, 2), ("zero1", 3, 3), ("zero2", 3, 7), ("zero3", 2, 6)],
+)
+def test_sent_bytes_per_step(name: str, one_micro_batch: int, three_micro_batches: int) -> None:
+    """In units of 4 P bytes, for P parameters on many ranks.
+
+    An all-reduce sends 2 units, an all-gather or a reduce-scatter 1.
+    """
+    sizes = Sizes(trainable=10**9 // 4, frozen=0, largest=1, largest_group=1)
+    volume = comm_volume_of(STRATEGY[name], sizes, 10**9)
+
+    assert round(volume.per_step(1) / 1e9, 3) == one_micro_batch
+    assert round(volume.per_step(3) / 1e9, 3) == three_micro_batches
+
+
+def test_zero3_gathers_a_huge_model_twice() -> None:
+    """It has too many weights to keep them from forward to backward."""
+    sizes = Sizes(trainable=2 * 10**9, frozen=0, largest=1, largest_group=1)
+    volume = comm_volume_of(STRATEGY["zero3"], sizes, 10**9)
+
+    assert volume.each / 8e9 == pytest.approx(3)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +121,7 @@ def test_what_is_sent() -> None:
 )
 def test_break_even_is_the_first_number_that_pays(once: float, each: float, compute: float) -> None:
     first = break_even(CommVolume(once, each), 1.0, compute)
-    assert first is not None
+
     pays = [count for count in range(1, 1000) if once + count * each <= count * compute + 1e-9]
     assert first == pays[0]
 
@@ -105,32 +131,38 @@ def test_break_even_may_never_come() -> None:
     assert break_even(CommVolume(0.0, 0.0), 1.0, 1.0) == 1
 
 
-def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+@pytest.mark.parametrize("update", [10.0, 400.0])
+def test_largest_micro_batch_fits_and_one_more_does_not(update: float) -> None:
     cost = Footprint(Line(7.0, 3.0), Line(9.0, 5.0), Line(1.0, 0.0))
-    for update in (10.0, 400.0):
-        state = Memory(weights=100, gradients=50, moments=200, buckets=10, update=update)
+    state = Memory(weights=100, gradients=50, moments=200, buckets=10, update=update)
 
-        images = largest_micro_batch(state, cost, 800.0)
+    images = largest_micro_batch(state, cost, 800.0)
 
-        fits = replace(state, activations=cost.peak.at(images))
-        too_large = replace(state, activations=cost.peak.at(images + 1))
-        assert fits.total <= 800 < too_large.total
+    fits = replace(state, activations=cost.peak.at(images))
+    too_large = replace(state, activations=cost.peak.at(images + 1))
+    assert fits.total <= 800 < too_large.total
     assert largest_micro_batch(state, cost, 300.0) == 0
 
 
-def test_a_plan_says_what_it_is() -> None:
+def test_plan_names_its_strategies_and_how_numbers_were_found() -> None:
     config = tiny("engine.kind=deepspeed", "engine.stage=2")
-    found = plan(config, "rtx3090", nodes=2, ranks_per_node=2)
-    assert (found.ranks, found.micro_batch, found.accumulation, found.engine) == (4, 2, 1, "zero2")
-    assert [row.strategy for row in found.rows] == list(STRATEGY)
-    assert all(row.fits for row in found.rows)
-    shown = found.table()
-    assert "zero2 *" in shown and "estimate" in shown and "counted" in shown
-    assert (
-        json.loads(json.dumps(found.to_json()))["rows"][0]["memory"]["total"]
-        == found.rows[0].memory.total
-    )
-    assert found.bandwidth == 32e9, "PCIe is slower than the network"
+
+    result = plan(config, "rtx3090", nodes=2, ranks_per_node=2)
+
+    assert result.ranks == 4
+    assert (result.micro_batch, result.accumulation) == (2, 1)
+    assert result.engine == "zero2"
+    assert [row.strategy for row in result.rows] == list(STRATEGY)
+    assert all(row.fits for row in result.rows)
+    assert result.bandwidth == 32e9, "PCIe is slower than the network"
+
+    table = result.table()
+    assert "zero2 *" in table
+    assert "estimate" in table
+    assert "counted" in table
+
+    first_row = json.loads(json.dumps(result.to_json()))["rows"][0]
+    assert first_row["memory"]["total"] == result.rows[0].memory.total
 
 
 @pytest.mark.parametrize(
@@ -142,34 +174,23 @@ def test_a_plan_says_what_it_is() -> None:
         ([], {"gpu": "h100", "network": 0.0}, "more than 0"),
     ],
 )
-def test_refused(changes: list[str], options: dict, message: str) -> None:
+def test_impossible_plan_is_refused(
+    changes: list[str], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         plan(tiny(*changes), **options)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_the_command_line_knows_every_gpu(gpu: str) -> None:
+def test_command_line_accepts_every_gpu(gpu: str) -> None:
     assert build_parser().parse_args(["plan", "configs/demo.yaml", "--gpu", gpu]).gpu == gpu
 
 
-def test_the_verb_prints_a_table_and_an_object(capsys: pytest.CaptureFixture[str]) -> None:
-    demo = Path(__file__).parents[3] / "configs" / "demo.yaml"
-    assert (
-        main(
-            [
-                "plan",
-                str(demo),
-                *TINY,
-                "--gpu",
-                "v100-32",
-                "--nodes",
-                "2",
-                "--ranks-per-node",
-                "1",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    *table, found = capsys.readouterr().out.splitlines()
-    assert "2 ranks on 2 nodes of v100-32" in table[0] and json.loads(found)["ranks"] == 2
+def test_verb_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = ["--gpu", "v100-32", "--nodes", "2", "--ranks-per-node", "1"]
+
+    assert main(["plan", str(DEMO), *TINY, *cluster, "--json"]) == 0
+
+    *table, line = capsys.readouterr().out.splitlines()
+    assert "2 ranks on 2 nodes of v100-32" in table[0]
+    assert json.loads(line)["ranks"] == 2

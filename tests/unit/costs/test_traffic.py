@@ -1,18 +1,24 @@
-"""Bytes and FLOPs of single operators against their definition, and the whole step of a small model."""
+"""Bytes and FLOPs of single operators against their definition, and the step of a small model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coupalign.costs.traffic import Traffic, one_operator_attention, step_traffic, traffic_table
 from tests.distributed.jobs import tiny
 
-A, B = (torch.randn(8, 16), torch.randn(16, 4))
+A = torch.randn(8, 16)
+B = torch.randn(16, 4)
 ROW = torch.randn(1, 16)
-OPERATORS = {  # what runs, bytes, FLOPs
+
+# What runs, its bytes and its FLOPs.
+OPERATORS: dict[str, tuple[Callable[[], Tensor], int, int]] = {
     "a product reads both operands": (lambda: A @ B, 4 * (8 * 16 + 16 * 4 + 8 * 4), 2 * 8 * 16 * 4),
     "a sum of the same tensor reads it once": (lambda: A + A, 4 * 2 * 8 * 16, 0),
     "in place is read and written": (lambda: A.add_(0.0), 4 * 2 * 8 * 16, 0),
@@ -28,36 +34,49 @@ OPERATORS = {  # what runs, bytes, FLOPs
 
 
 @pytest.mark.parametrize("what", OPERATORS)
-def test_an_operator(what: str) -> None:
+def test_operator_moves_bytes_and_counts_flops(what: str) -> None:
     run, size, flops = OPERATORS[what]
+
     with Traffic() as traffic:
         run()
+
     assert (traffic.total.bytes, traffic.total.flops) == (size, flops)
 
 
 def test_attention_stays_one_operator_in_both_directions() -> None:
     original = F.scaled_dot_product_attention
+
     with FakeTensorMode(), one_operator_attention(), Traffic() as traffic:
-        q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (50, 7, 7))
-        F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(50, 7)).sum().backward()
-    names = {"q": 2 * 3 * 50 * 8, "k": 2 * 3 * 7 * 8}
-    products = 2 * 2 * 3 * 50 * 7 * 8
-    assert traffic.total.flops == 7 * products
-    assert traffic.total.bytes >= 4 * (
-        2 * names["q"] + 2 * names["k"] + 4 * names["q"] + 4 * names["k"]
-    )
+        q = torch.randn(2, 3, 50, 8, requires_grad=True)
+        k = torch.randn(2, 3, 7, 8, requires_grad=True)
+        v = torch.randn(2, 3, 7, 8, requires_grad=True)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(50, 7))
+        output.sum().backward()
+
+    # Two products forward, five backward.
+    product = 2 * 2 * 3 * 50 * 7 * 8
+    assert traffic.total.flops == 7 * product
+
+    # Forward reads q, k, v and writes an output like q; backward reads and writes all of them.
+    q_bytes, k_bytes = 4 * q.numel(), 4 * k.numel()
+    assert traffic.total.bytes >= 2 * q_bytes + 2 * k_bytes + 4 * q_bytes + 4 * k_bytes
     assert F.scaled_dot_product_attention is original
 
 
-def test_a_step_has_all_its_parts() -> None:
+def test_step_counts_every_part_of_the_model() -> None:
     costs = step_traffic(tiny(), 4)
-    assert all(cost.bytes > 0 for cost in costs.values()) and list(costs)[:3] == [
-        "image",
-        "text",
-        "wpa",
-    ]
+
+    assert list(costs)[:3] == ["image", "text", "wpa"]
+    assert all(cost.bytes > 0 for cost in costs.values())
     assert all(costs[name].flops > 0 for name in costs if name != "rest")
-    twice = step_traffic(tiny(), 8)
-    assert 1.5 < twice["wpa"].bytes / costs["wpa"].bytes <= 2
-    shown = traffic_table(costs, 4)
-    assert "counted, not measured" in shown and "total" in shown and "100.0%" in shown
+
+    twice_as_many = step_traffic(tiny(), 8)
+    assert 1.5 < twice_as_many["wpa"].bytes / costs["wpa"].bytes <= 2
+
+
+def test_table_shows_the_total_and_how_it_was_counted() -> None:
+    table = traffic_table(step_traffic(tiny(), 4), 4)
+
+    assert "counted, not measured" in table
+    assert "total" in table
+    assert "100.0%" in table
