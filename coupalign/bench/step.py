@@ -29,7 +29,7 @@ from coupalign.bench.result import Result, format_pairs, format_rows
 from coupalign.config.load import override
 from coupalign.config.schema import Config
 from coupalign.costs.traffic import step_traffic
-from coupalign.costs.utilization import matmul_peak
+from coupalign.costs.utilization import matmul_peak, model_flops_utilization
 from coupalign.data.batch import Batch, random_batch
 from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.order import micro_batches
@@ -207,7 +207,9 @@ def bench_step(
         milliseconds=milliseconds,
         flop=flop,
         matmul_flop_per_s=peak,
-        utilization=flop * steps_per_second / world.size / peak,
+        utilization=model_flops_utilization(
+            flop_per_step=flop, steps_per_second=steps_per_second, ranks=world.size, peak=peak
+        ),
         gigabytes=gigabytes,
         calls=calls,
         beside=compared,

@@ -83,6 +83,7 @@ def add_config(verbs: argparse._SubParsersAction) -> None:
 
 def run_config(options: argparse.Namespace) -> Answer:
     from coupalign.config.load import dump, read_config
+    from coupalign.config.schema import DeepSpeedEngine
 
     config = read_config(options.config, options.overrides)
     if not options.deepspeed:
@@ -90,7 +91,7 @@ def run_config(options: argparse.Namespace) -> Answer:
         return Answer(config.model_dump(mode="json"))
 
     # What DeepSpeed is given is derived from the configuration.
-    if config.engine.kind != "deepspeed":
+    if not isinstance(config.engine, DeepSpeedEngine):
         raise InputError(
             f"{options.config}: engine.kind is {config.engine.kind}; add engine.kind=deepspeed"
         )

@@ -1,4 +1,4 @@
-"""Model FLOPs utilization: achieved FLOP/s divided by the measured matmul peak of this machine."""
+"""The speed of this machine's fastest matrix product, and the share of it that training reaches."""
 
 from __future__ import annotations
 
@@ -6,66 +6,42 @@ import time
 
 import torch
 
-from coupalign.config.schema import Config
-from coupalign.distributed.watchdog import doing
-from coupalign.distributed.world import World
-from coupalign.engine.base import DTYPES
-
-_UTILIZATION_AFTER_S = (
-    30.0  # of a session: shorter ones are not worth the seconds that measuring takes
-)
-
-
 _SIDES = {"cuda": (4096, 8192), "cpu": (1024, 2048)}
+_SECONDS_PER_SIDE = 0.2
+_REPEATS = 3
 
 
-_SECONDS = 0.2  # that each side is multiplied for
+def model_flops_utilization(
+    *, flop_per_step: float, steps_per_second: float, ranks: int, peak: float
+) -> float:
+    """Return the MFU: achieved FLOP/s per rank, divided by `peak`.
 
-
-class Utilization:
-    """Which share of this machine's fastest matrix product a training reaches (MFU), from its samples per second; on rank 0.
-
-    The FLOPs of a sample are counted and the product is measured once, some time into the session.
+    Args:
+        flop_per_step: of all ranks together.
+        peak: FLOP/s of one rank's fastest matrix product, see `matmul_peak`.
     """
-
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
-        self.began = time.perf_counter()
-        self.samples_per_second_at_peak: float | None = None
-
-    def of(self, samples_per_second: float) -> dict[str, float]:
-        """{"train/mfu": share} of a rank; nothing before it is known."""
-        if not self.world.is_main or time.perf_counter() - self.began < _UTILIZATION_AFTER_S:
-            return {}
-        if self.samples_per_second_at_peak is None:
-            from coupalign.costs.traffic import step_traffic  # which takes its time to import
-
-            doing("measuring this machine's fastest matrix product", alone=True)
-            flop = sum(cost.flops for cost in step_traffic(self.config, 1).values())
-            self.samples_per_second_at_peak = (
-                self.world.size
-                * matmul_peak(DTYPES[self.config.precision], self.world.device)
-                / flop
-            )
-        return {"train/mfu": samples_per_second / self.samples_per_second_at_peak}
+    return flop_per_step * steps_per_second / ranks / peak
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest square matrix product: what a share of the machine's peak is measured against."""
-    return max(_matmul(side, dtype, device) for side in _SIDES[device.type])
+    """Measure the FLOP/s of the fastest square matrix product."""
+    return max(_measure_matmul(side, dtype, device) for side in _SIDES[device.type])
 
 
-def _matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:
+def _measure_matmul(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return the FLOP/s of multiplying two square matrices, the best of a few repeats."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
-    def seconds(times: int) -> float:
+    def measure_seconds(products: int) -> float:
         began = time.perf_counter()
-        for _ in range(times):
+        for _ in range(products):
             a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    seconds(3)
-    times = max(1, round(_SECONDS / seconds(1)))
-    return max(2 * side**3 * times / seconds(times) for _ in range(3))
+    # Warm up, then choose how many products take long enough to measure.
+    measure_seconds(3)
+    products = max(1, round(_SECONDS_PER_SIDE / measure_seconds(1)))
+    best = min(measure_seconds(products) for _ in range(_REPEATS))
+    return 2 * side**3 * products / best

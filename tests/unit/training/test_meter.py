@@ -1,50 +1,85 @@
-"""What a training says about its own speed."""
+"""What training measures of its own speed."""
 
 from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
 
 import pytest
 import torch
 
-from coupalign.config.load import override
-from coupalign.config.schema import Config
-from coupalign.costs.traffic import step_traffic
 from coupalign.distributed.world import World
 from coupalign.training import meter
-
-TINY = override(
-    Config(),
-    [
-        "precision=fp32",
-        "data.image_size=32",
-        "data.max_tokens=8",
-        "model.image.kind=small",
-        "model.image.widths=[8, 8, 16, 16]",
-        "model.text.kind=small",
-        "model.text.width=16",
-        "model.text.heads=2",
-        "model.decoder.width=16",
-        "model.proposals.count=0",
-    ],
-)
+from coupalign.training.meter import RANKS, Meter, RankTimes
 
 
-def world(rank: int) -> World:
-    return World(rank, 2, rank, 2, torch.device("cpu"))
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
 
 
-def test_utilization_is_the_share_of_the_measured_peak_that_a_rank_reaches(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_meter_counts_samples_waiting_and_forward_passes(clock: Clock) -> None:
+    measured = Meter()
+    for _ in range(2):
+        with measured.waiting():
+            clock.now += 1.0
+        clock.now += 3.0
+        measured.add(16, [], forward_s=0.5)
+
+    rates = measured.read()
+
+    assert rates["train/samples_per_second"] == 4.0
+    assert rates["data/wait_share"] == measured.last_wait_share == 0.25
+    assert measured.local_seconds() == (1.0, 0.5)
+    assert measured.step_seconds == 4.0
+
+
+def test_meter_leaves_out_saving_and_remembers_the_last_step_time(clock: Clock) -> None:
+    measured = Meter()
+    clock.now += 2.0
+    measured.add(16, [], forward_s=0.0)
+
+    with measured.saving():
+        clock.now += 6.0
+
+    assert (measured.saves, measured.saving_s, measured.last_save_s) == (1, 6.0, 6.0)
+    assert measured.saving_share == 0.75
+    assert measured.steps == 0 and measured.step_seconds == 8.0
+
+
+def test_rank_times_writes_all_and_warns_of_a_straggler_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = []
-    monkeypatch.setattr(
-        meter, "matmul_peak", lambda dtype, device: asked.append((dtype, device.type)) or 1e9
+    seconds = torch.tensor([[0.1, 0.2], [0.9, 0.2], [0.1, 0.2]], dtype=torch.float64)
+    monkeypatch.setattr(meter, "gather_objects", lambda value, world: ["n0", "n1", "n2"])
+    monkeypatch.setattr(meter, "gather_vector", lambda values, world: seconds)
+    times = RankTimes(tmp_path, World(0, 3, 0, 3, torch.device("cpu")))
+
+    with caplog.at_level(logging.WARNING, "coupalign.training"):
+        metrics = [times.compare(step, (0.1, 0.2)) for step in (10, 20)]
+
+    assert metrics[0] == metrics[1]
+    assert metrics[0] == pytest.approx(
+        {"ranks/slowest": 1.0, "ranks/slowest_s": 1.1, "ranks/median_s": 0.3}
     )
-    utilization = meter.Utilization(TINY, world(0))
-    assert utilization.of(100.0) == {} and not asked, "a short session does not pay for measuring"
-    monkeypatch.setattr(meter, "_UTILIZATION_AFTER_S", 0.0)
-    flop = sum(cost.flops for cost in step_traffic(TINY, 1).values())
-    assert utilization.of(100.0) == {"train/mfu": pytest.approx(100 / 2 * flop / 1e9)}
-    assert utilization.of(50.0)["train/mfu"] == pytest.approx(50 / 2 * flop / 1e9) and asked == [
-        (torch.float32, "cpu")
-    ]
-    assert meter.Utilization(TINY, world(1)).of(100.0) == {}
+    [warning] = caplog.messages
+    assert warning.startswith("rank 1 on n1 holds up the others")
+    lines = [json.loads(line) for line in (tmp_path / RANKS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20]
+    assert lines[0]["data_s"] == [0.1, 0.9, 0.1] and lines[0]["forward_s"] == [0.2, 0.2, 0.2]
+
+
+def test_rank_times_of_a_single_rank_are_not_compared(tmp_path: Path) -> None:
+    times = RankTimes(tmp_path, World(0, 1, 0, 1, torch.device("cpu")))
+
+    assert times.compare(10, (0.1, 0.2)) == {}
+    assert not (tmp_path / RANKS).exists()
