@@ -169,7 +169,8 @@ class DropPath(nn.Module):
             return x
         kept = torch.bernoulli(self.keep.expand(len(x)))  # [B]
         scale = (kept / self.keep).to(x.dtype)
-        return x * scale.view(-1, *[1] * (x.ndim - 1))
+        other_axes = [1] * (x.ndim - 1)
+        return x * scale.view(-1, *other_axes)
 
 
 def group_norm(width: int) -> nn.GroupNorm:
@@ -278,9 +279,11 @@ def _run_small(net: nn.Module, stage: int, x: Tensor) -> Tensor:
 def _pixel_coordinates(image: Tensor) -> Tensor:
     """Compute x and y of the pixel centers, in -1 .. 1: [B, H, W, 3] -> [B, H, W, 2]."""
     batch, height, width, _ = image.shape
-    device, dtype = image.device, image.dtype
-    y = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
-    x = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
+    columns = torch.arange(width, device=image.device, dtype=image.dtype)
+    rows = torch.arange(height, device=image.device, dtype=image.dtype)
 
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)
-    return grid.expand(batch, -1, -1, -1)
+    x = (columns * 2 + 1) / width - 1
+    y = (rows * 2 + 1) / height - 1
+    x = x.expand(height, width)
+    y = y[:, None].expand(height, width)
+    return torch.stack([x, y], dim=2).expand(batch, -1, -1, -1)

@@ -85,7 +85,7 @@ def weighted_cross_entropy(
     pixelwise = F.binary_cross_entropy_with_logits(
         logits.float(), truth, weight=weight, reduction="none"
     )
-    return (pixelwise.flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
+    return (_sum_pixels(pixelwise) / _sum_pixels(weight)).mean()
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -95,8 +95,9 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     probability = logits.float().sigmoid().flatten(1)
     truth = target.float().flatten(1)
-    shared = (probability * truth).sum(1)
-    return (1 - (2 * shared + 1) / (probability.sum(1) + truth.sum(1) + 1)).mean()
+    shared = (probability * truth).sum(1)  # [B]
+    total = probability.sum(1) + truth.sum(1)  # [B]
+    return (1 - (2 * shared + 1) / (total + 1)).mean()
 
 
 def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -113,10 +114,12 @@ def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
     near_true = F.max_pool2d(true, 5, stride=1, padding=2)
     near_predicted = F.max_pool2d(predicted, 5, stride=1, padding=2)
 
-    precision = (predicted * near_true).flatten(1).sum(1) / (predicted.flatten(1).sum(1) + 1e-6)
-    recall = (true * near_predicted).flatten(1).sum(1) / (true.flatten(1).sum(1) + 1e-6)
+    precision = _sum_pixels(predicted * near_true) / (_sum_pixels(predicted) + 1e-6)  # [B]
+    recall = _sum_pixels(true * near_predicted) / (_sum_pixels(true) + 1e-6)  # [B]
     f1 = 2 * precision * recall / (precision + recall + 1e-6)
-    return ((1 - f1) * (true.flatten(1).sum(1) > 0)).mean()
+
+    has_boundary = _sum_pixels(true) > 0
+    return ((1 - f1) * has_boundary).mean()
 
 
 def contrast_loss(embedding: Tensor, target: Tensor, temperature: float, samples: int) -> Tensor:
@@ -155,6 +158,11 @@ def contrast_loss(embedding: Tensor, target: Tensor, temperature: float, samples
     per_pixel = F.softplus(negative.logsumexp(2) - positive) * front_mask  # [B, K]
     per_image = per_pixel.sum(1) / front_mask.sum(1).clamp(min=1)  # [B]
     return (per_image * back_mask.any(1)).mean()
+
+
+def _sum_pixels(maps: Tensor) -> Tensor:
+    """Sum over everything but the batch: [B, ...] -> [B]."""
+    return maps.flatten(1).sum(1)
 
 
 def _soft_boundary(mask: Tensor) -> Tensor:

@@ -161,14 +161,20 @@ def sine_positions(height: int, width: int, channels: int, device: torch.device)
     Positions are scaled to 0 .. 2 pi, wavelengths grow to 10,000. `channels` is a multiple of 4.
     """
     quarter = channels // 4
-    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000.0) / quarter))
+    decay = -math.log(10_000.0) / quarter
+    frequency = torch.exp(torch.arange(quarter, device=device) * decay)
 
-    # Angles of the pixel centers.
-    y = (torch.arange(height, device=device) + 0.5) / height * (2 * math.pi)
-    x = (torch.arange(width, device=device) + 0.5) / width * (2 * math.pi)
-    y, x = y[:, None] * frequency, x[:, None] * frequency  # [height, d/4], [width, d/4]
+    y = _encode_axis(height, frequency)  # [height, channels / 2]
+    x = _encode_axis(width, frequency)  # [width, channels / 2]
 
-    y = torch.cat([y.sin(), y.cos()], dim=1)  # [height, d/2]
-    x = torch.cat([x.sin(), x.cos()], dim=1)  # [width, d/2]
-    grid = torch.cat([y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)], dim=2)
-    return grid.flatten(0, 1)
+    # Give each pixel the code of its row and the code of its column.
+    rows = y[:, None].expand(-1, width, -1)
+    columns = x[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def _encode_axis(size: int, frequency: Tensor) -> Tensor:
+    """Encode the pixel centers of one axis by sines and cosines: [size, 2 * frequencies]."""
+    centers = (torch.arange(size, device=frequency.device) + 0.5) / size * (2 * math.pi)
+    angles = centers[:, None] * frequency
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
