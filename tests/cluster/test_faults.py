@@ -155,7 +155,7 @@ def test_a_stop_in_the_middle_of_an_evaluation(
     output = broken(
         tmp_path, [stop], "train", config, f"run_dir={tmp_path / 'stopped'}", *few, status=1
     )
-    assert "after step 6; the same command goes on" in output and "exitcode  : 75" in output
+    assert "after step 6; the same command resumes" in output and "exitcode  : 75" in output
     assert not (tmp_path / "stopped" / "scores").exists()
     broken(tmp_path, [], "train", config, f"run_dir={tmp_path / 'stopped'}", *few)
     assert remains(tmp_path / "stopped") == remains(tmp_path / "whole")
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_and_one_that_cannot_be_written(
         assert (
             "step-00000008: the checkpoint could not be written" in output and "GB free" in output
         ), output[-4000:]
-        assert "Whole checkpoints there: step-00000004" in output and "exitcode  : 2" in output
+        assert "Whole checkpoints there: step-00000004" in output and "exitcode  : 3" in output
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "small")], check=True)
         output = broken(tmp_path, [], "train", config, f"run_dir={run}", *few, status=1)
         assert (
