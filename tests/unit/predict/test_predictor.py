@@ -30,6 +30,7 @@ from coupalign.model.weights.load import write_weights
 from coupalign.predict import predictor as predict
 from coupalign.predict.predictor import Predictor, in_order, open_image
 from coupalign.scoring.checkpoint import score_checkpoint
+from coupalign.scoring.splits import ScoreRequest
 
 WORDS = ["small red star", "the blue square on the left", "second circle from the right"]
 
@@ -209,7 +210,7 @@ def test_the_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, prec
     evaluate = config.evaluate.model_copy(update={"batch": 3, "bootstrap": 0})
     config = config.model_copy(update={"data": data, "precision": precision, "evaluate": evaluate})
     run = write_checkpoint(tmp_path / "run" / "checkpoints" / "best", config).parents[1]
-    score_checkpoint(run, protocol="ris-v1")
+    score_checkpoint(run, request=ScoreRequest(protocols=["ris-v1"]))
     rows = read_rows(run / "scores" / "val-ris-v1.csv").counts[:, 1:3].tolist()
     predictor = Predictor.from_checkpoint(run, "cpu")
     infos = [
