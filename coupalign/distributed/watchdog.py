@@ -56,6 +56,11 @@ def doing(name: str, alone: bool = False) -> None:
     sys.audit("coupalign.doing", name)
 
 
+def current_phase() -> str:
+    """Return the phase that this rank announced last."""
+    return _phase.name
+
+
 class Watchdog:
     """Watch this rank from a thread, from construction until `close`.
 

@@ -19,10 +19,17 @@ import torch
 import torch.distributed as td
 
 from coupalign.distributed.launcher import detect_launcher, find_rendezvous, read_ranks
-from coupalign.distributed.watchdog import Watchdog, doing
+from coupalign.distributed.watchdog import Watchdog, current_phase, doing
 from coupalign.errors import InputError, RunError
 
 T = TypeVar("T")
+
+# What gloo and NCCL say when another process went away.
+_LOST_RANK_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
     Raises:
         InputError: the launcher's variables are incomplete or contradict each other, or there are
             more local ranks than GPUs.
+        RunError: another rank went away.
     """
     rank, size, local_rank, local_size = read_ranks(os.environ)
     device = _choose_device(local_rank, local_size)
@@ -89,6 +97,13 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
         # If the rank that holds the store left first, the others would fail while leaving.
         doing("leaving the job")
         wait_for_all(world)
+    except RuntimeError as error:
+        if not any(message in str(error) for message in _LOST_RANK_MESSAGES):
+            raise
+        raise RunError(
+            f"rank {rank} lost contact with another rank while {current_phase()!r} ({error}). That "
+            "rank's own output says why it ended. Run the same command to start again"
+        ) from error
     finally:
         td.destroy_process_group()
         watchdog.close()
