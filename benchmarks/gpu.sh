@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# What needs a GPU, unattended: the tests, every way to write word-pixel alignment, timed, then bench.sh. `make gpu` calls it.
-# Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json. A failing test does not keep the benchmark from running;
-# a benchmark that fails leaves no .json. OUT names another folder.
+# Run everything that needs a GPU, unattended: the tests, the kernel benchmark, then bench.sh.
+# `make gpu` calls it.
+#
+# Results: benchmarks/<date>-<gpu>-tests.txt, -kernel-<batch>.txt and .json; those of bench.sh.
+# OUT:     another folder for the results.
+#
+# The benchmarks run even if a test fails. A benchmark that fails leaves no .json.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
