@@ -1,4 +1,4 @@
-"""A trained model at work: one pair, many pairs, files of pairs, and every way in which a checkpoint or a file can be wrong."""
+"""A trained model at work: one pair, many pairs, files of pairs and folders of images."""
 
 from __future__ import annotations
 
@@ -7,546 +7,484 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import coupalign
 from coupalign.cli.parser import main
-from coupalign.config.load import dump
 from coupalign.config.schema import Config, Source
+from coupalign.data.batch import SampleInfo
 from coupalign.data.build import build_eval_loader
-from coupalign.data.packing.vocabulary import train_vocabulary
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.distributed.world import World
-from coupalign.engine.open_checkpoint import find_checkpoint, open_checkpoint
 from coupalign.errors import InputError
 from coupalign.evaluation.rows import read_rows
-from coupalign.model.build import build_model
-from coupalign.model.weights.load import write_weights
-from coupalign.predict import predictor as predict
-from coupalign.predict.predictor import Predictor, in_order, open_image
+from coupalign.predict import predictor as predictor_module
+from coupalign.predict.predictor import Prediction, Predictor, in_order, open_image
 from coupalign.scoring.checkpoint import score_checkpoint
 from coupalign.scoring.splits import ScoreRequest
-
-WORDS = ["small red star", "the blue square on the left", "second circle from the right"]
-
-
-def tiny_config(width: int = 32, resize: str = "squash") -> Config:
-    return Config.model_validate(
-        {
-            "name": "tiny",
-            "precision": "fp32",
-            "data": {"image_size": 64, "max_tokens": 20, "resize": resize},
-            "model": {
-                "image": {"kind": "small", "widths": [8, 8, 8, 8]},
-                "text": {"kind": "small", "width": 16, "layers": 4, "heads": 2},
-                "decoder": {"width": width},
-                "proposals": {"count": 4, "layers": 1, "heads": 2, "ffn": 16},
-            },
-        }
-    )
+from tests.unit.predict.conftest import PHOTOS, SENTENCES, tiny_config, write_checkpoint
 
 
-def write_checkpoint(
-    folder: Path, config: Config, seed: int = 0, average: float | None = None
-) -> Path:
-    """A checkpoint directory of a random model; `average` fills ema.safetensors with the weights times that."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config))
-    train_vocabulary(WORDS, folder / "vocabulary.txt", 100)
-    tokenizer = Tokenizer.open(str(folder / "vocabulary.txt"))
-    tokenizer.save(folder / "tokenizer")
-    torch.manual_seed(seed)
-    model = build_model(config.model, len(tokenizer), config.data.image_size)
-    torch.nn.init.normal_(
-        model.head.classify.weight, std=2.0
-    )  # so that some pixels are foreground and some are not
-    torch.nn.init.zeros_(model.head.classify.bias)
-    state = model.state_dict()
-    write_weights(folder / "weights.safetensors", state)
-    if average is not None:
-        averaged = {
-            name: value * average for name, value in state.items() if value.is_floating_point()
-        }
-        write_weights(folder / "ema.safetensors", averaged)
-    return folder
+def assert_same(left: Prediction, right: Prediction, tolerance: float = 0.0) -> None:
+    """Two predictions have the same size and, up to a tolerance, the same probabilities."""
+    assert left.mask.shape == right.mask.shape
+    assert float(np.abs(left.probability - right.probability).max()) <= tolerance
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with one checkpoint."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    write_checkpoint(folder / "checkpoints" / "step-00000010", tiny_config())
-    (folder / "checkpoints" / "best").symlink_to("step-00000010")
-    return folder
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def predictor(run: Path) -> Predictor:
-    return Predictor.from_checkpoint(run, "cpu")
+def read_mask(folder: Path, result: dict[str, Any]) -> np.ndarray:
+    """The pixels of the mask file that a line of results.jsonl names."""
+    return np.asarray(Image.open(folder / result["mask"]))
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photographs of several sizes and modes in a folder."""
-    folder = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for name, shape, mode in (
-        ("wide.jpg", (40, 90, 3), "RGB"),
-        ("tall.png", (70, 30, 3), "RGB"),
-        ("gray.png", (33, 44), "L"),
-    ):
-        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), mode).save(folder / name)
-    return folder
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl. Only line feeds end a line."""
+    text = (folder / "results.jsonl").read_text()
+    return [json.loads(line) for line in text.rstrip("\n").split("\n")]
 
 
-def same(left, right, tolerance: float = 0.0) -> bool:
-    return (
-        left.mask.shape == right.mask.shape
-        and float(np.abs(left.probability - right.probability).max()) <= tolerance
-    )
+# --- One pair, and many ---
 
 
-# ------------------------------------------------------------------------------------------------- one and many
+@pytest.mark.parametrize(("name", "shape"), [(name, shape[:2]) for name, shape, _ in PHOTOS])
+def test_fields_of_a_prediction_agree(
+    predictor: Predictor, photos: Path, name: str, shape: tuple[int, int]
+) -> None:
+    result = predictor.predict(photos / name, SENTENCES[0])
+
+    # The mask is where the probability is above a half.
+    mask, probability = result.mask, result.probability
+    assert mask.shape == probability.shape == shape
+    assert mask.dtype == bool
+    assert probability.dtype == np.float32
+    assert probability.min() >= 0
+    assert probability.max() <= 1
+    assert (mask == (probability > 0.5)).all()
+    assert result.area == mask.sum()
+    assert 0 < result.area < mask.size
+
+    # The box touches the mask on all four sides and leaves nothing outside.
+    x0, y0, x1, y1 = result.box
+    outside = mask.copy()
+    outside[y0:y1, x0:x1] = False
+    assert not outside.any()
+    assert mask[y0].any()
+    assert mask[y1 - 1].any()
+    assert mask[:, x0].any()
+    assert mask[:, x1 - 1].any()
+
+    assert result.score == pytest.approx(probability[mask].mean(), abs=1e-6)
+    json.dumps(result.to_json())
 
 
-def test_a_prediction_fits_together(predictor: Predictor, photos: Path):
-    for name, shape in (("wide.jpg", (40, 90)), ("tall.png", (70, 30)), ("gray.png", (33, 44))):
-        result = predictor.predict(photos / name, WORDS[0])
-        assert result.mask.shape == result.probability.shape == shape
-        assert result.mask.dtype == bool and result.probability.dtype == np.float32
-        assert (
-            result.mask == (result.probability > 0.5)
-        ).all() and result.area == result.mask.sum()
-        assert (
-            0 <= result.probability.min()
-            and result.probability.max() <= 1
-            and 0 < result.area < result.mask.size
-        )
-        x0, y0, x1, y1 = result.box
-        outside = result.mask.copy()
-        outside[y0:y1, x0:x1] = False
-        assert not outside.any() and result.mask[y0].any() and result.mask[y1 - 1].any()
-        assert result.mask[:, x0].any() and result.mask[:, x1 - 1].any()
-        assert result.score == pytest.approx(result.probability[result.mask].mean(), abs=1e-6)
-        json.dumps(result.to_json())
-
-
-def test_an_empty_mask_has_no_box(run: Path, photos: Path):
+def test_empty_mask_has_no_box(run: Path, photos: Path) -> None:
     predictor = Predictor.from_checkpoint(run, "cpu")
     predictor.model.register_forward_hook(lambda module, inputs, logits: -logits.abs() - 1)
-    result = predictor.predict(photos / "wide.jpg", WORDS[0])
+
+    result = predictor.predict(photos / "wide.jpg", SENTENCES[0])
+
     assert (result.box, result.area, result.score) == (None, 0, 0.0)
 
 
-def test_paths_pictures_and_arrays_give_the_same(predictor: Predictor, photos: Path):
+def test_paths_pil_images_and_arrays_give_the_same_prediction(
+    predictor: Predictor, photos: Path
+) -> None:
     path = photos / "tall.png"
-    expected = predictor.predict(path, WORDS[1])
+    expected = predictor.predict(path, SENTENCES[1])
+
     with Image.open(path) as opened:
-        for other in (str(path), opened, np.asarray(opened)):
-            assert same(predictor.predict(other, WORDS[1]), expected)
+        for image in (str(path), opened, np.asarray(opened)):
+            assert_same(predictor.predict(image, SENTENCES[1]), expected)
 
 
-def test_gray_means_three_equal_colors(predictor: Predictor, photos: Path):
+def test_gray_image_means_three_equal_colors(predictor: Predictor, photos: Path) -> None:
     gray = np.asarray(Image.open(photos / "gray.png"))
-    assert same(
-        predictor.predict(gray, WORDS[0]),
-        predictor.predict(np.stack([gray] * 3, axis=-1), WORDS[0]),
-    )
+    colors = np.stack([gray] * 3, axis=-1)
+
+    from_gray = predictor.predict(gray, SENTENCES[0])
+    from_colors = predictor.predict(colors, SENTENCES[0])
+
+    assert_same(from_gray, from_colors)
 
 
-def test_exif_orientation_is_followed(predictor: Predictor, photos: Path, tmp_path: Path):
+def test_exif_orientation_is_applied(predictor: Predictor, photos: Path, tmp_path: Path) -> None:
+    # Store the image rotated, with the note to turn it back by 90 degrees clockwise.
     upright = Image.open(photos / "tall.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
-    assert same(
-        predictor.predict(tmp_path / "lying.png", WORDS[0]), predictor.predict(upright, WORDS[0])
-    )
+    exif[0x0112] = 6
+    rotated = upright.transpose(Image.Transpose.ROTATE_90)
+    rotated.save(tmp_path / "rotated.png", exif=exif)
+
+    from_rotated = predictor.predict(tmp_path / "rotated.png", SENTENCES[0])
+
+    assert_same(from_rotated, predictor.predict(upright, SENTENCES[0]))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
-def test_batches_do_not_matter(predictor: Predictor, photos: Path, batch: int):
-    pairs = [(path, sentence) for path in sorted(photos.iterdir()) for sentence in WORDS]
-    many = list(predictor.predict_many(iter(pairs), batch))
-    assert [result.sentence for result in many] == [sentence for _, sentence in pairs]
-    for pair, result in zip(pairs, many):
-        assert same(result, predictor.predict(*pair), tolerance=1e-5)
+def test_predict_many_gives_the_same_for_every_batch_size(
+    predictor: Predictor, photos: Path, batch: int
+) -> None:
+    pairs = [(path, sentence) for path in sorted(photos.iterdir()) for sentence in SENTENCES]
+
+    results = list(predictor.predict_many(iter(pairs), batch))
+
+    assert [result.sentence for result in results] == [sentence for _, sentence in pairs]
+    for (path, sentence), result in zip(pairs, results):
+        assert_same(result, predictor.predict(path, sentence), tolerance=1e-5)
 
 
-def test_the_package_itself_loads_a_run(run: Path, predictor: Predictor, photos: Path):
+def test_package_loads_a_run(run: Path, predictor: Predictor, photos: Path) -> None:
     image = photos / "wide.jpg"
-    assert same(
-        coupalign.load(run, "cpu").predict(image, WORDS[0]), predictor.predict(image, WORDS[0])
-    )
+
+    result = coupalign.load(run, "cpu").predict(image, SENTENCES[0])
+
+    assert_same(result, predictor.predict(image, SENTENCES[0]))
 
 
-def test_letterbox_reads_only_the_photograph(tmp_path: Path, photos: Path):
-    predictor = Predictor.from_checkpoint(
-        write_checkpoint(tmp_path / "c", tiny_config(resize="letterbox")), "cpu"
-    )
-    assert predictor.predict(photos / "wide.jpg", WORDS[0]).mask.shape == (40, 90)
+def test_letterbox_mask_has_the_size_of_the_photograph(tmp_path: Path, photos: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c", tiny_config(resize="letterbox"))
+    predictor = Predictor.from_checkpoint(checkpoint, "cpu")
+
+    result = predictor.predict(photos / "wide.jpg", SENTENCES[0])
+
+    assert result.mask.shape == (40, 90)
 
 
-def test_the_end_of_a_sentence_does_not_matter_but_its_length_is_told(
+def test_spaces_and_final_punctuation_of_a_sentence_do_not_matter(
     predictor: Predictor, photos: Path
-):
+) -> None:
     image = photos / "gray.png"
+
     plain = predictor.predict(image, "small red star")
-    assert same(predictor.predict(image, "  small  red\nstar. "), plain) and not plain.cut
+    spaced = predictor.predict(image, "  small  red\nstar. ")
+
+    assert_same(spaced, plain)
+
+
+def test_cut_tells_whether_the_sentence_was_too_long(predictor: Predictor, photos: Path) -> None:
+    image = photos / "gray.png"
+
+    assert not predictor.predict(image, "small red star").cut
     assert predictor.predict(image, "star " * 30).cut
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, precision: str):
-    config = tiny_config()
-    data = config.data.model_copy(
-        update={"evaluate": (Source(index=str(shards), split="val"),), "workers": 0}
+def read_samples(config: Config, tokenizer: Tokenizer) -> list[SampleInfo]:
+    """The samples that an evaluation scores, with image and ground truth."""
+    loader = build_eval_loader(
+        config.data,
+        config.data.evaluate,
+        batch=3,
+        world=World(0, 1, 0, 1, torch.device("cpu")),
+        tokenizer=tokenizer,
+        images=True,
     )
+    return [info for batch in loader for info in batch.info]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, precision: str) -> None:
+    # Score a checkpoint on the packed validation split.
+    config = tiny_config()
+    source = Source(index=str(shards), split="val")
+    data = config.data.model_copy(update={"evaluate": (source,), "workers": 0})
     evaluate = config.evaluate.model_copy(update={"batch": 3, "bootstrap": 0})
     config = config.model_copy(update={"data": data, "precision": precision, "evaluate": evaluate})
-    run = write_checkpoint(tmp_path / "run" / "checkpoints" / "best", config).parents[1]
+    run = tmp_path / "run"
+    write_checkpoint(run / "checkpoints" / "best", config)
     score_checkpoint(run, request=ScoreRequest(protocols=["ris-v1"]))
-    rows = read_rows(run / "scores" / "val-ris-v1.csv").counts[:, 1:3].tolist()
+    scored = read_rows(run / "scores" / "val-ris-v1.csv").counts[:, 1:3].tolist()
+
+    # Predict the same samples in the same batches.
     predictor = Predictor.from_checkpoint(run, "cpu")
-    infos = [
-        info
-        for batch in build_eval_loader(
-            config.data,
-            data.evaluate,
-            batch=3,
-            world=World(0, 1, 0, 1, torch.device("cpu")),
-            tokenizer=predictor.tokenizer,
-            images=True,
-        )
-        for info in batch.info
-    ]
-    masks = [
-        result.mask
-        for result in predictor.predict_many([(info.image, info.sentence) for info in infos], 3)
-    ]
-    assert rows == [
-        [(mask & info.truth).sum(), (mask | info.truth).sum()] for mask, info in zip(masks, infos)
-    ]
-    other = Predictor(
-        config.model_copy(update={"precision": "fp32"}),
-        predictor.model,
-        predictor.tokenizer,
-        predictor.device,
-    )
-    same_masks = all(
-        (other.predict(info.image, info.sentence).mask == mask).all()
-        for info, mask in zip(infos, masks)
-    )
-    assert same_masks is (precision == "fp32"), "the precision would make no difference"
+    samples = read_samples(config, predictor.tokenizer)
+    pairs = [(info.image, info.sentence) for info in samples]
+    masks = [result.mask for result in predictor.predict_many(pairs, 3)]
+
+    # Intersection and union are those of the evaluation.
+    predicted = []
+    for mask, info in zip(masks, samples):
+        predicted.append([(mask & info.truth).sum(), (mask | info.truth).sum()])
+    assert scored == predicted
+
+    # The test can see the precision: in bf16 the masks differ from those in fp32.
+    in_fp32 = config.model_copy(update={"precision": "fp32"})
+    reference = Predictor(in_fp32, predictor.model, predictor.tokenizer, predictor.device)
+    equal_to_fp32 = []
+    for mask, info in zip(masks, samples):
+        reference_mask = reference.predict(info.image, info.sentence).mask
+        equal_to_fp32.append((reference_mask == mask).all())
+    assert all(equal_to_fp32) is (precision == "fp32")
 
 
-# -------------------------------------------------------------------------------------------------- bad arguments
+# --- Wrong arguments ---
 
 
 @pytest.mark.parametrize("sentence", ["", "  \n", "?!"])
-def test_a_sentence_without_words_is_refused(predictor: Predictor, photos: Path, sentence: str):
+def test_sentence_without_words_is_refused(
+    predictor: Predictor, photos: Path, sentence: str
+) -> None:
     with pytest.raises(InputError, match="holds no words"):
         predictor.predict(photos / "gray.png", sentence)
 
 
-def test_what_is_no_image_is_refused(tmp_path: Path, photos: Path):
+@pytest.mark.parametrize("name", ["none.jpg", "text.jpg", "cut.jpg", "."])
+def test_unreadable_image_file_is_refused(tmp_path: Path, photos: Path, name: str) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "cut.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
-    for name in ("none.jpg", "text.jpg", "cut.jpg", "."):
-        with pytest.raises(InputError, match="cannot be read as an image"):
-            open_image(tmp_path / name)
-    for array in (
-        np.zeros((4, 4, 3)),
-        np.zeros((4, 4, 4), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        np.zeros(4, np.uint8),
-    ):
-        with pytest.raises(InputError, match="uint8"):
-            open_image(array)
+
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 4, 3), np.float64),
+        ((4, 4, 4), np.uint8),
+        ((0, 4, 3), np.uint8),
+        ((4,), np.uint8),
+    ],
+)
+def test_array_that_is_no_image_is_refused(shape: tuple[int, ...], dtype: type) -> None:
+    with pytest.raises(InputError, match="uint8"):
+        open_image(np.zeros(shape, dtype))
 
 
 @pytest.mark.parametrize("device", ["gpu7", "cuda:63"])
-def test_an_absent_device_is_refused(run: Path, device: str):
+def test_absent_device_is_refused(run: Path, device: str) -> None:
     with pytest.raises(InputError, match=device):
         Predictor.from_checkpoint(run, device)
 
 
-# --------------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_the_best_checkpoint_is_taken_else_the_newest(tmp_path: Path):
-    for step in (9, 10, 100):
-        write_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", tiny_config())
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / ".step-00000200.partial").mkdir()
-    assert find_checkpoint(tmp_path / "run").resolve().name == "step-00000100"
-    (folder / "best").symlink_to("step-00000009")
-    for path in (tmp_path / "run", folder):
-        assert find_checkpoint(path).resolve().name == "step-00000009"
-    assert find_checkpoint(folder / "step-00000010").name == "step-00000010"
-    (folder / "best").unlink()
-    (folder / "best").symlink_to("step-00000001")
-    assert find_checkpoint(tmp_path / "run").resolve().name == "step-00000100"
-
-
-def test_averaged_weights_are_preferred(tmp_path: Path):
-    folder = write_checkpoint(tmp_path / "c", tiny_config(), average=0.5)
-    plain = load_file(folder / "weights.safetensors")
-    _, model, _ = open_checkpoint(folder)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, plain[name] * 0.5 if value.is_floating_point() else plain[name])
-
-
-def test_a_checkpoint_of_another_model_names_the_tensors(tmp_path: Path):
-    folder = write_checkpoint(tmp_path / "c", tiny_config(width=32))
-    (folder / "config.yaml").write_text(dump(tiny_config(width=48)))
-    with pytest.raises(
-        InputError, match=r"(?s)weights\.safetensors.*another model.*decoder\..*32.*48"
-    ):
-        open_checkpoint(folder)
-
-
-def test_a_missing_tensor_is_named(tmp_path: Path):
-    folder = write_checkpoint(tmp_path / "c", tiny_config())
-    state = load_file(folder / "weights.safetensors")
-    gone = sorted(state)[3]
-    write_weights(
-        folder / "weights.safetensors",
-        {name: value for name, value in state.items() if name != gone},
-    )
-    with pytest.raises(InputError, match=gone.replace(".", r"\.")):
-        open_checkpoint(folder)
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
-    folder = write_checkpoint(tmp_path / "c", tiny_config())
-    weights = folder / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="weights.safetensors"):
-        open_checkpoint(folder)
-
-
-def test_a_directory_without_checkpoint_says_what_it_holds(tmp_path: Path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"no checkpoint here.*notes\.txt"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="no such directory"):
-        open_checkpoint(tmp_path / "none")
-
-
-# ------------------------------------------------------------------------------------------------ files of pairs
+# --- Files of pairs ---
 
 
 def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    """Write (image, sentence) pairs as CSV or, with empty lines in between, as JSONL."""
     if path.suffix == ".csv":
-        path.write_text(
-            "sentence,image\n" + "".join(f'"{sentence}",{image}\n' for image, sentence in pairs)
-        )
+        lines = ["sentence,image\n"]
+        lines += [f'"{sentence}",{image}\n' for image, sentence in pairs]
     else:
-        path.write_text(
-            "".join(
-                json.dumps({"image": image, "sentence": sentence}) + "\n\n"
-                for image, sentence in pairs
-            )
-        )
+        rows = [{"image": image, "sentence": sentence} for image, sentence in pairs]
+        lines = [json.dumps(row) + "\n\n" for row in rows]
+    path.write_text("".join(lines))
     return path
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl"])
-def test_a_file_of_pairs(predictor: Predictor, photos: Path, tmp_path: Path, name: str):
+def test_predict_file_writes_masks_overlays_and_results(
+    predictor: Predictor, photos: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
     (tmp_path / "photos").symlink_to(photos)
-    sentences = ["small red star", "star, left", "caf\u00e9 \u2028 square"]
-    pairs = list(zip(["photos/wide.jpg", "photos/gray.png", "photos/wide.jpg"], sentences))
-    results = predictor.predict_file(write_pairs(tmp_path / name, pairs), tmp_path / "out", batch=2)
-    assert [
-        json.loads(line)
-        for line in (tmp_path / "out" / "results.jsonl").read_text().rstrip("\n").split("\n")
-    ] == results
-    expected = {
-        f"{stem}.{kind}.png"
-        for stem in ("wide-1", "gray-2", "wide-3")
-        for kind in ("mask", "overlay")
+    pairs = [
+        ("photos/wide.jpg", "small red star"),
+        ("photos/gray.png", "star, left"),
+        ("photos/wide.jpg", "caf\u00e9 \u2028 square"),
+    ]
+
+    results = predictor.predict_file(write_pairs(tmp_path / name, pairs), out, batch=2)
+
+    assert read_results(out) == results
+    assert names_in(out) == {
+        "wide-1.mask.png",
+        "wide-1.overlay.png",
+        "gray-2.mask.png",
+        "gray-2.overlay.png",
+        "wide-3.mask.png",
+        "wide-3.overlay.png",
+        "results.jsonl",
     }
-    assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {"results.jsonl"}
+    assert len(results) == len(pairs)
     for (image, sentence), result in zip(pairs, results):
         assert (result["image"], result["sentence"]) == (image, sentence)
-        mask = np.asarray(Image.open(tmp_path / "out" / result["mask"]))
-        again = predictor.predict(tmp_path / image, sentence)
-        assert (
-            mask.dtype == np.uint8
-            and (mask == again.mask * 255).all()
-            and result["area"] == again.area
-        )
-        assert Image.open(tmp_path / "out" / result["overlay"]).size == (
-            mask.shape[1],
-            mask.shape[0],
-        )
+
+        mask = read_mask(out, result)
+        expected = predictor.predict(tmp_path / image, sentence)
+        assert mask.dtype == np.uint8
+        assert (mask == expected.mask * 255).all()
+        assert result["area"] == expected.area
+
+        height, width = mask.shape
+        assert Image.open(out / result["overlay"]).size == (width, height)
 
 
-def test_one_pair_to_files(predictor: Predictor, photos: Path, tmp_path: Path):
-    result = predictor.predict_to(photos / "tall.png", WORDS[2], tmp_path / "out")
-    assert (result["mask"], result["overlay"]) == ("tall.mask.png", "tall.overlay.png")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "tall.mask.png",
-        "tall.overlay.png",
-    }
-    assert result["height"], result["width"] == (70, 30)
-
-
-def test_a_damaged_image_names_the_line_and_no_results_are_written(
+def test_predict_to_writes_the_files_of_one_pair(
     predictor: Predictor, photos: Path, tmp_path: Path
-):
+) -> None:
+    out = tmp_path / "out"
+
+    result = predictor.predict_to(photos / "tall.png", SENTENCES[2], out)
+
+    assert (result["mask"], result["overlay"]) == ("tall.mask.png", "tall.overlay.png")
+    assert names_in(out) == {"tall.mask.png", "tall.overlay.png"}
+    assert (result["height"], result["width"]) == (70, 30)
+
+
+def test_damaged_image_of_a_file_names_the_line_and_leaves_no_results(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (tmp_path / "wide.jpg").symlink_to(photos / "wide.jpg")
     pairs = write_pairs(tmp_path / "pairs.csv", [("wide.jpg", "star"), ("bad.jpg", "star")])
+
     with pytest.raises(InputError, match=r"pairs\.csv: line 3: .*bad\.jpg: cannot be read"):
         predictor.predict_file(pairs, tmp_path / "out")
+
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- folders
+# --- Folders ---
 
 
-def lines_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+def test_predict_folder_writes_masks_overlays_and_results(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
 
+    results = predictor.predict_folder(photos, SENTENCES[0], out, batch=2)
 
-def test_a_folder_and_a_sentence(predictor: Predictor, photos: Path, tmp_path: Path):
-    results = predictor.predict_folder(photos, WORDS[0], tmp_path / "out", batch=2)
-    assert results == lines_of(tmp_path / "out") and [result["image"] for result in results] == [
-        "gray.png",
-        "tall.png",
-        "wide.jpg",
-    ]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert results == read_results(out)
+    assert [result["image"] for result in results] == ["gray.png", "tall.png", "wide.jpg"]
+    assert names_in(out) == {
+        "gray.mask.png",
+        "gray.overlay.png",
+        "tall.mask.png",
+        "tall.overlay.png",
+        "wide.mask.png",
+        "wide.overlay.png",
         "results.jsonl",
-        *(
-            f"{stem}.{kind}.png"
-            for stem in ("gray", "tall", "wide")
-            for kind in ("mask", "overlay")
-        ),
     }
     for result in results:
-        again = predictor.predict(photos / result["image"], WORDS[0])
-        assert (np.asarray(Image.open(tmp_path / "out" / result["mask"])) == again.mask * 255).all()
+        expected = predictor.predict(photos / result["image"], SENTENCES[0])
+        assert (read_mask(out, result) == expected.mask * 255).all()
 
 
-def test_an_unreadable_image_of_a_folder_is_passed_over_by_name(
+def test_unreadable_image_of_a_folder_is_skipped_by_name(
     run: Path,
     photos: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-):
+) -> None:
+    # Four images, one of them damaged, and three entries that are not images.
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     for name in ("a.png", "a.jpg", "c.JPG", ".hidden.png", "notes.txt"):
         (folder / name).symlink_to(photos / "wide.jpg")
     (folder / "b.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (folder / "deeper.png").mkdir()
+
+    command = ["predict", str(run), str(folder), SENTENCES[0]]
+    options = ["--out", str(out), "--batch", "1", "--device", "cpu", "--json"]
     with caplog.at_level(logging.WARNING):
-        assert (
-            main(
-                [
-                    "predict",
-                    str(run),
-                    str(folder),
-                    WORDS[0],
-                    "--out",
-                    str(out),
-                    "--batch",
-                    "1",
-                    "--device",
-                    "cpu",
-                    "--json",
-                ]
-            )
-            == 1
-        )
+        status = main([*command, *options])
+
+    assert status == 1
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results == lines_of(out) and [result["image"] for result in results] == [
-        "a.jpg",
-        "a.png",
-        "b.jpg",
-        "c.JPG",
-    ]
-    assert [result.get("mask") for result in results] == [
-        "a.jpg.mask.png",
-        "a.png.mask.png",
-        None,
-        "c.mask.png",
-    ]
-    assert (
-        set(results[2]) == {"image", "sentence", "error"}
-        and "b.jpg: cannot be read as an image" in results[2]["error"]
-    )
-    [warning] = [
-        record.getMessage() for record in caplog.records if "skipped" in record.getMessage()
-    ]
-    assert "b.jpg" in warning and "repair or remove it" in warning
-    assert len(list(out.iterdir())) == 7
+    assert results == read_results(out)
+    images = [result["image"] for result in results]
+    assert images == ["a.jpg", "a.png", "b.jpg", "c.JPG"]
+    masks = [result.get("mask") for result in results]
+    assert masks == ["a.jpg.mask.png", "a.png.mask.png", None, "c.mask.png"]
+    assert len(names_in(out)) == 7
+
+    skipped = results[2]
+    assert set(skipped) == {"image", "sentence", "error"}
+    assert "b.jpg: cannot be read as an image" in skipped["error"]
+    messages = [record.getMessage() for record in caplog.records]
+    [warning] = [message for message in messages if "skipped" in message]
+    assert "b.jpg" in warning
+    assert "repair or remove it" in warning
 
 
-def test_a_folder_for_its_own_masks_or_without_a_sentence_is_refused(
-    predictor: Predictor, run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_masks_in_their_own_image_folder_are_refused(predictor: Predictor, photos: Path) -> None:
     with pytest.raises(InputError, match="give another folder with --out"):
-        predictor.predict_folder(photos, WORDS[0], photos / ".." / photos.name)
+        predictor.predict_folder(photos, SENTENCES[0], photos / ".." / photos.name)
+
+
+def test_predict_command_without_a_sentence_or_with_batch_0_is_refused(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["predict", str(run), str(photos)]) == 2
     assert "a sentence is expected after an image or a folder" in capsys.readouterr().err
-    assert main(["predict", str(run), str(photos), WORDS[0], "--batch", "0"]) == 2
+
+    assert main(["predict", str(run), str(photos), SENTENCES[0], "--batch", "0"]) == 2
 
 
-def test_images_are_opened_ahead_and_files_written_behind_the_model(
+def test_images_are_read_ahead_and_files_written_while_the_model_works(
     run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The model's first batch is not done before the second image is open, nor the first file before the second batch was asked."""
-    predictor = Predictor.from_checkpoint(run, "cpu")
-    second_open, second_asked = threading.Event(), threading.Event()
-    opened, asked, overlapped = [], [], []
-    open_one, save = predict.open_image, predict.save_png
+) -> None:
+    """The three steps of the pipeline wait for each other, so without overlap they would time out.
 
-    def open_and_tell(image):
-        opened.append(image)
-        if len(set(map(str, opened))) == 2:
-            second_open.set()
-        return open_one(image)
+    The model ends its first batch only after the second image was opened. The files of the first
+    image are written only after the model began its second batch.
+    """
+    second_image_open, second_batch_begun = threading.Event(), threading.Event()
+    opened: list[str] = []
+    batches: list[int] = []
+    overlapped: list[bool] = []
+    real_open, real_save = predictor_module.open_image, predictor_module.save_png
 
-    def forward(*_):
-        asked.append(len(asked))
-        overlapped.append(second_open.wait(30)) if len(asked) == 1 else second_asked.set()
+    def open_and_signal(image: Any) -> Image.Image:
+        opened.append(str(image))
+        if len(set(opened)) == 2:
+            second_image_open.set()
+        return real_open(image)
 
-    def save_late(path, picture, **options):
+    def wait_in_forward(*_: object) -> None:
+        batches.append(len(batches))
+        if len(batches) == 1:
+            overlapped.append(second_image_open.wait(30))
+        else:
+            second_batch_begun.set()
+
+    def wait_then_save(path: Path, image: Image.Image, **options: Any) -> None:
         if path.name.startswith("gray"):
-            overlapped.append(second_asked.wait(30))
-        save(path, picture, **options)
+            overlapped.append(second_batch_begun.wait(30))
+        real_save(path, image, **options)
 
-    monkeypatch.setattr(predict, "_threads", lambda: 2)
-    monkeypatch.setattr(predict, "open_image", open_and_tell)
-    monkeypatch.setattr(predict, "save_png", save_late)
-    predictor.model.register_forward_hook(forward)
-    predictor.predict_folder(photos, WORDS[0], tmp_path / "out", batch=1)
-    assert overlapped == [True, True, True] and len(asked) == 3
+    predictor = Predictor.from_checkpoint(run, "cpu")
+    predictor.model.register_forward_hook(wait_in_forward)
+    monkeypatch.setattr(predictor_module, "_threads", lambda: 2)
+    monkeypatch.setattr(predictor_module, "open_image", open_and_signal)
+    monkeypatch.setattr(predictor_module, "save_png", wait_then_save)
+    predictor.predict_folder(photos, SENTENCES[0], tmp_path / "out", batch=1)
+
+    assert overlapped == [True, True, True]
+    assert len(batches) == 3
 
 
-def test_work_ahead_is_bounded_and_in_order():
+def test_in_order_keeps_the_order_and_bounds_the_work_ahead() -> None:
     begun: list[int] = []
     items = (begun.append(number) or number for number in range(20))
+
     with ThreadPoolExecutor(4) as pool:
-        for place, value in enumerate(in_order(pool, lambda number: -number, items, 3)):
-            assert value == -place and len(begun) <= place + 4
+        for position, value in enumerate(in_order(pool, lambda number: -number, items, 3)):
+            assert value == -position
+            assert len(begun) <= position + 4
         assert list(in_order(pool, abs, [], 3)) == []
-        with pytest.raises(ZeroDivisionError):
-            list(in_order(pool, lambda number: 1 / number, [2, 1, 0], 1))
 
 
-def test_real_photographs(predictor: Predictor, real_data: Path, tmp_path: Path):
+def test_in_order_raises_the_error_of_an_item() -> None:
+    with ThreadPoolExecutor(4) as pool, pytest.raises(ZeroDivisionError):
+        list(in_order(pool, lambda number: 1 / number, [2, 1, 0], 1))
+
+
+def test_masks_of_real_photographs_have_their_size(
+    predictor: Predictor, real_data: Path, tmp_path: Path
+) -> None:
     photos = sorted((real_data / "coco_pool" / "images" / "train2014").glob("*.jpg"))[:4]
+
     for photo in photos:
         result = predictor.predict_to(photo, "the person on the left", tmp_path)
+
         assert Image.open(tmp_path / result["mask"]).size == Image.open(photo).size
