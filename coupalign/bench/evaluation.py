@@ -18,7 +18,7 @@ from torch.profiler import profile, record_function
 
 from coupalign.bench.machine import Rates, describe_machine, sample_rates
 from coupalign.bench.profiler import count_calls, profiler_activities
-from coupalign.bench.result import Result, format_pairs, format_rows
+from coupalign.bench.result import Result, format_pairs, format_rows, format_values, prefixed
 from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader, open_tokenizer
@@ -67,7 +67,7 @@ class EvalBench(Result):
         """Return the figures to compare with an earlier result, by name."""
         return {
             "samples/s": self.samples_per_second[0],
-            **{f"ms {name}": value for name, value in self.milliseconds.items()},
+            **prefixed("ms ", self.milliseconds),
             **self.calls,
         }
 
@@ -75,8 +75,8 @@ class EvalBench(Result):
         """Format the result for people."""
         median, low, high = self.samples_per_second
         refcoco_val_sentences = 10_834
-        rows = [(name, f"{value:.2f}") for name, value in self.milliseconds.items()]
-        calls = {name: f"{value:,.2f}" for name, value in self.calls.items()}
+        milliseconds = format_values("{:.2f}", self.milliseconds)
+        calls = format_values("{:,.2f}", self.calls)
 
         lines = [
             f"{self.config}: {self.precision}, {self.ranks} ranks, batches of {self.batch}, "
@@ -87,7 +87,7 @@ class EvalBench(Result):
             f"quartiles {low:,.2f} … {high:,.2f}); RefCOCO val, {refcoco_val_sentences:,} "
             f"sentences, would take {refcoco_val_sentences / median:,.0f} s (calculated)",
             "",
-            format_rows(rows, headers=("part", "ms")),
+            format_rows(milliseconds.items(), headers=("part", "ms")),
             "",
             f"{format_pairs(calls)}  (per sample)",
         ]

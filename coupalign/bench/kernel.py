@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -155,9 +156,8 @@ def bench_kernel(
         unit="variant",
         desc=f"bench kernel on {device.type}",
     )
-    shapes = [(batch, *stage) for batch in batches for stage in stages]
     with bar, _own_stream(device):
-        for batch, pixels, channels in shapes:
+        for batch, (pixels, channels) in product(batches, stages):
             copies.append(_time_copy((batch, pixels, channels), dtype, device))
             for variant in VARIANTS:
                 bar.set_postfix_str(f"{batch} x {pixels} x {channels}: {variant}")
@@ -508,37 +508,35 @@ def table(bench: KernelBench) -> str:
 
 def _format_times(bench: KernelBench, batch: int, direction: str) -> str:
     """Format the times of all variants by stage, and why some have none."""
-    timings = [t for t in bench.timings if t.batch == batch and t.direction == direction]
-    stages = list(dict.fromkeys((t.pixels, t.channels) for t in timings))
-    eager_total = _total_ms(timings, EAGER)
+    # The timings of each variant have the same stages in the same order.
+    by_variant: dict[str, list[Timing]] = {variant: [] for variant in VARIANTS}
+    for timing in bench.timings:
+        if timing.batch == batch and timing.direction == direction:
+            by_variant[timing.variant].append(timing)
+    eager_total = _total_ms(by_variant[EAGER])
 
     rows, reasons = [], []
-    for variant in VARIANTS:
-        own = [t for t in timings if t.variant == variant]
-        total = _total_ms(timings, variant)
-        peaks = [t.peak_mb for t in own if t.peak_mb is not None]
+    for variant, timings in by_variant.items():
+        times = [_format_ms(t.ms) for t in timings]
+        total = _total_ms(timings)
+        peaks = [t.peak_mb for t in timings if t.peak_mb is not None]
 
         # The kernel alone does less than the others.
         has_ratio = eager_total and total and variant != KERNEL
         ratio = f"{eager_total / total:.2f}" if has_ratio else ""
         peak = f"{max(peaks):.0f}" if peaks else ""
-        rows.append((variant, *(_format_ms(t.ms) for t in own), _format_ms(total), ratio, peak))
+        rows.append((variant, *times, _format_ms(total), ratio, peak))
         if total is None:
-            reasons.append(f"{variant}: {next(t.why for t in own if t.why)}")
+            reasons.append(f"{variant}: {next(t.why for t in timings if t.why)}")
 
-    headers = [
-        f"batch {batch}, {direction}",
-        *(f"{pixels} x {channels}" for pixels, channels in stages),
-        "sum",
-        "eager / it",
-        "peak MB",
-    ]
+    stages = [f"{t.pixels} x {t.channels}" for t in by_variant[EAGER]]
+    headers = [f"batch {batch}, {direction}", *stages, "sum", "eager / it", "peak MB"]
     return "\n".join([format_rows(rows, headers), *reasons])
 
 
-def _total_ms(timings: Sequence[Timing], variant: str) -> float | None:
-    """Return the time of a variant over all stages. None: at least one is missing."""
-    times = [t.ms for t in timings if t.variant == variant]
+def _total_ms(timings: Sequence[Timing]) -> float | None:
+    """Add up the times of all stages. None: at least one is missing."""
+    times = [t.ms for t in timings]
     return None if None in times else sum(times)
 
 

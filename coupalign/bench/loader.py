@@ -42,7 +42,7 @@ from coupalign.bench.machine import (
     sample_rates,
     time_call,
 )
-from coupalign.bench.result import Result, format_pairs, format_rows
+from coupalign.bench.result import Result, format_pairs, format_rows, format_values, prefixed
 from coupalign.config.schema import Config, DataConfig
 from coupalign.data import masks
 from coupalign.data.build import build_train_loader, open_tokenizer
@@ -88,17 +88,14 @@ class LoaderBench(Result):
 
     def figures(self) -> dict[str, float]:
         """Return the figures to compare with an earlier result, by name."""
-        medians = {
-            f"samples/s {name}": median for name, (median, _, _) in self.samples_per_second.items()
-        }
-        return {**medians, **self.ratios}
+        medians = {name: median for name, (median, _, _) in self.samples_per_second.items()}
+        return {**prefixed("samples/s ", medians), **self.ratios}
 
     def table(self) -> str:
         """Format the result for people."""
         rates = []
         for name, (median, low, high) in self.samples_per_second.items():
             rates.append((name, f"{median:,.1f}", f"{low:,.1f}", f"{high:,.1f}"))
-        ratios = [(name, f"{value:.2f}") for name, value in self.ratios.items()]
 
         lines = [
             format_pairs(self.machine),
@@ -108,7 +105,7 @@ class LoaderBench(Result):
             "",
             format_rows(rates, headers=("samples/s", "median", "lower", "upper quartile")),
             "",
-            format_rows(ratios),
+            format_rows(format_values("{:.2f}", self.ratios).items()),
             "",
             f"memory of this process: {self.gigabytes['start']:.2f} GB before, "
             f"{self.gigabytes['end']:.2f} GB after",

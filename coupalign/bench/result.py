@@ -86,6 +86,16 @@ def read_result(file: Path, machine: Mapping[str, str], bench: str) -> dict[str,
     return value
 
 
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Put a prefix before each name."""
+    return {prefix + name: value for name, value in values.items()}
+
+
+def format_values(template: str, values: Mapping[str, float]) -> dict[str, str]:
+    """Format each value: `format_values("{:.1f} ms", {"step": 3.14})` is {"step": "3.1 ms"}."""
+    return {name: template.format(value) for name, value in values.items()}
+
+
 def format_pairs(values: Mapping[str, str]) -> str:
     """Format names and values in one line."""
     return "  ".join(f"{name} {value}" for name, value in values.items())

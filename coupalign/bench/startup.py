@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 
 from coupalign.bench.machine import describe_machine, time_call
-from coupalign.bench.result import Result, format_pairs, format_rows
+from coupalign.bench.result import Result, format_pairs, format_rows, format_values, prefixed
 from coupalign.errors import InputError
 from coupalign.files import read_json
 
@@ -83,7 +83,7 @@ class StartupBench(Result):
         return {
             "s --help": self.help,
             "s to the first step": sum(self.phases.values()),
-            **{f"s {name}": value for name, value in self.phases.items()},
+            **prefixed("s ", self.phases),
         }
 
     def table(self) -> str:
@@ -114,8 +114,7 @@ class StartupBench(Result):
 
 
 def _format_seconds(seconds: dict[str, float]) -> str:
-    rows = [(name, f"{value:.2f} s") for name, value in seconds.items()]
-    return indent(format_rows(rows), "  ")
+    return indent(format_rows(format_values("{:.2f} s", seconds).items()), "  ")
 
 
 def bench_startup(config: Path, overrides: Sequence[str]) -> StartupBench:

@@ -25,7 +25,7 @@ from torch.profiler import profile
 
 from coupalign.bench.machine import Rates, describe_machine, resident_gigabytes, sample_rates
 from coupalign.bench.profiler import count_calls, profiler_activities
-from coupalign.bench.result import Result, format_pairs, format_rows
+from coupalign.bench.result import Result, format_pairs, format_rows, format_values, prefixed
 from coupalign.config.load import override
 from coupalign.config.schema import Config
 from coupalign.costs.traffic import step_traffic
@@ -98,16 +98,16 @@ class StepBench(Result):
         return {
             "samples/s": self.samples_per_second[0],
             "utilization": self.utilization,
-            **{f"ms {name}": value for name, value in self.milliseconds.items()},
-            **{f"GB {name}": value for name, value in self.gigabytes.items()},
+            **prefixed("ms ", self.milliseconds),
+            **prefixed("GB ", self.gigabytes),
             **self.calls,
         }
 
     def table(self) -> str:
         """Format the result for people."""
         median, low, high = self.samples_per_second
-        gigabytes = {name: f"{value:.2f} GB" for name, value in self.gigabytes.items()}
-        calls = {name: f"{value:,.1f}" for name, value in self.calls.items()}
+        gigabytes = format_values("{:.2f} GB", self.gigabytes)
+        calls = format_values("{:,.1f}", self.calls)
 
         lines = [
             f"{self.config}: {self.engine}, {self.precision}, {self.ranks} ranks, "
