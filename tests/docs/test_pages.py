@@ -14,6 +14,7 @@ from tests.unit.cli.test_parser import FLAGS
 
 ROOT = Path(__file__).parents[2]
 NOT_OURS = {".venv", "runs", "data"}
+MAX_LINE = 120
 PAGES = sorted(
     page for page in ROOT.rglob("*.md") if not NOT_OURS & set(page.relative_to(ROOT).parts)
 )
@@ -46,6 +47,19 @@ def test_shown_command_is_accepted(command: str) -> None:
     for argument in arguments:
         if argument.startswith(("configs/", "shards/recipes/")):
             assert (ROOT / argument).is_file(), f"{command}: no {argument}"
+
+
+def test_markdown_lines_have_at_most_120_characters() -> None:
+    # Dated benchmark results are a record, which nobody rewraps.
+    pages = [page for page in PAGES if not page.match("benchmarks/[0-9]*.md")]
+
+    long_lines = []
+    for page in pages:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            if len(line) > MAX_LINE:
+                long_lines.append(f"{page.relative_to(ROOT)}:{number}: {len(line)} characters")
+
+    assert not long_lines
 
 
 def test_links_between_pages_lead_somewhere() -> None:
