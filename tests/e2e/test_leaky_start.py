@@ -1,4 +1,4 @@
-"""A run whose encoder another run has trained has seen what that one saw."""
+"""A run that starts from the encoder of another run has seen what that run was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from coupalign.cli.parser import main
 
 
-def test_scores_know_what_the_start_was_trained_on(
+def test_scores_know_what_the_initial_weights_were_trained_on(
     config: Path, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = [
@@ -23,14 +23,14 @@ def test_scores_know_what_the_start_was_trained_on(
         "model.image={kind: timm, name: resnet18}",
     ]
     first, second = tmp_path / "first", tmp_path / "second"
-    train = f"data.train=[{{index: {shards}, split: testA}}]"
-    assert main(["train", str(config), f"run_dir={first}", *changes, train, "data.leaks=allow"]) == 0
+    on_test_a = [f"data.train=[{{index: {shards}, split: testA}}]", "data.leaks=allow"]
+    assert main(["train", str(config), f"run_dir={first}", *changes, *on_test_a]) == 0
     start = next((first / "checkpoints").glob("step-*")) / "weights.safetensors"
     capfd.readouterr()
-    assert (
-        main(["train", str(config), f"run_dir={second}", *changes, f"model.image.weights={start}"])
-        == 0
-    )
+
+    weights = f"model.image.weights={start}"
+    assert main(["train", str(config), f"run_dir={second}", *changes, weights]) == 0
+
     assert "every score counts them as trained on" in capfd.readouterr().out
     expected = {
         "testA": "LEAKY: 3 of 3 scored photographs were trained on",

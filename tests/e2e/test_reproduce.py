@@ -1,4 +1,4 @@
-"""A table from nothing, as a user does it: data, runs, scores, table, page, MLflow."""
+"""A table from nothing, as a user makes it: data, runs, scores, table, page, MLflow."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ QUICK = [
     "evaluate.pictures=1",
     "evaluate.bootstrap=20",
 ]
+RUN = "refshapes_tiny-count-3-s0"
+TAGS = """
+SELECT t.key, t.value FROM tags t JOIN runs r ON t.run_uuid = r.run_uuid WHERE r.name = ?
+"""
 
 
-def test_a_table_from_nothing(
+def test_reproduce_makes_data_runs_table_and_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("configs", "slurm", "shards"):
@@ -36,50 +40,37 @@ def test_a_table_from_nothing(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "own.yaml").write_text(TABLE)
-    words = ["reproduce", "own.yaml", "--data", "refshapes", "--scale", "tiny", *QUICK]
-    assert main(words) == 0
+
+    arguments = ["reproduce", "own.yaml", "--data", "refshapes", "--scale", "tiny", *QUICK]
+    assert main(arguments) == 0
+
+    # What is printed.
     shown = capfd.readouterr().out
-    assert (
-        "somebody's  paper" in shown
-        and "ours        paper" in shown
-        and "leak: none: no scored photograph was trained on" in shown
-    )
-    assert (
-        "protocol ris-v1" in shown
-        and "published only, not in this harness" in shown
-        and "ours are of RefShapes" in shown
-    )
-    out, run = (
-        tmp_path / "runs" / "reproduce-own-tiny",
-        tmp_path / "runs" / "refshapes_tiny-count-3-s0",
-    )
-    assert {file.name for file in out.iterdir()} >= {
-        "table.txt",
-        "table.md",
-        "table.json",
-        "index.html",
-        "failures-ours.png",
-    }
+    assert "somebody's  paper" in shown
+    assert "ours        paper" in shown
+    assert "leak: none: no scored photograph was trained on" in shown
+    assert "protocol ris-v1" in shown
+    assert "published only, not in this harness" in shown
+    assert "ours are of RefShapes" in shown
+
+    # The folder of the table.
+    out, run = tmp_path / "runs" / "reproduce-own-tiny", tmp_path / "runs" / RUN
+    expected = {"table.txt", "table.md", "table.json", "index.html", "failures-ours.png"}
+    assert {file.name for file in out.iterdir()} >= expected
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert (
-        "12.34" in page
-        and "data:image/" in page
-        and 'href="../refshapes_tiny-count-3-s0/report.html"' in page
-    )
-    assert (run / "report.html").is_file() and (run / "trained_on.json").is_file()
-    assert (next((run / "checkpoints").glob("step-*")) / "trained_on.json").is_file(), (
-        "the checkpoint knows it, too"
-    )
+    assert "12.34" in page
+    assert "data:image/" in page
+    assert f'href="../{RUN}/report.html"' in page
+
+    # The run and its checkpoint.
+    assert (run / "report.html").is_file()
+    assert (run / "trained_on.json").is_file()
+    assert (next((run / "checkpoints").glob("step-*")) / "trained_on.json").is_file()
+
+    # MLflow.
     with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as connection:
         names = {name for (name,) in connection.execute("SELECT name FROM runs")}
-        tags = dict(
-            connection.execute(
-                "SELECT t.key, t.value FROM tags t JOIN runs r ON t.run_uuid = r.run_uuid "
-                "WHERE r.name = 'refshapes_tiny-count-3-s0'"
-            ).fetchall()
-        )
-    assert names == {"refshapes_tiny-count-3-s0", "reproduce-own-tiny"} and (
-        tags["method"],
-        tags["leak"],
-    ) == ("coupalign", "none found")
+        tags = dict(connection.execute(TAGS, [RUN]).fetchall())
+    assert names == {RUN, "reproduce-own-tiny"}
+    assert (tags["method"], tags["leak"]) == ("coupalign", "none found")
     assert list((tmp_path / "runs").rglob("mlartifacts/**/table.md")), "the table is an artifact"

@@ -69,6 +69,17 @@ def test_polygons_are_united(boxes: list[tuple[int, int, int, int]]) -> None:
     assert np.array_equal(decode(rle), truth)
 
 
+def test_overlap_of_two_polygons_counts_once() -> None:
+    """The refer toolbox adds polygons; LAVT, CARIS, DMMI, PolyFormer take 2 for background."""
+    truth = np.zeros((9, 9), bool)
+    truth[1:5, 1:5] = truth[3:7, 3:7] = True
+
+    rle = rle_from_segmentation([rectangle(1, 1, 4, 4), rectangle(3, 3, 4, 4)], 9, 9)
+
+    assert np.array_equal(decode(rle), truth)
+    assert area(rle) == 16 + 16 - 4
+
+
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=3, max_size=3))
 def test_triangle_agrees_with_geometry_away_from_its_edges(

@@ -63,6 +63,13 @@ def test_read_ranks_understands_every_launcher(
     assert read_ranks(environment) == expected
 
 
+def test_rank_is_that_of_the_job_and_not_the_local_one() -> None:
+    """ETRIS and DETRIS take the local rank for the rank."""
+    environment = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+
+    assert read_ranks(environment) == (9, 16, 1, 8)
+
+
 @pytest.mark.parametrize(
     ("environment", "named"),
     [

@@ -61,6 +61,28 @@ def test_all_records_are_read_and_sorted(refer_root: Path) -> None:
     assert list(counts["refcoco/unc"]) == ["train", "val", "testA", "testB"]
 
 
+def test_two_refs_of_one_annotation_keep_their_own_split_and_sentences(refer_root: Path) -> None:
+    """mmdet lets the second overwrite the first."""
+    file = refer_root / "refcoco" / "refs(unc).p"
+    original = pickle.loads(file.read_bytes(), encoding="latin1")[0]
+    twin = {
+        **original,
+        "ref_id": 10**6,
+        "split": "val",
+        "sentences": [{"sent_id": 10**6, "raw": "Another.", "sent": "another"}],
+    }
+    edit(file, lambda refs: refs.append(twin))
+
+    referrals, _ = read_annotation_set(refer_root, "refcoco", "unc")
+
+    by_id = {ref.ref_id: ref for ref in referrals}
+    first, second = by_id[original["ref_id"]], by_id[10**6]
+    assert first.ann_id == second.ann_id
+    assert (first.split, second.split) == (original["split"], "val")
+    assert len(first.sentences) == len(original["sentences"])
+    assert [sentence.cleaned for sentence in second.sentences] == ["another"]
+
+
 def test_same_class_counts_all_annotations_but_crowds(refer_root: Path) -> None:
     # At first, no object shares its image with another one of its class.
     before = read_annotation_set(refer_root, "refcoco", "unc")[0]
