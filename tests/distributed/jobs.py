@@ -19,7 +19,7 @@ from coupalign.engine.optimizer_state import make_universal, open_optimizer_stat
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import write_weights
 
-SIZE, WORDS, VOCABULARY = 64, 8, 40
+SIZE, TOKENS, VOCABULARY = 64, 8, 40
 
 TINY = [
     "precision=fp32",
@@ -41,27 +41,28 @@ TINY = [
     "train.ema.decay=0.9",
     "optim.eps=1e-5",
     f"data.image_size={SIZE}",
-    f"data.max_tokens={WORDS}",
+    f"data.max_tokens={TOKENS}",
 ]
+
+Numbers = list[tuple[float, float]]
+"""(loss, gradient norm) of each step."""
 
 
 def tiny(*changes: str) -> Config:
-    """A configuration small enough for a test: accumulation, clipping and a moving average are on."""
+    """A configuration small enough for a test, with accumulation, clipping and a moving average."""
     return override(Config(), [*TINY, *changes])
 
 
-def engines(*kinds: str) -> list[Config]:
-    """ "ddp", "zero0" … "zero3", "zero1 offload" … -> their configurations."""
-    return [
-        tiny()
-        if kind == "ddp"
-        else tiny(
-            "engine.kind=deepspeed",
-            f"engine.stage={kind[4]}",
-            f"engine.offload={'offload' in kind}",
-        )
-        for kind in kinds
-    ]
+def engine_configs(*kinds: str) -> list[Config]:
+    """Configurations of engines: "ddp", "zero0" … "zero3", "zero1 offload" …"""
+    return [_engine_config(kind) for kind in kinds]
+
+
+def _engine_config(kind: str) -> Config:
+    if kind == "ddp":
+        return tiny()
+    stage, offload = kind[len("zero")], "offload" in kind
+    return tiny("engine.kind=deepspeed", f"engine.stage={stage}", f"engine.offload={offload}")
 
 
 def make_engine(config: Config, world: World) -> Engine:
@@ -70,55 +71,64 @@ def make_engine(config: Config, world: World) -> Engine:
     return build_engine(model, build_optimizer(model, config.optim), config, world)
 
 
+def make_differently_seeded_engine(config: Config, world: World) -> Engine:
+    """An engine whose random start differs, so that a load must replace all of it."""
+    return make_engine(config.model_copy(update={"seed": config.seed + 1}), world)
+
+
 def micro_batches(step: int, world: World, config: Config) -> list[Batch]:
     """This rank's share of a step's random global batch, cut into micro-batches."""
+    total = config.train.global_batch
     generator = torch.Generator().manual_seed(100 + step)
-    total, cut = (
-        config.train.global_batch,
-        config.train.max_micro_batch or config.train.global_batch,
-    )
     image = torch.randint(0, 256, (total, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    words = torch.randint(5, VOCABULARY, (total, WORDS), generator=generator)
-    mask = torch.arange(WORDS)[None] < torch.randint(3, WORDS + 1, (total, 1), generator=generator)
+    words = torch.randint(5, VOCABULARY, (total, TOKENS), generator=generator)
+    lengths = torch.randint(3, TOKENS + 1, (total, 1), generator=generator)
+    word_mask = torch.arange(TOKENS)[None] < lengths
     target = image[:, 0] > 128 + 8 * (words[:, :1, None] % 3)
+
     share = total // world.size
-    cut = min(cut, share)
-    starts = range(world.rank * share, (world.rank + 1) * share, cut)
-    batches = [
-        Batch(
-            image=image[at : at + cut],
-            words=words[at : at + cut],
-            word_mask=mask[at : at + cut],
-            target=target[at : at + cut],
+    size = min(config.train.max_micro_batch or total, share)
+    batches = []
+    for start in range(world.rank * share, (world.rank + 1) * share, size):
+        samples = slice(start, start + size)
+        batch = Batch(
+            image=image[samples],
+            words=words[samples],
+            word_mask=word_mask[samples],
+            target=target[samples],
             info=(),
         )
-        for at in starts
-    ]
-    return [batch.to(world.device) for batch in batches]
+        batches.append(batch.to(world.device))
+    return batches
 
 
-def steps(engine: Engine, config: Config, world: World, span: range) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+def train_steps(engine: Engine, config: Config, world: World, steps: range) -> Numbers:
     numbers = []
-    for step in span:
+    for step in steps:
         seed_step(config.seed, step, world.rank)
         stats = engine.train_step(micro_batches(step, world, config), 1.0 - step / 100)
         numbers.append((stats.losses["loss"], stats.grad_norm))
     return numbers
 
 
-def curves(world: World, configs: Sequence[Config], count: int) -> list[dict[str, Any]]:
-    """For each engine in turn: its loss curve, the weights and their average after `count` steps, and logits of the average."""
+def train_each(world: World, configs: Sequence[Config], steps: int) -> list[dict[str, Any]]:
+    """Train every engine in turn.
+
+    Returns:
+        for each, "numbers" of `steps` + 2 steps; "weights", their average "ema" and the "logits" of
+        the average after `steps` steps.
+    """
     results = []
     for config in configs:
         engine = make_engine(config, world)
-        numbers = steps(engine, config, world, range(count))
+        numbers = train_steps(engine, config, world, range(steps))
+
         probe = micro_batches(999, World(0, 1, 0, 1, world.device), config)[0]
         with engine.averaged():
             logits = engine.infer(probe)
-        numbers += steps(
-            engine, config, world, range(count, count + 2)
-        )  # the average was taken out again
+
+        # These steps show that the average was taken out again.
+        numbers += train_steps(engine, config, world, range(steps, steps + 2))
         results.append(
             {
                 "numbers": numbers,
@@ -130,85 +140,97 @@ def curves(world: World, configs: Sequence[Config], count: int) -> list[dict[str
     return results
 
 
-def interrupted(
-    world: World, configs: Sequence[Config], folder: Path, first: int, count: int
-) -> list[list[tuple[float, float]]]:
-    """Loss and norm of each step, for each engine: train `first` steps, save, build everything anew, load, train up to `count`."""
+def train_with_restart(
+    world: World, configs: Sequence[Config], folder: Path, before: int, steps: int
+) -> list[Numbers]:
+    """Train every engine `before` steps, save, build a new one, load, train up to `steps`."""
     results = []
-    for place, config in enumerate(configs):
-        numbers, counters = begun(world, config, folder / str(place), first)
-        again = make_engine(
-            config.model_copy(update={"seed": config.seed + 1}), world
-        )  # another random start
-        again.load(folder / str(place), counters)
-        results.append(numbers + steps(again, config, world, range(first, count)))
+    for index, config in enumerate(configs):
+        checkpoint = folder / str(index)
+        numbers, counters = train_and_save(world, config, checkpoint, before)
+        restarted = make_differently_seeded_engine(config, world)
+        restarted.load(checkpoint, counters)
+        results.append(numbers + train_steps(restarted, config, world, range(before, steps)))
     return results
 
 
-def begun(
-    world: World, config: Config, folder: Path, first: int
-) -> tuple[list[tuple[float, float]], dict[str, float]]:
-    """Train `first` steps and save into a new folder: loss and norm of each step, and the engine's counters."""
+def train_and_save(
+    world: World, config: Config, checkpoint: Path, steps: int
+) -> tuple[Numbers, dict[str, float]]:
+    """Train and save into a new folder; returns the numbers and the engine's counters."""
     engine = make_engine(config, world)
-    numbers = steps(engine, config, world, range(first))
+    numbers = train_steps(engine, config, world, range(steps))
+
     weights, averages = engine.export(), engine.export(averaged=True)
     if world.is_main:
-        folder.mkdir()
-        write_weights(folder / "weights.safetensors", weights)
-        write_weights(folder / "ema.safetensors", averages)
+        checkpoint.mkdir()
+        write_weights(checkpoint / "weights.safetensors", weights)
+        write_weights(checkpoint / "ema.safetensors", averages)
     wait_for_all(world)
-    engine.save(folder)
+    engine.save(checkpoint)
     wait_for_all(world)
     return numbers, engine.counters()
 
 
-def begin_all(
-    world: World, configs: Sequence[Config], folder: Path, first: int
+def train_and_save_each(
+    world: World, configs: Sequence[Config], folder: Path, steps: int
 ) -> list[dict[str, float]]:
-    """`begun` for each configuration, in folders 0, 1, …; the counters."""
-    return [
-        begun(world, config, folder / str(place), first)[1] for place, config in enumerate(configs)
-    ]
+    """`train_and_save` for each configuration, in folders 0, 1, …; returns the counters."""
+    all_counters = []
+    for index, config in enumerate(configs):
+        _, counters = train_and_save(world, config, folder / str(index), steps)
+        all_counters.append(counters)
+    return all_counters
 
 
-def adopted(
+def adopt_each(
     world: World,
     moves: Sequence[tuple[int, Config]],
     folder: Path,
     counters: Sequence[dict[str, float]],
-    span: range,
+    steps: range,
 ) -> list[dict[str, Any]]:
-    """Each move is a checkpoint of `begin_all` and who takes it over: loss and norm of the steps in `span`, weights after them."""
+    """Let engines adopt checkpoints of other engines, and train on.
+
+    Args:
+        moves: each is the number of a checkpoint of `train_and_save_each` and who adopts it.
+
+    Returns:
+        for each, "numbers" of the steps, and "weights" and "ema" after them.
+    """
     if world.is_main:
-        for place in range(len(counters)):
-            make_universal(folder / str(place), print)
+        for index in range(len(counters)):
+            make_universal(folder / str(index), print)
     wait_for_all(world)
+
     results = []
-    for place, config in moves:
-        engine = make_engine(config.model_copy(update={"seed": config.seed + 1}), world)
-        engine.adopt(
-            folder / str(place), open_optimizer_state(folder / str(place)), counters[place]
-        )
-        numbers = steps(engine, config, world, span)
+    for index, config in moves:
+        checkpoint = folder / str(index)
+        engine = make_differently_seeded_engine(config, world)
+        engine.adopt(checkpoint, open_optimizer_state(checkpoint), counters[index])
+        numbers = train_steps(engine, config, world, steps)
         results.append(
             {"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)}
         )
     return results
 
 
-def poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:
-    """For each engine in turn: a good step, one with a NaN in the last rank's loss, a good step."""
+def train_poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """For each engine: a good step, one with a NaN in the last rank's loss, a good step."""
     results = []
     for config in configs:
         engine = make_engine(config, world)
-        steps(engine, config, world, range(1))
+        train_steps(engine, config, world, range(1))
         before = engine.export()
-        hook = engine.model.register_forward_hook(_poison) if world.rank == world.size - 1 else None
+
+        is_poisoned = world.rank == world.size - 1
+        hook = engine.model.register_forward_hook(_poison) if is_poisoned else None
         stats = engine.train_step(micro_batches(1, world, config), 1.0)
         if hook:
             hook.remove()
         after = engine.export()
-        numbers = steps(engine, config, world, range(2, 3))
+
+        numbers = train_steps(engine, config, world, range(2, 3))
         results.append(
             {
                 "stats": stats,

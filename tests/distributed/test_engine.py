@@ -1,4 +1,7 @@
-"""DDP, every ZeRO stage and a single process are the same optimizer; a checkpoint is the same run; NaN changes nothing."""
+"""DDP, every ZeRO stage and a single process are the same optimizer.
+
+A resumed run is the same run, and a NaN changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,85 +12,97 @@ import pytest
 import torch
 
 from coupalign.config.load import override
-from tests.distributed.jobs import curves, engines, interrupted, poisoned, tiny
+from tests.distributed.jobs import (
+    engine_configs,
+    tiny,
+    train_each,
+    train_poisoned,
+    train_with_restart,
+)
 from tests.distributed.ranks import run_ranks
 
 KINDS = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero3 offload")
 STEPS = 12
-# fp32 sums of gradients are taken in another order by each engine: relative differences of 1e-7 a step, which Adam's division
-# by sqrt(v) + eps amplifies where the true gradient is zero (an attention's key bias): with eps = 1e-5 that noise stays below
-# lr * 1e-7 * |g| / eps. 1e-6 relative on the loss is eight times the unit roundoff of fp32 (1.2e-7); weights move by up to
-# lr = 1e-3 a step, and may differ by a hundredth of one step after twelve.
+# Each engine sums gradients in fp32 in another order: relative differences of 1e-7 per step. Adam's
+# division by sqrt(v) + eps amplifies them where the true gradient is zero (an attention's key
+# bias). With eps = 1e-5 that noise stays below lr * 1e-7 * |g| / eps. 1e-6 relative on the loss is
+# eight times the unit roundoff of fp32 (1.2e-7). Weights move by up to lr = 1e-3 per step, and may
+# differ by a hundredth of one step after twelve.
 LOSS_TOLERANCE = 1e-6
 WEIGHT_TOLERANCE = 1e-5
 
-
-@pytest.fixture(scope="module")
-def single() -> dict[str, Any]:
-    return run_ranks(curves, 1, engines("ddp"), STEPS)[0][0]
+Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def pair() -> dict[str, dict[str, Any]]:
-    return dict(zip(KINDS, run_ranks(curves, 2, engines(*KINDS), STEPS)[0]))
+def single() -> Result:
+    """A single process."""
+    return run_ranks(train_each, 1, engine_configs("ddp"), STEPS)[0][0]
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, Result]:
+    """Two ranks under every engine."""
+    return dict(zip(KINDS, run_ranks(train_each, 2, engine_configs(*KINDS), STEPS)[0]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_equal_one_process(
-    kind: str, single: dict[str, Any], pair: dict[str, dict[str, Any]]
-) -> None:
-    one, two = single, pair[kind]
-    losses = _losses(one, two)
-    norms = torch.tensor(
-        [[numbers[1] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64
-    )
+def test_two_ranks_equal_one_process(kind: str, single: Result, pair: dict[str, Result]) -> None:
+    result = pair[kind]
+
+    losses = relative_difference(column(single, 0), column(result, 0))
+    norms = relative_difference(column(single, 1), column(result, 1))
+    weights = largest_difference(single, result, "weights")
+    averages = largest_difference(single, result, "ema")
     print(
-        f"{kind}: largest relative difference to one process: loss {_relative(losses):.1e}, gradient norm {_relative(norms):.1e}, "
-        f"weights {_furthest(one, two, 'weights'):.1e}, average {_furthest(one, two, 'ema'):.1e}"
+        f"{kind}: largest relative difference to one process: loss {losses:.1e}, gradient norm "
+        f"{norms:.1e}, weights {weights:.1e}, average {averages:.1e}"
     )
-    assert _relative(losses) < LOSS_TOLERANCE
-    assert _relative(norms) < 100 * LOSS_TOLERANCE
-    assert _furthest(one, two, "weights") < WEIGHT_TOLERANCE
-    assert _furthest(one, two, "ema") < WEIGHT_TOLERANCE
-    torch.testing.assert_close(one["logits"], two["logits"], rtol=0, atol=1e-3)
-    assert losses[0, -1] < losses[0, 0], "the runs compared did not even learn"
+
+    assert losses < LOSS_TOLERANCE
+    assert norms < 100 * LOSS_TOLERANCE
+    assert weights < WEIGHT_TOLERANCE
+    assert averages < WEIGHT_TOLERANCE
+    torch.testing.assert_close(single["logits"], result["logits"], rtol=0, atol=1e-3)
+    assert column(single, 0)[-1] < column(single, 0)[0], "the runs compared did not even learn"
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(
-    pair: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    """Loss and gradient norm of a step tell of every weight and every moment of the steps before it."""
-    for kind, again in zip(KINDS, run_ranks(interrupted, 2, engines(*KINDS), tmp_path, 3, 8)[0]):
-        whole = pair[kind]["numbers"][:8]
+def test_restarted_run_equals_an_uninterrupted_one(pair: dict[str, Result], tmp_path: Path) -> None:
+    """A step's loss and gradient norm depend on every weight and moment of the steps before it."""
+    results = run_ranks(train_with_restart, 2, engine_configs(*KINDS), tmp_path, 3, 8)[0]
+
+    for kind, restarted in zip(KINDS, results):
+        uninterrupted = pair[kind]["numbers"][:8]
         if kind == "ddp":
-            assert again == whole
-        for found, expected in zip(again, whole):
-            assert found == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
+            assert restarted == uninterrupted
+        for step, expected in zip(restarted, uninterrupted):
+            assert step == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
 
 
 def test_sums_over_three_ranks_are_the_same_after_a_restart(tmp_path: Path) -> None:
-    """DDP sorts its buckets anew after its first pass, and three numbers added in another order are another number."""
+    """DDP reorders its buckets after its first pass, and another order rounds a sum otherwise."""
     config = tiny("train.global_batch=12", "train.max_micro_batch=2")
-    [whole] = run_ranks(curves, 3, [config], 8)[0]
-    [again] = run_ranks(interrupted, 3, [config], tmp_path, 4, 8)[0]
-    assert again == whole["numbers"][:8]
+
+    [uninterrupted] = run_ranks(train_each, 3, [config], 8)[0]
+    [restarted] = run_ranks(train_with_restart, 3, [config], tmp_path, 4, 8)[0]
+
+    assert restarted == uninterrupted["numbers"][:8]
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight() -> None:
+def test_loss_that_is_not_finite_changes_no_weight() -> None:
     kinds = [kind for kind in KINDS if "offload" not in kind]
-    for kind, result in zip(kinds, run_ranks(poisoned, 2, engines(*kinds))[0]):
+
+    results = run_ranks(train_poisoned, 2, engine_configs(*kinds))[0]
+
+    for kind, result in zip(kinds, results):
+        before, after, later = result["before"], result["after"], result["later"]
         assert not result["stats"].applied, kind
         assert result["stats"].bad_ranks == (1,), kind
-        assert all(
-            torch.equal(result["before"][name], result["after"][name]) for name in result["before"]
-        ), kind
-        assert all(loss == loss for loss, _ in result["numbers"]), (
-            f"{kind}: the step after a skipped one is healthy"
-        )
-        assert any(
-            not torch.equal(result["after"][name], result["later"][name])
-            for name in result["after"]
-        ), kind
+        assert all(torch.equal(before[name], after[name]) for name in before), kind
+
+        # The step after a skipped one is healthy.
+        assert all(loss == loss for loss, _ in result["numbers"]), kind
+        assert any(not torch.equal(after[name], later[name]) for name in after), kind
 
 
 def test_other_methods_train_alike_under_every_engine() -> None:
@@ -97,18 +112,23 @@ def test_other_methods_train_alike_under_every_engine() -> None:
         ["model.kind=lts", "model.segment.width=16"],
     )
     configs = [
-        override(config, changes) for changes in methods for config in engines("ddp", "zero3")
+        override(config, changes)
+        for changes in methods
+        for config in engine_configs("ddp", "zero3")
     ]
-    results = run_ranks(curves, 2, configs, 2)[0]
+
+    results = run_ranks(train_each, 2, configs, 2)[0]
+
     for changes, ddp, zero in zip(methods, results[::2], results[1::2]):
-        assert _relative(_losses(ddp, zero)) < LOSS_TOLERANCE, changes
-        # The normalizations in front of LAVT's gates leave gradients near zero, which Adam amplifies the most.
-        assert _furthest(ddp, zero, "weights") < 10 * WEIGHT_TOLERANCE, changes
+        losses = relative_difference(column(ddp, 0), column(zero, 0))
+        assert losses < LOSS_TOLERANCE, changes
+        # The norms in front of LAVT's gates leave gradients near zero, which Adam amplifies most.
+        assert largest_difference(ddp, zero, "weights") < 10 * WEIGHT_TOLERANCE, changes
         torch.testing.assert_close(ddp["logits"], zero["logits"], rtol=0, atol=1e-3)
 
 
 def test_mixed_precision_agrees_between_engines() -> None:
-    """Weights and gradients stay fp32 and only autocast rounds: engines differ by less than the rounding itself does.
+    """Weights and gradients stay fp32, so engines differ by less than autocast's rounding does.
 
     That holds for ZeRO 0 as well, whose own bf16 mode would take a step with zero gradients first.
     """
@@ -120,36 +140,44 @@ def test_mixed_precision_agrees_between_engines() -> None:
     configs = [
         config.model_copy(update={"precision": precision})
         for precision in kinds
-        for config in engines(*kinds[precision])
+        for config in engine_configs(*kinds[precision])
     ]
-    exact, *results = run_ranks(curves, 2, configs, 2)[0]
-    for first, *others in (results[:5], results[5:]):
-        spread = _relative(_losses(exact, first))
+
+    exact, *results = run_ranks(train_each, 2, configs, 2)[0]
+
+    bf16, fp16 = results[:5], results[5:]
+    for first, *others in (bf16, fp16):
+        rounding = relative_difference(column(exact, 0), column(first, 0))
         for other in others:
-            assert _relative(_losses(first, other)) < spread < 0.05
+            difference = relative_difference(column(first, 0), column(other, 0))
+            assert difference < rounding < 0.05
 
 
-def test_recomputing_activations_changes_no_number(pair: dict[str, dict[str, Any]]) -> None:
+def test_recomputing_activations_changes_no_number(pair: dict[str, Result]) -> None:
     kinds = ("ddp", "zero2", "zero3")
-    configs = [
-        override(config, ["model.image.checkpointing=selective", "model.text.checkpointing=true"])
-        for config in engines(*kinds)
-    ]
-    for kind, found in zip(kinds, run_ranks(curves, 2, configs, 3)[0]):
-        for numbers, expected in zip(found["numbers"][:3], pair[kind]["numbers"]):
-            assert numbers == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
+    recompute = ["model.image.checkpointing=selective", "model.text.checkpointing=true"]
+    configs = [override(config, recompute) for config in engine_configs(*kinds)]
+
+    results = run_ranks(train_each, 2, configs, 3)[0]
+
+    for kind, result in zip(kinds, results):
+        for step, expected in zip(result["numbers"][:3], pair[kind]["numbers"]):
+            assert step == pytest.approx(expected, rel=LOSS_TOLERANCE), kind
 
 
-def _losses(one: dict[str, Any], two: dict[str, Any]) -> torch.Tensor:
-    return torch.tensor(
-        [[numbers[0] for numbers in run["numbers"]] for run in (one, two)], dtype=torch.float64
+def column(result: Result, index: int) -> torch.Tensor:
+    """The losses (index 0) or gradient norms (1) of all steps."""
+    return torch.tensor(result["numbers"], dtype=torch.float64)[:, index]
+
+
+def relative_difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest one of all steps."""
+    return ((expected - found).abs() / expected.abs()).max().item()
+
+
+def largest_difference(expected: Result, found: Result, kind: str) -> float:
+    """The largest one of all "weights" or of their average, "ema"."""
+    assert expected[kind].keys() == found[kind].keys()
+    return max(
+        (found[kind][name] - value).abs().max().item() for name, value in expected[kind].items()
     )
-
-
-def _relative(pair: torch.Tensor) -> float:
-    return ((pair[0] - pair[1]).abs() / pair[0].abs()).max().item()
-
-
-def _furthest(one: dict[str, Any], two: dict[str, Any], what: str) -> float:
-    assert one[what].keys() == two[what].keys()
-    return max((one[what][name] - two[what][name]).abs().max().item() for name in one[what])
