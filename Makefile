@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
-# A process per core. A file of tests runs whole, in one process; tests/conftest.py puts long ones first.
+# Two processes. A file of tests runs whole, in one process; tests/conftest.py puts long ones first.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check test-cluster bench gpu lint setup clean

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coupalign: the run failed: {error}", file=sys.stderr)
         return ExitStatus.RUN_FAILED
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has seen enough.
+        # The reader of the output, such as `head`, closed the pipe.
         return ExitStatus.NO
 
     if options.json and answer.value is not None:

@@ -160,7 +160,7 @@ def _diff_without(
 
 
 def _effects(field: FieldInfo) -> dict[str, Any]:
-    """What `schema.setting` recorded; a field without it says nothing about its section."""
+    """Read what `schema.setting` recorded. A field declared without it counts as numeric."""
     effects = field.json_schema_extra
     return effects if isinstance(effects, dict) else {"numeric": True, "resumable": False}
 
@@ -241,7 +241,7 @@ def _merge(
 def _names_kept(
     section_type: type[Section], path: Sequence[str], old_kind: str | None, new_kind: Any
 ) -> set[str]:
-    """Names of the sections that stay when `kind` changes: those that both variants have alike.
+    """Find the sections that stay when `kind` changes: those that both variants declare alike.
 
     All other settings start from the defaults of the new variant.
     """

@@ -437,7 +437,7 @@ class ScheduleConfig(Section):
         "poly", "Curve from the end of the warm-up down to `final`."
     )
     power: float = setting(0.9, "poly only: exponent of the curve.", gt=0)
-    warmup_steps: int = setting(0, "Steps of the linear rise from 0 to the peak.", ge=0)
+    warmup_steps: int = setting(0, "Steps of the linear rise to the peak.", ge=0)
     final: float = setting(
         0.0,
         "Share of the peak learning rate at the end of the run. 1.0 keeps the rate constant.",

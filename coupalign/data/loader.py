@@ -69,7 +69,7 @@ class TrainLoader:
     Attributes:
         reader: reads single samples.
         samples: number of samples per epoch, over all ranks.
-        fingerprint: of the data, and of what is read of it.
+        fingerprint: SHA-256 of the shards and of what is read from them.
         micro_batches: per step on this rank.
         trained_on: the photographs of the samples.
         leaks: lines to print about leaks.
@@ -177,7 +177,7 @@ class EvalLoader:
 
     Attributes:
         samples: number of samples, over all ranks.
-        fingerprint: of the data, and of what is read of it.
+        fingerprint: SHA-256 of the shards and of what is read from them.
         members: for each sentence rule, the numbers of its samples.
     """
 

@@ -187,7 +187,7 @@ def describe_phases(
     for phase in sorted(ranks_by_phase, key=order):
         line = f"  {_list_ranks(ranks_by_phase[phase], after)}: {phase}"
         if phase in delaying:
-            line += "  <- the others seem to wait here"
+            line += "  <- the others seem to wait for this rank"
         lines.append(line)
     return lines
 

@@ -1,4 +1,4 @@
-"""The engine seam: what differs between DDP and DeepSpeed, at the level of one optimizer step."""
+"""The engine interface, one optimizer step, and the base class that DDP and DeepSpeed share."""
 
 from __future__ import annotations
 

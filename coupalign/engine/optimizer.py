@@ -12,8 +12,8 @@ from torch import nn
 from coupalign.config.schema import OptimConfig
 from coupalign.errors import InputError
 
-# A parameter with one of these in its name has no weight decay, and neither has a vector: METHOD
-# section 3, "Parameters".
+# A parameter with one of these in its name has no weight decay. Neither has a vector, such as a
+# bias or the scale of a norm.
 NO_DECAY_NAMES = ("position", "pos_embed", "queries", "gate")
 
 # A block of Swin, ResNet, Darknet, the small encoder or BERT in a parameter's name. Swin's

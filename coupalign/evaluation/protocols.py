@@ -1,4 +1,4 @@
-"""The three protocols by which the field turns logits into a mask and compares it with the truth.
+"""The three protocols of published work: turn logits into a mask and compare it with the truth.
 
     ris-v1   the default: everything at the image's original size
     lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others do

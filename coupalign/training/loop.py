@@ -146,15 +146,18 @@ class Session:
         self.batches = run.loader.steps_from(state.step)
 
     def agree_whether_to_stop(self, state: TrainState) -> None:
-        """Exchange between the ranks whether to stop, and when to do so again; collective.
+        """Agree with the other ranks whether to stop; collective.
 
-        That is after as many steps as the slowest rank takes in a second.
+        Also choose the step to ask at again: about one second later on the slowest rank.
         """
         doing(f"step {state.step}: agreeing whether to stop")
+
+        # One exchange answers both questions.
         requested = float(self.stop.name is not None)
         any_requested, slowest_s = max_over_ranks(
             [requested, self.meter.step_seconds], self.run.world
         )
+
         steps_between = int(_SECONDS_BETWEEN_AGREEMENTS / slowest_s) if slowest_s else 1
         self.stopping = any_requested > 0
         self.agree_at = state.step + max(1, steps_between)
@@ -181,6 +184,8 @@ class Session:
     def log(self, state: TrainState, stats: StepStats) -> None:
         """Log losses, times and the comparison of the ranks since the last call; collective."""
         config = self.run.config
+
+        # Read the clocks before the losses, which wait for the device.
         slowest_rank = self.rank_times.compare(state.step, self.meter.local_seconds())
         rates = self.meter.read()
         peak_share = lr_scale(state.step - 1, self.run.total_steps, config.schedule)
@@ -227,6 +232,7 @@ class Session:
         if state == self.saved:
             return
         run = self.run
+
         doing(f"step {state.step}: saving a checkpoint")
         with self.meter.saving():
             average_norm_statistics(run.engine.model, run.world)
@@ -277,6 +283,7 @@ class Session:
         run, config = self.run, self.run.config
         average_norm_statistics(run.engine.model, run.world)
         try:
+            # Pictures are drawn once, after the last step.
             with run.engine.averaged():
                 return score_splits(
                     run.engine.infer,
@@ -344,9 +351,9 @@ def _count_step(state: TrainState, stats: StepStats, config: Config) -> TrainSta
         allowed += 16
     if bad_steps >= allowed:
         raise RunError(
-            f"step {state.step}: {culprit} was not finite {bad_steps} times in a row. Lower "
-            "optim.lr, set optim.clip_norm, or train in precision: fp32; the run can resume from "
-            "its last checkpoint"
+            f"step {state.step}: {culprit} was not finite {bad_steps} times in a row. Start a run "
+            "of another name with a lower optim.lr, with optim.clip_norm, or with precision: fp32. "
+            "This run can resume from its last checkpoint, with its own settings only"
         )
     return replace(state, step=state.step + 1, bad_steps=bad_steps)
 

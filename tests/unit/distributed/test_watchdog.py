@@ -32,9 +32,10 @@ def test_report_begins_with_the_rank_that_delays_the_others() -> None:
 
     first, second = describe_phases(before, later(before), 4)
 
-    assert first.startswith("  rank 1 (n2): 'step 7: reading data'") and "wait here" in first
+    assert first.startswith("  rank 1 (n2): 'step 7: reading data'")
+    assert "wait for this rank" in first
     assert second.startswith("  ranks 0 (n1), 2 (n1), 3 (n1): 'step 7: updating'")
-    assert "wait here" not in second
+    assert "wait for this rank" not in second
 
 
 def test_report_names_silent_and_missing_ranks() -> None:
@@ -52,7 +53,8 @@ def test_report_blames_the_rank_that_works_alone() -> None:
 
     first, second = describe_phases(before, later(before), 2)
 
-    assert "rank 1" in first and "wait here" in first and "wait here" not in second
+    assert "rank 1" in first and "wait for this rank" in first
+    assert "wait for this rank" not in second
 
 
 def test_report_blames_nobody_if_all_ranks_are_in_one_phase() -> None:
@@ -96,5 +98,5 @@ def test_ranks_that_give_up_together_are_not_reported_as_silent() -> None:
     output = "".join(process.communicate(timeout=100)[1] for process in ranks)
 
     assert [process.returncode for process in ranks] == [ExitStatus.HANG, ExitStatus.HANG]
-    assert "'step 9: reading data'  <- the others seem to wait here" in output, output
+    assert "'step 9: reading data'  <- the others seem to wait for this rank" in output, output
     assert "'step 9: updating'" in output and "silent" not in output, output
