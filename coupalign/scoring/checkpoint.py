@@ -76,6 +76,8 @@ def score_checkpoint(
                 request=request,
                 stopped=stopped,
             )
+
+            # Scores exist on rank 0 only.
             if not world.is_main:
                 continue
             scores[split] = _write_scores(config, checkpoint, split, evaluations)

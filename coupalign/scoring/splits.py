@@ -172,6 +172,7 @@ def score_split(
         _write_rows(config, split, evaluations, loader)
     evaluations = _add_leak_message(evaluations, config, loader)
 
+    # The control: the same samples with other sentences. A model that reads must score less.
     if request.language_blind:
         loader, blind = run_pass(shuffled=True, pictures=0)
         blind = _add_leak_message(blind, config, loader)

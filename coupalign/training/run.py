@@ -98,6 +98,7 @@ def prepare_run(config: Config, world: World) -> Run:
     doing("building the model", alone=True)
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)
     trained_on = loader.trained_on
+    # A resumed run takes its weights, and what they have seen, from its checkpoint.
     if not finished_checkpoints(config.directory / "checkpoints"):
         trained_on = _load_pretrained(model, config, loader, world)
 
