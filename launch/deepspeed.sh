@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts a coupalign verb on several processes through the deepspeed launcher. See launch/README.md.
+# Start a coupalign verb in several processes with the deepspeed launcher. See launch/README.md.
 set -euo pipefail
 # shellcheck source=launch/machine.sh
 source "$(dirname "${BASH_SOURCE[0]}")/machine.sh"
@@ -9,14 +9,15 @@ usage() {
 usage: launch/deepspeed.sh [--hostfile FILE] [--dry-run] [VERB] CONFIG.yaml [key=value ...]
 
   VERB             train (default), eval, or any other verb of coupalign
-  --hostfile FILE  machines and their slots (launch/hostfile.example); none: this machine
+  --hostfile FILE  machines and their slots, see launch/hostfile.example (default: this machine)
   --dry-run        print the command instead of running it
 
 environment
-  NPROC            processes on each machine (default: its GPUs, or the slots of the hostfile; 1 without GPUs)
-  MASTER_ADDR      of the first machine (default: asked by ssh), MASTER_PORT (default: a free one)
-  DEEPSPEED_ARGS   more options of the launcher, such as "--no_ssh_check --launcher pdsh"
-  PYTHON           interpreter (default: the active environment's, else .venv/bin/python beside launch/)
+  NPROC            processes per machine (default: its GPUs, or the slots of the hostfile; 1 without GPUs)
+  MASTER_ADDR      address of the first machine (default: ask it by ssh)
+  MASTER_PORT      port on the first machine (default: a free one)
+  DEEPSPEED_ARGS   more options for the launcher, such as "--no_ssh_check --launcher pdsh"
+  PYTHON           interpreter (default: the active environment's, else .venv/bin/python of the checkout)
 END
 }
 
@@ -33,11 +34,12 @@ done
 read_verb "$@"
 shift "$words"
 if [[ -n "$hostfile" && ! -r "$hostfile" ]]; then
-    echo "hostfile $hostfile is missing: see launch/hostfile.example" >&2
+    echo "hostfile $hostfile cannot be read: see launch/hostfile.example" >&2
     exit 2
 fi
 find_python coupalign deepspeed
-# The environment's own ninja must come first: another version rebuilds DeepSpeed's extensions at every change.
+# The environment's own ninja must come first: whenever ninja's version changes, DeepSpeed rebuilds its
+# extensions.
 PATH=$(dirname "$python"):$PATH
 export PATH
 count_processes
@@ -52,7 +54,8 @@ if [[ " ${more[*]-} " =~ \ --launcher[\ =]slurm\  ]]; then
         echo "--launcher slurm needs a hostfile: scontrol show hostnames | sed 's/\$/ slots=8/' > hostfile" >&2
         exit 2
     fi
-    # Its srun knows no modules: it starts `python SCRIPT`. It tells the ranks nothing; they ask Slurm, so nobody is asked by ssh.
+    # With srun the launcher starts `python SCRIPT`, never a module. The ranks learn from Slurm who they are, so
+    # the launcher need not ask the first machine by ssh.
     entry=("$(dirname "$python")/coupalign")
     more+=(--no_ssh_check)
     MASTER_ADDR=${MASTER_ADDR:-unused}
@@ -70,4 +73,5 @@ else
 fi
 port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-start deepspeed --log_level warning "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank "${entry[@]}" "$verb" "$@"
+start deepspeed --log_level warning "${where[@]}" --master_port "$port" ${more[@]+"${more[@]}"} --no_local_rank \
+    "${entry[@]}" "$verb" "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job from nothing, on the embedded data: what `make demo` runs. Each step is skipped or resumed where it is done.
+# The whole job on generated data, from nothing to a report: what `make demo` runs. If you run it again, finished
+# steps are skipped and the others resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export NPROC=${NPROC:-2}

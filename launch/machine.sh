@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# What the launchers find out about this machine. Sourced by them.
+# Find out about this machine. Sourced by the launchers.
 
-# find_python MODULE...: sets `python`, an interpreter that has these modules; ends the launcher where there is none.
+# find_python MODULE...: set `python` to an interpreter that has these modules, or exit.
 find_python() {
     local root
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,14 +10,15 @@ find_python() {
         python=$root/.venv/bin/python
     fi
     python=$(command -v "${python:-python3}") || { echo "there is no ${PYTHON:-python3}: set PYTHON" >&2; exit 1; }
-    # Found, not imported: some of them take seconds.
+    # Only find the modules. Importing some of them takes seconds.
     if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; then
         echo "$python does not have $*: activate the environment of coupalign, set PYTHON, or run 'make demo' once" >&2
         exit 1
     fi
 }
 
-# count_processes: sets `gpus` of this machine, and `nproc`, the processes to start here; gives each its share of the cores.
+# count_processes: set `gpus` to the GPUs of this machine and `nproc` to the processes to start here, and share the
+# cores among them.
 count_processes() {
     gpus=0
     if [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
@@ -31,7 +32,7 @@ count_processes() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 }
 
-# The verb, where the arguments begin with one: `verb`, and how many words it took.
+# read_verb ARGUMENTS...: set `verb` (default: train), and `words` to the number of arguments that it took.
 read_verb() {
     verb=train words=0
     if [[ "${1:-}" =~ ^[a-z]+$ ]]; then
@@ -39,7 +40,7 @@ read_verb() {
     fi
 }
 
-# start COMMAND...: instead of this script; with --dry-run (`dry`) the command is only printed.
+# start COMMAND...: replace this script by the command. With --dry-run (`dry`), only print it.
 start() {
     if [[ -n "$dry" ]]; then
         printf '%q ' "$@"

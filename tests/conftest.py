@@ -28,21 +28,22 @@ fork_server.PRELOADED[:] = ["tests.distributed.preload"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Files run whole, each in one of several processes (--dist loadfile): the one that starts last ends
-# last, so the longest start first. In seconds of one core, most first.
+# Each file runs whole in one of several processes (--dist loadfile), and the last one decides when a
+# run ends. So those that take the most processor time start first; here are the ones over 15 s.
 LONG_FILES = [
+    "tests/e2e/test_main_job.py",
     "tests/distributed/test_engine.py",
     "tests/distributed/test_worlds.py",
     "tests/unit/model/test_compile.py",
-    "tests/unit/bench/test_step.py",
-    "tests/e2e/test_main_job.py",
-    "tests/unit/tracking/test_mlflow.py",
-    "tests/unit/costs/test_footprint.py",
-    "tests/unit/costs/test_traffic.py",
-    "tests/docs/test_scripts.py",
     "tests/kernels/test_fused.py",
+    "tests/unit/tracking/test_mlflow.py",
     "tests/kernels/test_resources.py",
     "tests/e2e/test_reproduce.py",
+    "tests/unit/costs/test_footprint.py",
+    "tests/docs/test_scripts.py",
+    "tests/unit/bench/test_step.py",
+    "tests/distributed/test_kernels.py",
+    "tests/kernels/test_operation.py",
 ]
 
 
