@@ -28,8 +28,8 @@ fork_server.PRELOADED[:] = ["tests.distributed.preload"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each file runs whole in one of several processes (--dist loadfile), and the last one decides when a
-# run ends. So those that take the most processor time start first; here are the ones over 15 s.
+# Each file runs whole in one of several processes (--dist loadfile), and the last one decides when
+# a run ends. So those with the most processor time start first. These are the ones over 15 s.
 LONG_FILES = [
     "tests/e2e/test_main_job.py",
     "tests/distributed/test_engine.py",
