@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on this machine, and the list of what the jobs of a test session survived."""
+"""A real Slurm of four nodes on this machine, and a list of the faults that its jobs survived."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def survived(record_property: Callable[[str, object], None]) -> Callable[[str], 
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """This process's environment without what a launcher, a scheduler or the tests have set in it."""
+    """Return the environment without the variables of a launcher, a scheduler or the tests."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     path = f"{kept['PATH']}:/usr/sbin:/sbin"
     return kept | {"PATH": path, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | changes
@@ -95,7 +95,7 @@ def clean_environment(**changes: str) -> dict[str, str]:
 def wait_until(
     what: str, done: Callable[[], object], seconds: float = 200, log: Callable[[], str] = str
 ) -> None:
-    """Return when `done` is true; fail with `what` and the end of `log` if it does not become so."""
+    """Wait until `done` is true. Fail with `what` and the end of `log` if it takes too long."""
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s\n{log()[-6000:]}"
@@ -115,7 +115,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def processes_where(known: Callable[[Path], bool]) -> list[int]:
-    """Ids of the processes whose folder in /proc satisfies `known`; those that end meanwhile do not count."""
+    """Find the ids of the processes whose folder in /proc satisfies `known`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -136,7 +136,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running Slurm, and the folder that its jobs are submitted in: a checkout whose slurm/ is the project's."""
+    """A running Slurm, and the folder of its jobs: a checkout with the project's own slurm/."""
 
     folder: Path
     checkout: Path
@@ -207,7 +207,7 @@ class Cluster:
             assert self.state(job) == state, f"{self.job(job)}\n{self.output(job)[-6000:]}"
 
     def start_again(self, job: str, restarts: int, seconds: float = 200) -> None:
-        """Wait until Slurm has queued the job again, and start it without the two minutes that Slurm holds it back."""
+        """Wait until Slurm has requeued the job, then skip the two minutes that Slurm holds it."""
 
         def queued() -> bool:
             record = self.job(job)
@@ -223,7 +223,8 @@ class Cluster:
             log=lambda: f"{self.job(job)}\n{self.output(job)}",
         )
         if self.state(job) == "PENDING":
-            # A node refuses for good ("credential revoked") what starts in the very second in which it ended the start before.
+            # A node refuses for good ("credential revoked") what starts in the very second in which
+            # it ended the start before.
             time.sleep(2)
             self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
@@ -263,8 +264,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         subprocess.run([SLURM, "stop", folder], check=True, env=environment)
 
 
-# Without dropout, whose draws are each rank's own, every topology trains on the same numbers; eps keeps Adam's first steps from
-# amplifying the last bit of gradients near 0.
+# Without dropout, whose draws are each rank's own, every topology trains on the same numbers; eps
+# keeps Adam's first steps from amplifying the last bit of gradients near 0.
 CHANGES = [
     "model.text.dropout=0",
     "model.proposals.dropout=0",
@@ -283,7 +284,7 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
-    """It begins with the first file that asks for it; test_outage.py, which comes later, looks at the end."""
+    """The run of an outage. The first file that needs it starts it; test_outage.py checks its end."""
     from tests.cluster.outage import Outage  # which needs this file
 
     away = Outage(config, tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("away"))

@@ -1,4 +1,7 @@
-"""Runs that break at chosen places, and what is left of them. The places are in fault/sitecustomize.py."""
+"""Runs that break at chosen places, and what is left of them.
+
+The places are in fault/sitecustomize.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from tests.cluster.conftest import ROOT, clean_environment
 
 TIMED = ("train/samples_per_second", "data/wait_share", "train/peak_memory_gb", "ranks/", "save/")
 HOOK = Path(__file__).parent / "fault"
-# Where a rank is killed: an audit event and what its first argument matches. `later` is the longest delay after it, in seconds.
+# Where a rank is killed: an audit event and what its first argument matches. `later` is the longest
+# delay after it, in seconds.
 PLACES: dict[str, dict[str, Any]] = {
     "between batches": {"event": "coupalign.doing", "match": "reading data", "most": 8},
     "anywhere in a step": {
@@ -98,7 +102,10 @@ def start(
     ranks: int = 2,
     restarts: int = 0,
 ) -> subprocess.Popen[bytes]:
-    """Start a verb on several ranks through the launcher, with one fault at each start. It prints to <folder>/output.txt."""
+    """Start a verb on several ranks through the launcher, with one fault at each start.
+
+    It prints to <folder>/output.txt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "faults.json"
     plan.write_text(json.dumps(faults))
@@ -148,7 +155,7 @@ def happened(folder: Path) -> list[dict[str, Any]]:
 
 
 def remains(run: Path) -> dict[str, Any]:
-    """Everything of a run that must not depend on what happened to it: final weights, rows of the scores, every metric."""
+    """Collect what no fault may change: final weights, rows of the scores, every metric."""
     metrics: dict[tuple[int, str], float] = {}
     for row, _ in read_journal(run / "metrics.jsonl"):
         for name, value in row.metrics.items():
@@ -169,10 +176,11 @@ def remains(run: Path) -> dict[str, Any]:
 
 
 def tracked(database: Path, run_name: str) -> dict[tuple[int, str], list[float]]:
-    """(step, metric) -> the values that MLflow has of it: a list of one, if nothing was sent twice."""
+    """Read MLflow's values by (step, metric): one each, if nothing was sent twice."""
     with sqlite3.connect(database) as connection:
         rows = connection.execute(
-            "SELECT m.step, m.key, m.value FROM metrics m JOIN runs r ON m.run_uuid = r.run_uuid WHERE r.name = ?",
+            "SELECT m.step, m.key, m.value FROM metrics m "
+            "JOIN runs r ON m.run_uuid = r.run_uuid WHERE r.name = ?",
             (run_name,),
         ).fetchall()
         runs = connection.execute(

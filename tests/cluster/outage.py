@@ -16,7 +16,7 @@ AWAY_S = 300
 
 
 class Outage:
-    """At two seconds a step the run outlasts the outage, and takes no processor from the tests that run meanwhile."""
+    """Take two seconds per step, so that the run outlasts the outage and leaves the cores free."""
 
     def __init__(self, config: Path, server: Path, folder: Path) -> None:
         self.server, self.folder = Server(server), folder

@@ -1,4 +1,4 @@
-"""Nothing is lost: ranks are killed at random places, disks are full, clocks jump, and the run ends as if nothing had been.
+"""Kill ranks at random, fill disks, move clocks: the run must end as an undisturbed one does.
 
 The variable KILLS is how often the ranks of one run are killed (30).
 """
@@ -82,7 +82,7 @@ WORLDS = (  # each start: ranks, what is changed, where rank 0 is killed
 def test_kills_while_the_number_of_ranks_changes(
     config: Path, tmp_path: Path, survived: Callable[[str], None]
 ) -> None:
-    """2 ranks of ZeRO 2, then 1, then 2 of DDP, 4 steps each: killed at every stage of the conversion, and equal to nobody killed."""
+    """2 ranks of ZeRO 2, then 1, then 2 of DDP, killed at every stage of the conversion."""
     few = ["train.save_every=4", "train.evaluate_every=100", "train.keep_last=9"]
     steps, planned = 0, []
     for ranks, engine, place in WORLDS:
@@ -142,7 +142,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(
 def test_a_stop_in_the_middle_of_an_evaluation(
     config: Path, tmp_path: Path, survived: Callable[[str], None]
 ) -> None:
-    """The checkpoint owes its scores; the next start takes them first, and all is as if nobody had interrupted it."""
+    """The next start takes the missing scores first, then equals an uninterrupted run."""
     few = [
         "train.steps=12",
         "train.save_every=6",
@@ -210,7 +210,7 @@ def test_a_disk_that_fills_up_and_one_that_cannot_be_written(
 
 
 def test_a_clock_that_jumps(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
-    """A day back on rank 0, in the middle of a session, and again after a resume: nothing is measured or sent twice."""
+    """A day back on rank 0, in mid-session and after a resume: nothing is measured or sent twice."""
     few = [
         "train.steps=20",
         "train.save_every=5",

@@ -1,4 +1,4 @@
-"""The planner's formulas against what ranks hold and send: two ranks over gloo, every engine, a model of five million parameters."""
+"""The planner's formulas against what two ranks hold and send, for every engine."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ LARGE = [
     "model.decoder.width=64",
     f"engine.bucket_mb={BUCKET_MB}",
 ]
-# Partitions are rounded up: a parameter to 4 numbers (16 bytes) at stages 1 and 2, to a whole number for each rank at stage 3,
-# a group to 2 N numbers; some 150 parameters and 6 groups make 3 kB of the 20 MB that the weights take, 0.02 %.
+# Partitions are rounded up: a parameter to 4 numbers (16 bytes) at stages 1 and 2, to a whole
+# number for each rank at stage 3, a group to 2 N numbers; some 150 parameters and 6 groups make 3
+# kB of the 20 MB that the weights take, 0.02 %.
 PADDING = 1e-3
 COLLECTIVES = {
     "all_reduce": 2,
@@ -90,12 +91,13 @@ def everything() -> dict[int, int]:
 
 
 class Scale:
-    """Weighs one engine while it trains: the parts that lie still, and the most beyond them at marked moments."""
+    """Weighs one engine while it trains: its fixed parts, and the peak beyond them at marked moments."""
 
     def __init__(self, engine: Any):
         self.engine, self.most = engine, Counter()
         inner = getattr(getattr(engine, "engine", None), "optimizer", None)
-        # Noted now: at stages 1 and 2 DeepSpeed shows its optimizer one group at a time, at stage 3 none.
+        # Noted now: at stages 1 and 2 DeepSpeed shows its optimizer one group at a time, at stage 3
+        # none.
         self.trained = storages(
             getattr(inner, "fp32_partitioned_groups_flat", None)
             or [p for group in engine.optimizer.param_groups for p in group["params"]]
@@ -132,7 +134,7 @@ class Scale:
 
 
 class Counted:
-    """Bytes that go into this process's collectives, by name; made before DeepSpeed takes hold of the functions."""
+    """Counts the bytes of this process's collectives. Create it before DeepSpeed is imported."""
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
@@ -170,7 +172,7 @@ def _bytes(value: Any) -> int:
 
 
 def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
-    """For each engine: bytes of its parts between steps, beyond them at moments of a step, and on the wire in one step."""
+    """Weigh each engine: its parts between steps, the peak within a step, the bytes sent."""
     counted, results = Counted(), []
     for config in wanted:
         doing(f"weighing {strategy_of(config).name}")
@@ -202,7 +204,7 @@ def weigh(world: World, wanted: list[Config]) -> list[dict[str, Any]]:
 
 
 def mark_moments(scale: Scale) -> Callable[[], None]:
-    """Weigh before and after every forward pass, after the last backward pass, and before each update; returns what ends that."""
+    """Weigh around every forward pass, after the last backward pass and before each update."""
     engine = scale.engine
     original = engine._end_step
 
@@ -237,7 +239,7 @@ def sizes() -> Sizes:
 
 @pytest.fixture(scope="module")
 def weighed() -> dict[str, dict[str, Any]]:
-    """Way -> what rank 0 weighed; three ways at a time, because the ranks of a test must end in time."""
+    """What rank 0 weighed, by strategy; three at a time, because a test's ranks must end in time."""
     wanted = configs()
     results = [
         result
@@ -259,7 +261,8 @@ def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[
     expected, found = formula(way, sizes), weighed[way.name]
     unit = 4 * sizes.trainable
     gathered = unit if way.stage == 3 else 0
-    # Only stage 3 is at its peak there: all weights are gathered. Elsewhere it would only add what Python sees of the activations.
+    # Only stage 3 is at its peak there: all weights are gathered. Elsewhere it would only add what
+    # Python sees of the activations.
     beyond = max(
         size
         for moment, size in found["most"].items()
@@ -276,7 +279,8 @@ def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[
     print_rows(way, rows | {"gradients, buckets": (beyond, bound)}, unit)
     for name, (measured, planned) in rows.items():
         assert measured == pytest.approx(planned, rel=PADDING), name
-    # The plan is a bound: a bucket is seldom full, the divided parameter is seldom the largest. Scalars and losses may pass it.
+    # The plan is a bound: a bucket is seldom full, the divided parameter is seldom the largest.
+    # Scalars and losses may pass it.
     assert 0.85 * bound < beyond < bound + PADDING * unit
 
 
@@ -287,7 +291,10 @@ def test_what_a_rank_holds(way: Strategy, sizes: Sizes, weighed: dict[str, dict[
 def test_what_the_host_holds_when_the_optimizer_is_offloaded(
     way: Strategy, sizes: Sizes, weighed: dict[str, dict[str, Any]]
 ) -> None:
-    """Without a GPU both memories are one. The sums of accumulation keep a parameter whole that the cut divides: within a share."""
+    """Without a GPU both memories are one.
+
+    The sums of accumulation keep a parameter whole that the cut divides: within a share.
+    """
     expected, found = formula(way, sizes), weighed[way.name]
     unit = 4 * sizes.trainable
     gpu = found["parts"]["weights"] + found["parts"]["ema"]
@@ -325,7 +332,8 @@ def print_rows(way: Strategy, rows: dict[str, tuple[float, float]], unit: float)
     """Measured beside planned, in MB and in units of the weights."""
     for name, (measured, planned) in rows.items():
         print(
-            f"{way.name:<14}{name:<20}{measured / 1e6:>9.2f} MB{planned / 1e6:>9.2f} MB{measured / unit:>9.3f}{planned / unit:>9.3f}"
+            f"{way.name:<14}{name:<20}{measured / 1e6:>9.2f} MB{planned / 1e6:>9.2f} MB"
+            f"{measured / unit:>9.3f}{planned / unit:>9.3f}"
         )
 
 
@@ -333,7 +341,11 @@ def print_rows(way: Strategy, rows: dict[str, tuple[float, float]], unit: float)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_peak_of_a_gpu(precision: str) -> None:
-    """One rank: DDP's state and the activations. Above the plan only cuDNN's workspaces and rounding to 512 bytes, 2 MiB a large block."""
+    """One rank:
+
+    DDP's state and the activations. Above the plan only cuDNN's workspaces and rounding to 512
+    bytes, 2 MiB a large block.
+    """
     config = tiny(*LARGE, f"precision={precision}", "train.max_micro_batch=8", "data.max_tokens=8")
     model = model_of(config)
     size, cost = measure_sizes(model, config), footprint(model, config)

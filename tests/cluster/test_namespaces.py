@@ -1,4 +1,4 @@
-"""The launchers over a network: two network namespaces with a cable between them, each with its own name, hosts file and sshd."""
+"""The launchers over a network: two connected network namespaces, each with its own sshd."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def machine(name: str, address: str, folder: Path) -> Iterator[Machine]:
         )
         yield Machine(name, process.pid, folder)
     finally:
-        # sshd's sessions are other process groups; whatever is left in the namespace goes with the machine.
+        # sshd's sessions are other process groups; whatever is left in the namespace goes with the
+        # machine.
         here = os.readlink(f"/proc/{process.pid}/ns/net")
         for pid in processes_where(lambda entry: os.readlink(entry / "ns/net") == here):
             os.kill(pid, signal.SIGKILL)
@@ -186,7 +187,8 @@ def machines(
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 one\n10.77.0.2 two\n")
     (folder / "tiny.yaml").write_text(config.read_text())
     (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
-    # The launcher passes on hardly any variable: these do not come from the machine that it is started on.
+    # The launcher passes on hardly any variable: these do not come from the machine that it is
+    # started on.
     (folder / ".deepspeed_env").write_text(
         "GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
     )
@@ -225,7 +227,7 @@ def machines(
 
 @pytest.fixture(scope="module")
 def through_ssh(machines: tuple[Machine, Machine]) -> dict[int, float]:
-    """The losses of a training by ZeRO 2 that machine one started on both, by the command that the README shows."""
+    """The losses of a ZeRO 2 training that machine one starts on both, with the README's command."""
     output = finish(
         machines[0].start(
             ROOT / "launch/deepspeed.sh",

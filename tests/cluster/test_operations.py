@@ -1,4 +1,4 @@
-"""The commands of docs/operations.md, as they stand and in their order, on a real Slurm with a small configuration."""
+"""The commands of docs/operations.md, in order, on a real Slurm with a small configuration."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_the_page_can_be_followed(cluster: Cluster, config: Path, demo: Path) ->
 def run(cluster: Cluster, block: str, job: str) -> str:
     """Run a block in a shell that knows `$job`; the `$job` that it leaves."""
     path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    # Slurm's nodes refuse for good what starts in the very second in which they ended the start before.
+    # Slurm's nodes refuse for good what starts in the very second in which they ended the start
+    # before.
     pause = 2 if "sbatch" in block or "StartTime" in block else 0
     script = f'set -eo pipefail; job={job}; sleep {pause}\n{block}\necho; echo "$job"'
     environment = cluster.environment | {

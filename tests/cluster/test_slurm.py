@@ -1,4 +1,4 @@
-"""The project's own sbatch files on a real Slurm: every topology and engine trains the same, and nothing that happens to a job shows."""
+"""The project's sbatch files on a real Slurm: every topology and engine, and interrupted jobs."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def ranks_of(job: str) -> list[int]:
 
 @contextmanager
 def frozen(job: str, count: int) -> Iterator[None]:
-    """The job's ranks stand still until Slurm sends them a signal, with which it wakes them; they use no time of the cores."""
+    """Pause the job's ranks until Slurm sends a signal, which wakes them. They use no core."""
     ranks = ranks_of(job)
     assert len(ranks) == count, ranks
     for rank in ranks:
@@ -140,7 +140,8 @@ def test_whatever_ends_a_job_the_run_is_that_of_an_undisturbed_one(
     cluster.start_again(job, restarts=1)
 
     go_on()
-    # The end comes so close that Slurm warns at its next look, at most 30 s from now; two minutes are left then.
+    # The end comes so close that Slurm warns at its next look, at most 30 s from now; two minutes
+    # are left then.
     cluster.call("scontrol", "update", f"jobid={job}", "TimeLimit=2")
     with frozen(job, 2):
         cluster.start_again(job, restarts=2)
@@ -189,7 +190,8 @@ def test_a_sweep_is_an_array_of_trainings_with_their_scores(
         "train.evaluate_every=1000",
     ]
     array = cluster.sbatch("--array=0-2", *words, "train.steps=40", "train.save_every=100")
-    # The array's last task has the array's own number: queued again by that, all of them would start again.
+    # The array's last task has the array's own number: queued again by that, all of them would
+    # start again.
     first, second, third = (f"{array}_{index}" for index in range(3))
     stopped = cluster.checkout / "runs" / "tiny-other-seed"
     cluster.wait_rows(second, stopped, 3)
@@ -207,7 +209,7 @@ def test_a_sweep_is_an_array_of_trainings_with_their_scores(
 
 
 def test_a_table_is_an_array_for_each_configuration(cluster: Cluster) -> None:
-    """`coupalign reproduce --slurm` submits the runs of a table; when they are done the same command prints it."""
+    """`coupalign reproduce --slurm` submits the runs of a table; `--only-print` prints it later."""
     for file in (
         "configs/refshapes_tiny.yaml",
         "configs/refshapes.yaml",

@@ -1,13 +1,17 @@
-"""Breaks a rank at a chosen place: Python imports this file at its start wherever this folder is on PYTHONPATH.
+"""Breaks a rank at a chosen place:
 
-FAULTS names a JSON file: a list of faults. Each start of the job takes the first that has not happened yet:
+Python imports this file at its start wherever this folder is on PYTHONPATH.
 
-    {"rank": 1, "event": "os.rename", "match": "checkpoints", "count": 2, "do": "kill", "after_s": 0.0}
+FAULTS names a JSON file: a list of faults. Each start of the job takes the first that has not
+    happened yet:
 
-The fault happens when the rank raises the audit event (PEP 578: "open", "os.rename", "coupalign.doing" …) whose first argument
-matches, for the count-th time; "kill" is SIGKILL, "usr1" SIGUSR1, "hang" sleeps for ever, "clock" sets its clock a day back, "slow" sleeps
-`after_s` at each event. What happened is added to the file `FAULTS`.log before it happens.
-"""
+    {"rank": 1, "event": "os.rename", "match": "checkpoints", "count": 2, "do": "kill", "after_s":
+    0.0}
+
+The fault happens when the rank raises the audit event (PEP 578: "open", "os.rename",
+"coupalign.doing" …) whose first argument matches, for the count-th time; "kill" is SIGKILL, "usr1"
+SIGUSR1, "hang" sleeps for ever, "clock" sets its clock a day back, "slow" sleeps `after_s` at each
+event. What happened is added to the file `FAULTS`.log before it happens."""
 
 import json
 import os
