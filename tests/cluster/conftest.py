@@ -284,7 +284,7 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
-    """The run of an outage. The first file that needs it starts it; test_outage.py checks its end."""
+    """The run of an outage. Whoever needs it first starts it; test_outage.py checks its end."""
     from tests.cluster.outage import Outage  # which needs this file
 
     away = Outage(config, tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("away"))

@@ -210,7 +210,7 @@ def test_a_disk_that_fills_up_and_one_that_cannot_be_written(
 
 
 def test_a_clock_that_jumps(config: Path, tmp_path: Path, survived: Callable[[str], None]) -> None:
-    """A day back on rank 0, in mid-session and after a resume: nothing is measured or sent twice."""
+    """A day back on rank 0, in mid-session and after a resume: nothing is sent twice."""
     few = [
         "train.steps=20",
         "train.save_every=5",

@@ -91,7 +91,7 @@ def everything() -> dict[int, int]:
 
 
 class Scale:
-    """Weighs one engine while it trains: its fixed parts, and the peak beyond them at marked moments."""
+    """Weighs one engine while it trains: fixed parts, and the peak beyond them."""
 
     def __init__(self, engine: Any):
         self.engine, self.most = engine, Counter()
@@ -239,7 +239,7 @@ def sizes() -> Sizes:
 
 @pytest.fixture(scope="module")
 def weighed() -> dict[str, dict[str, Any]]:
-    """What rank 0 weighed, by strategy; three at a time, because a test's ranks must end in time."""
+    """What rank 0 weighed, by strategy; three at a time, to end in time."""
     wanted = configs()
     results = [
         result

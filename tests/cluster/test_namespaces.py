@@ -227,7 +227,7 @@ def machines(
 
 @pytest.fixture(scope="module")
 def through_ssh(machines: tuple[Machine, Machine]) -> dict[int, float]:
-    """The losses of a ZeRO 2 training that machine one starts on both, with the README's command."""
+    """The losses of a ZeRO 2 training that machine one starts on both, as the README does."""
     output = finish(
         machines[0].start(
             ROOT / "launch/deepspeed.sh",

@@ -251,7 +251,8 @@ def test_the_deepspeed_launcher_inside_an_allocation(cluster: Cluster, undisturb
     script = cluster.checkout / "launcher.sh"
     script.write_text(
         "#!/usr/bin/env bash\nset -e\nsource site.sh\nexport OMP_NUM_THREADS=1\n"
-        'DEEPSPEED_ARGS="--launcher slurm" launch/deepspeed.sh --hostfile hostfile train tiny.yaml "$@"\n'
+        'export DEEPSPEED_ARGS="--launcher slurm"\n'
+        'launch/deepspeed.sh --hostfile hostfile train tiny.yaml "$@"\n'
     )
     job = cluster.sbatch(
         "--nodelist=node1,node3",
