@@ -191,8 +191,12 @@ class EngineBase:
             return
         self._forget_gathered_weights()
         with self.ema.swapped_in():
-            yield
-            self._forget_gathered_weights()
+            # A stop during an evaluation leaves by an exception: what ZeRO 3 has gathered of the
+            # averages must be forgotten then as well, or it would pass for weights.
+            try:
+                yield
+            finally:
+                self._forget_gathered_weights()
 
     def load(self, directory: Path, counters: dict[str, float]) -> None:
         self.adopt(directory, open_optimizer_state(directory), counters)

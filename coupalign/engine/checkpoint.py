@@ -37,6 +37,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ from coupalign.model.weights.load import write_weights
 from coupalign.version import __version__
 
 logger = logging.getLogger("coupalign.checkpoints")
+
+DAMAGED_PREFIX = "damaged-"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Checkpoints:
             doing(f"checking {path.name}")
             damage = find_damage(path, self.world)
             if damage:
-                on_main(lambda: self._set_aside(path, damage), self.world)  # noqa: B023, called at once
+                on_main(partial(self._set_aside, path, damage), self.world)
                 continue
 
             meta = json.loads((path / "state.json").read_text("utf-8"))
@@ -116,7 +119,8 @@ class Checkpoints:
             self._load(path, meta, engine)
             return TrainState(**meta["state"])
 
-        if paths:
+        # The next start refuses as well, when all of them have been renamed.
+        if paths or any(self.folder.glob(f"{DAMAGED_PREFIX}*")):
             raise InputError(
                 f"{self.folder}: every checkpoint is damaged. Start a new run under another name, "
                 "or remove the folder to start over"
@@ -197,7 +201,7 @@ class Checkpoints:
 
     def _set_aside(self, path: Path, damage: list[str]) -> None:
         """Rename a damaged checkpoint and log what is wrong with it."""
-        aside = path.with_name(f"damaged-{path.name}")
+        aside = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         try:
             path.rename(aside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,23 @@ def train_poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, An
                 "later": engine.export(),
             }
         )
+    return results
+
+
+def stop_while_averaged(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:
+    """Stop in the middle of an evaluation, for every engine; the weights before and after."""
+    results = []
+    for config in configs:
+        engine = make_engine(config, world)
+        train_steps(engine, config, world, range(3))
+        before = engine.export()
+
+        probe = micro_batches(999, World(0, 1, 0, 1, world.device), config)[0]
+        with suppress(StopIteration), engine.averaged():
+            engine.infer(probe)
+            raise StopIteration
+
+        results.append({"before": before, "after": engine.export()})
     return results
 
 

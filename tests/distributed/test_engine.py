@@ -14,6 +14,7 @@ import torch
 from coupalign.config.load import override
 from tests.distributed.jobs import (
     engine_configs,
+    stop_while_averaged,
     tiny,
     train_each,
     train_poisoned,
@@ -103,6 +104,17 @@ def test_loss_that_is_not_finite_changes_no_weight() -> None:
         # The step after a skipped one is healthy.
         assert all(loss == loss for loss, _ in result["numbers"]), kind
         assert any(not torch.equal(after[name], later[name]) for name in after), kind
+
+
+def test_stop_while_averaged_keeps_the_weights() -> None:
+    """A stop during an evaluation must not leave averages in the place of weights."""
+    kinds = ["ddp", "zero1", "zero3"]
+
+    results = run_ranks(stop_while_averaged, 2, engine_configs(*kinds))[0]
+
+    for kind, result in zip(kinds, results):
+        before, after = result["before"], result["after"]
+        assert all(torch.equal(before[name], after[name]) for name in before), kind
 
 
 def test_other_methods_train_alike_under_every_engine() -> None:

@@ -62,6 +62,10 @@ def test_resume_refuses_if_every_checkpoint_is_damaged(
     assert names(checkpoints.folder) == ["damaged-step-00000002"]
     assert "manifest.json is missing" in caplog.text
 
+    # A requeued job must not start from scratch either.
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        checkpoints.resume(engine=None)
+
 
 def test_run_without_checkpoints_has_nothing_to_resume(tmp_path: Path) -> None:
     assert Checkpoints(Config(run_dir=tmp_path), ALONE, "data").resume(engine=None) is None
