@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "tests" / "cluster" / "slurm.sh"
-# What a job must not inherit from whoever runs the tests.
+# What a job must not inherit from the shell that runs the tests.
 FOREIGN = (
     "SLURM_",
     "SBATCH_",
@@ -51,37 +51,61 @@ export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONPATH
 COUPALIGN_CONTAINER=()
 COUPALIGN_SRUN=()
 """
+# Two processes run the tests (--dist loadgroup). A group stays together, because its tests share a
+# Slurm or an outage. Files run in this order, the longest first. The outage ends by itself.
+GROUPS = {
+    "test_slurm.py": "slurm",
+    "test_faults.py": "outage",
+    "test_operations.py": "slurm",
+    "test_namespaces.py": "namespaces",
+    "test_memory.py": "memory",
+    "test_outage.py": "outage",
+}
+# A question to Slurm is a process.
+ASK_SLURM_EVERY_S = 0.25
+PENDING_OR_RUNNING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+)
 
 
+# First, because xdist reads the groups in a hook of its own.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of this folder, and put its files into the order of GROUPS."""
+    files = {Path(__file__).parent / name: order for order, name in enumerate(GROUPS)}
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if item.path in files:
             item.add_marker("cluster")
-            item.add_marker(
-                pytest.mark.timeout(900)
-            )  # a busy machine takes a minute for the start of four ranks
+            item.add_marker(pytest.mark.xdist_group(GROUPS[item.path.name]))
+            # A busy machine takes a minute to start four ranks.
+            item.add_marker(pytest.mark.timeout(900))
+    items.sort(key=lambda item: files.get(item.path, -1))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    reports = [
-        report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())
-    ]
-    counts = Counter(
-        what for report in reports for name, what in report.user_properties if name == "survived"
-    )
-    if counts:
-        kinds = ", ".join(
-            what if times == 1 else f"{what} ({times})" for what, times in counts.items()
-        )
-        terminalreporter.write_line(f"survived: {kinds}")
-        terminalreporter.write_line(
-            f"survived {counts.total()} disturbances of {len(counts)} kinds"
-        )
+    """Print what the jobs survived."""
+    stats = terminalreporter.stats
+    reports = [*stats.get("passed", ()), *stats.get("failed", ())]
+    properties = [named for report in reports for named in report.user_properties]
+    counts = Counter(fault for name, fault in properties if name == "survived")
+    if not counts:
+        return
+
+    faults = [fault if times == 1 else f"{fault} ({times})" for fault, times in counts.items()]
+    terminalreporter.write_line(f"survived: {', '.join(faults)}")
+    terminalreporter.write_line(f"survived {counts.total()} faults of {len(counts)} kinds")
 
 
 @pytest.fixture
 def survived(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Call it with what a job was disturbed by, once the job has shown that it does not matter."""
+    """Call it with the name of a fault when a job has shown that the fault changed nothing."""
     return partial(record_property, "survived")
 
 
@@ -93,45 +117,55 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 def wait_until(
-    what: str, done: Callable[[], object], seconds: float = 200, log: Callable[[], str] = str
+    what: str,
+    done: Callable[[], object],
+    seconds: float = 200,
+    log: Callable[[], str] = str,
+    every_s: float = 0.05,
 ) -> None:
     """Wait until `done` is true. Fail with `what` and the end of `log` if it takes too long."""
     until = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < until, f"{what}: not within {seconds:.0f} s\n{log()[-6000:]}"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def losses(run: Path) -> dict[int, float]:
-    """The training loss by step. Asserts that no step was written twice."""
-    found: dict[int, float] = {}
-    if not (run / "metrics.jsonl").exists():
-        return found
-    for row, _ in read_journal(run / "metrics.jsonl"):
+    """Return the training loss by step, and assert that no step was written twice."""
+    journal, loss_at = run / "metrics.jsonl", {}
+    if not journal.exists():
+        return loss_at
+
+    for row, _ in read_journal(journal):
         if "train/loss" in row.metrics:
-            assert row.step not in found, f"step {row.step} was written twice"
-            found[row.step] = row.metrics["train/loss"]
-    return found
+            assert row.step not in loss_at, f"step {row.step} was written twice"
+            loss_at[row.step] = row.metrics["train/loss"]
+    return loss_at
 
 
-def processes_where(known: Callable[[Path], bool]) -> list[int]:
-    """Find the ids of the processes whose folder in /proc satisfies `known`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
+def last_step(run: Path) -> int:
+    """Return the last step that the run has written, or 0."""
+    return max(losses(run), default=0)
+
+
+def processes_where(wanted: Callable[[Path], bool]) -> list[int]:
+    """Find the ids of the processes whose folder in /proc satisfies `wanted`."""
+    ids = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if known(entry):
-                found.append(int(entry.name))
+            if wanted(folder):
+                ids.append(int(folder.name))
         except OSError:
+            # It ended meanwhile.
             pass
-    return found
+    return ids
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    """The bytes of the newest checkpoint's weights and averaged weights."""
+    """Return the bytes of the newest checkpoint's weights and averaged weights."""
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {
-        file: (newest / file).read_bytes() for file in ("weights.safetensors", "ema.safetensors")
-    }
+    files = ("weights.safetensors", "ema.safetensors")
+    return {file: (newest / file).read_bytes() for file in files}
 
 
 @dataclass(frozen=True)
@@ -143,7 +177,7 @@ class Cluster:
     environment: dict[str, str]
 
     def call(self, *words: str | Path, status: int | None = 0) -> str:
-        """Run a command in the checkout; its output."""
+        """Run a command in the checkout and return its output."""
         done = subprocess.run(
             [str(word) for word in words],
             cwd=self.checkout,
@@ -152,90 +186,85 @@ class Cluster:
             text=True,
             timeout=120,
         )
-        assert status is None or done.returncode == status, (
-            f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
-        )
+        right = status is None or done.returncode == status
+        assert right, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
     def sbatch(self, *words: str | Path) -> str:
-        """Submit; the job's id."""
+        """Submit a job and return its id."""
         return self.call("sbatch", "--parsable", *words).strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """Slurm's record of a job (or of one task of an array): JobState, Restarts, ExitCode …"""
+        """Return Slurm's record of a job or of a task of an array: JobState, Restarts, ..."""
         text = self.call("scontrol", "show", "job", job, "--oneliner")
         return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED …"""
+        """Return PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
         return self.job(job)["JobState"]
 
     def output(self, job: str) -> str:
-        """What the job has printed until now."""
+        """Return what the job has printed until now."""
         file = Path(self.job(job)["StdOut"])
         return file.read_text(errors="replace") if file.exists() else "(no output)"
 
-    def wait_rows(self, job: str, run: Path, step: int) -> None:
-        """Return when the job's run has written this step."""
+    def describe(self, job: str) -> str:
+        """Return Slurm's record and the end of the output, for a failed test."""
+        return f"{self.job(job)}\n{self.output(job)[-6000:]}"
 
-        def there() -> bool:
-            assert self.state(job) in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"), (
-                self.output(job)[-6000:]
-            )
-            return max(losses(run), default=0) >= step
+    def wait_for_step(self, job: str, run: Path, step: int) -> None:
+        """Wait until the job's run has written this step."""
+        next_question = 0.0
 
-        wait_until(f"step {step} of job {job}", there, log=lambda: self.output(job))
+        def written() -> bool:
+            nonlocal next_question
+            if time.monotonic() >= next_question:
+                assert self.state(job) in PENDING_OR_RUNNING, self.describe(job)
+                next_question = time.monotonic() + ASK_SLURM_EVERY_S
+            return last_step(run) >= step
 
-    def wait_end(self, *jobs: str, state: str = "COMPLETED", seconds: float = 400) -> None:
-        """Return when the jobs have ended, all in this state."""
-        ends = (
-            "COMPLETED",
-            "FAILED",
-            "CANCELLED",
-            "TIMEOUT",
-            "NODE_FAIL",
-            "OUT_OF_MEMORY",
-            "DEADLINE",
-        )
+        wait_until(f"step {step} of job {job}", written, log=lambda: self.output(job))
+
+    def wait_for_end(self, *jobs: str, state: str = "COMPLETED", seconds: float = 400) -> None:
+        """Wait until the jobs have ended, and assert that all are in this state."""
         for job in jobs:
             wait_until(
                 f"the end of job {job}",
-                lambda job=job: self.state(job) in ends,
+                lambda job=job: self.state(job) in ENDED,
                 seconds,
                 log=lambda job=job: self.output(job),
+                every_s=ASK_SLURM_EVERY_S,
             )
-            assert self.state(job) == state, f"{self.job(job)}\n{self.output(job)[-6000:]}"
+            assert self.state(job) == state, self.describe(job)
 
-    def start_again(self, job: str, restarts: int, seconds: float = 200) -> None:
+    def restart(self, job: str, restarts: int, seconds: float = 200) -> None:
         """Wait until Slurm has requeued the job, then skip the two minutes that Slurm holds it."""
 
-        def queued() -> bool:
+        def requeued() -> bool:
             record = self.job(job)
-            return record["Restarts"] == str(restarts) and record["JobState"] in (
-                "PENDING",
-                "RUNNING",
-            )
+            queued_or_started = record["JobState"] in ("PENDING", "RUNNING")
+            return record["Restarts"] == str(restarts) and queued_or_started
 
         wait_until(
             f"restart {restarts} of job {job}",
-            queued,
+            requeued,
             seconds,
-            log=lambda: f"{self.job(job)}\n{self.output(job)}",
+            log=lambda: self.describe(job),
+            every_s=ASK_SLURM_EVERY_S,
         )
         if self.state(job) == "PENDING":
-            # A node refuses for good ("credential revoked") what starts in the very second in which
-            # it ended the start before.
+            # A node refuses a start in the very second in which it ended the previous one, and then
+            # it does so for good ("credential revoked").
             time.sleep(2)
             self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
 def why_no_slurm() -> str | None:
-    """Why there can be no Slurm here, or none."""
+    """Say why there can be no Slurm here, or return None."""
     if os.geteuid() != 0:
         return "slurmd takes root"
-    if not shutil.which("slurmctld", path=clean_environment()["PATH"]) and not shutil.which(
-        "apt-get"
-    ):
+    installed = shutil.which("slurmctld", path=clean_environment()["PATH"])
+    if not installed and not shutil.which("apt-get"):
         return "Slurm is not installed, and there is no apt-get"
     return None
 
@@ -245,12 +274,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes of two CPUs each; stopped without leftovers."""
     if reason := why_no_slurm():
         pytest.skip(reason)
+
     folder, checkout = tmp_path_factory.mktemp("slurm"), tmp_path_factory.mktemp("checkout")
     (checkout / "slurm").symlink_to(ROOT / "slurm")
     (checkout / "launch").symlink_to(ROOT / "launch")
     (checkout / "runs" / "slurm").mkdir(parents=True)
     site = checkout / "site.sh"
     site.write_text(SITE.format(bin=Path(sys.executable).parent, root=ROOT))
+
     environment = clean_environment(
         SLURM_CONF=str(folder / "slurm.conf"),
         COUPALIGN_TEST_SLURM=str(folder),
@@ -264,7 +295,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         subprocess.run([SLURM, "stop", folder], check=True, env=environment)
 
 
-# Without dropout, whose draws are each rank's own, every topology trains on the same numbers; eps
+# Each rank draws its own dropout. Without it, every topology trains on the same numbers. The eps
 # keeps Adam's first steps from amplifying the last bit of gradients near 0.
 CHANGES = [
     "model.text.dropout=0",
@@ -284,7 +315,7 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def outage(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
-    """The run of an outage. Whoever needs it first starts it; test_outage.py checks its end."""
+    """A training whose server is away while other tests run; test_outage.py checks its end."""
     from tests.cluster.outage import Outage  # which needs this file
 
     away = Outage(config, tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("away"))

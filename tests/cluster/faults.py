@@ -1,6 +1,6 @@
-"""Runs that break at chosen places, and what is left of them.
+"""Runs that break at chosen moments, and what is left of them.
 
-The places are in fault/sitecustomize.py.
+fault/sitecustomize.py makes the faults happen.
 """
 
 from __future__ import annotations
@@ -17,87 +17,108 @@ from typing import Any
 from coupalign.tracking import read_journal
 from tests.cluster.conftest import ROOT, clean_environment
 
+Fault = dict[str, Any]
+
+# Metrics that a clock or the memory decides.
 TIMED = ("train/samples_per_second", "data/wait_share", "train/peak_memory_gb", "ranks/", "save/")
 HOOK = Path(__file__).parent / "fault"
-# Where a rank is killed: an audit event and what its first argument matches. `later` is the longest
-# delay after it, in seconds.
-PLACES: dict[str, dict[str, Any]] = {
-    "between batches": {"event": "coupalign.doing", "match": "reading data", "most": 8},
+# Where a rank is killed: an audit event, and a pattern for its first argument. The kill comes at
+# one of the first `max_count` such events, and up to `max_delay_s` after it.
+MOMENTS: dict[str, dict[str, Any]] = {
+    "between batches": {
+        "event": "coupalign.doing",
+        "match": "reading data",
+        "max_count": 8,
+    },
     "anywhere in a step": {
         "event": "coupalign.doing",
         "match": "forward, backward, update",
-        "most": 8,
-        "later": 0.06,
+        "max_count": 8,
+        "max_delay_s": 0.06,
     },
     "during a save": {
         "event": "coupalign.doing",
         "match": "saving a checkpoint",
-        "most": 2,
-        "later": 0.06,
+        "max_count": 2,
+        "max_delay_s": 0.06,
     },
     "while a checkpoint is described": {
         "event": "open",
         "match": r"\.step-\d+\.partial/\.(state|manifest)",
-        "most": 2,
+        "max_count": 2,
         "rank": 0,
     },
     "between save and rename": {
         "event": "os.rename",
         "match": r"\.step-\d+\.partial$",
-        "most": 2,
+        "max_count": 2,
         "rank": 0,
     },
-    "between rename and publish": {"event": "open", "match": "/checkpoints$", "most": 2, "rank": 0},
+    "between rename and publish": {
+        "event": "open",
+        "match": "/checkpoints$",
+        "max_count": 2,
+        "rank": 0,
+    },
     "while an old checkpoint is removed": {
         "event": "shutil.rmtree",
         "match": r"/step-\d+$",
-        "most": 1,
+        "max_count": 1,
         "rank": 0,
     },
     "during an evaluation": {
         "event": "coupalign.doing",
         "match": "scoring val: batch",
-        "most": 3,
-        "later": 0.03,
+        "max_count": 3,
+        "max_delay_s": 0.03,
     },
-    "while scores are written": {"event": "os.rename", "match": r"scores/\.", "most": 2, "rank": 0},
+    "while scores are written": {
+        "event": "os.rename",
+        "match": r"scores/\.",
+        "max_count": 2,
+        "rank": 0,
+    },
     "during an MLflow flush": {
         "event": "os.rename",
         "match": r"\.tracking\.json",
-        "most": 6,
+        "max_count": 6,
         "rank": 0,
     },
-    "while it resumes": {"event": "coupalign.doing", "match": "checking|loading", "most": 1},
+    "while it resumes": {
+        "event": "coupalign.doing",
+        "match": "checking|loading",
+        "max_count": 1,
+    },
 }
+# What a run prints, in its folder.
+OUTPUT = "output.txt"
 
 
-def random_faults(count: int, ranks: int, seed: int) -> list[dict[str, Any]]:
-    """`count` kills: every place in turn, at a random rank, repetition and delay."""
+def random_faults(count: int, ranks: int, seed: int) -> list[Fault]:
+    """Draw kills: every moment in turn, with a random rank, repetition and delay."""
     choose = random.Random(seed)
-    names = [list(PLACES)[place % len(PLACES)] for place in range(count)]
+    names = [list(MOMENTS)[number % len(MOMENTS)] for number in range(count)]
     choose.shuffle(names)
-    return [kill(name, choose, ranks) for name in names]
+    return [_draw_kill(name, choose, ranks) for name in names]
 
 
-def kill(name: str, choose: random.Random, ranks: int) -> dict[str, Any]:
-    place = PLACES[name]
+def _draw_kill(name: str, choose: random.Random, ranks: int) -> Fault:
+    moment = MOMENTS[name]
+    any_rank = choose.randrange(ranks)
     return {
         "name": name,
-        "rank": place.get("rank", choose.randrange(ranks)),
-        "event": place["event"],
-        "match": place["match"],
-        "count": choose.randint(1, place["most"]),
-        "after_s": choose.uniform(0, place.get("later", 0.0)),
+        "rank": moment.get("rank", any_rank),
+        "event": moment["event"],
+        "match": moment["match"],
+        "count": choose.randint(1, moment["max_count"]),
+        "after_s": choose.uniform(0, moment.get("max_delay_s", 0.0)),
         "do": "kill",
     }
 
 
-OUTPUT = "output.txt"
-
-
 def start(
     folder: Path,
-    faults: list[dict[str, Any]],
+    faults: list[Fault],
     *words: str | Path,
     ranks: int = 2,
     restarts: int = 0,
@@ -116,6 +137,7 @@ def start(
         "OMP_NUM_THREADS": "1",
         "TORCHRUN_ARGS": f"--max-restarts {restarts} --monitor-interval 0.2",
     }
+
     with open(folder / OUTPUT, "wb") as output:
         return subprocess.Popen(
             [str(ROOT / "launch" / "torchrun.sh"), *map(str, words)],
@@ -127,29 +149,29 @@ def start(
         )
 
 
-def broken(
+def run_with_faults(
     folder: Path,
-    faults: list[dict[str, Any]],
+    faults: list[Fault],
     *words: str | Path,
     ranks: int = 2,
     restarts: int = 0,
-    status: int | None = 0,
-    seconds: float = 900,
+    status: int = 0,
 ) -> str:
-    """`start`, and wait for the end; what was printed."""
+    """Do what `start` does, wait for the end, assert its status, and return the output."""
     process = start(folder, faults, *words, ranks=ranks, restarts=restarts)
     try:
-        process.wait(seconds)
+        process.wait(900)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
     output = (folder / OUTPUT).read_text(errors="replace")
-    assert status is None or process.returncode == status, output[-6000:]
+    assert process.returncode == status, output[-6000:]
     return output
 
 
-def happened(folder: Path) -> list[dict[str, Any]]:
-    """The faults that took place."""
+def happened(folder: Path) -> list[Fault]:
+    """Return the faults that took place."""
     log = folder / "faults.json.log"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -159,36 +181,35 @@ def remains(run: Path) -> dict[str, Any]:
     metrics: dict[tuple[int, str], float] = {}
     for row, _ in read_journal(run / "metrics.jsonl"):
         for name, value in row.metrics.items():
-            if not name.startswith(TIMED):
-                assert (row.step, name) not in metrics, (
-                    f"{name} of step {row.step} was written twice"
-                )
-                metrics[row.step, name] = value
+            if name.startswith(TIMED):
+                continue
+            key = row.step, name
+            assert key not in metrics, f"{name} of step {row.step} was written twice"
+            metrics[key] = value
+
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    files = [
-        newest / "weights.safetensors",
-        newest / "ema.safetensors",
-        *sorted((run / "scores").glob("*.csv")),
-    ]
-    return {"metrics": metrics, "newest": newest.name} | {
-        file.name: file.read_bytes() for file in files
-    }
+    weights = [newest / "weights.safetensors", newest / "ema.safetensors"]
+    files = [*weights, *sorted((run / "scores").glob("*.csv"))]
+    contents = {file.name: file.read_bytes() for file in files}
+    return {"metrics": metrics, "newest": newest.name} | contents
+
+
+METRICS_OF_RUN = """
+SELECT m.step, m.key, m.value FROM metrics m JOIN runs r ON m.run_uuid = r.run_uuid
+WHERE r.name = ?
+"""
 
 
 def tracked(database: Path, run_name: str) -> dict[tuple[int, str], list[float]]:
     """Read MLflow's values by (step, metric): one each, if nothing was sent twice."""
     with sqlite3.connect(database) as connection:
-        rows = connection.execute(
-            "SELECT m.step, m.key, m.value FROM metrics m "
-            "JOIN runs r ON m.run_uuid = r.run_uuid WHERE r.name = ?",
-            (run_name,),
-        ).fetchall()
-        runs = connection.execute(
-            "SELECT count(*) FROM runs WHERE name = ?", (run_name,)
-        ).fetchone()[0]
+        points = connection.execute(METRICS_OF_RUN, [run_name]).fetchall()
+        count = "SELECT count(*) FROM runs WHERE name = ?"
+        [runs] = connection.execute(count, [run_name]).fetchone()
     assert runs == 1, f"{runs} MLflow runs are called {run_name}"
-    found: dict[tuple[int, str], list[float]] = {}
-    for step, key, value in rows:
+
+    values: dict[tuple[int, str], list[float]] = {}
+    for step, key, value in points:
         if not key.startswith(TIMED):
-            found.setdefault((step, key), []).append(value)
-    return found
+            values.setdefault((step, key), []).append(value)
+    return values

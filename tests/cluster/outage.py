@@ -16,7 +16,14 @@ AWAY_S = 300
 
 
 class Outage:
-    """Take two seconds per step, so that the run outlasts the outage and leaves the cores free."""
+    """A training that takes two seconds per step, so it outlasts the outage and uses few cores.
+
+    Attributes:
+        server: the tracking server, which is killed after some steps and started again.
+        folder: of the training.
+        training: its launcher.
+        thread: it ends when the server is back.
+    """
 
     def __init__(self, config: Path, server: Path, folder: Path) -> None:
         self.server, self.folder = Server(server), folder
@@ -28,27 +35,25 @@ class Outage:
             "do": "slow",
             "after_s": 2.0,
         }
-        self.training = start(
-            folder,
-            [slow],
-            "train",
-            config,
+        changes = [
             f"run_dir={folder / 'run'}",
             f"train.steps={40 + AWAY_S // 2}",
             "train.evaluate_every=1000",
             "data.workers=0",
             "tracking.kind=mlflow",
             f"tracking.uri={self.server.uri}",
-            ranks=1,
-        )
+        ]
+        self.training = start(folder, [slow], "train", config, *changes, ranks=1)
         self.thread = threading.Thread(target=self._go_away, daemon=True)
         self.thread.start()
 
     def _go_away(self) -> None:
         journal = self.folder / "run" / "metrics.jsonl"
-        wait_until(
-            "the first steps", lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3
-        )
+
+        def some_steps_are_done() -> bool:
+            return journal.exists() and journal.read_bytes().count(b"\n") >= 3
+
+        wait_until("the first steps", some_steps_are_done)
         self.server.kill()
         time.sleep(AWAY_S)
         self.server.start()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A Slurm of four nodes on this machine, for the tests.
+# Run a Slurm of four nodes on this machine, for the tests.
 #
-#   slurm.sh install          Debian's packages, where something is missing
-#   slurm.sh start FOLDER     everything that it writes lies in FOLDER; SLURM_CONF=FOLDER/slurm.conf is how to reach it
-#   slurm.sh stop FOLDER      nothing stays but the logs
+#   slurm.sh install          install Debian's packages if something is missing
+#   slurm.sh start FOLDER     write everything into FOLDER; SLURM_CONF=FOLDER/slurm.conf reaches this Slurm
+#   slurm.sh stop FOLDER      end everything and keep the logs
 set -euo pipefail
 
 packages=(slurm-wlm slurmd slurmctld slurm-client munge pdsh openssh-server iproute2)
@@ -32,7 +32,7 @@ install() {
     [[ -z "$(missing)" ]] || die "still missing after the installation: $(missing | xargs)"
 }
 
-# Below those that Linux hands out by itself, and below those that the ranks of a job meet at.
+# Choose ports below those that Linux hands out by itself, and below those where the ranks of a job meet.
 free_ports() {
     python3 -c '
 import random, socket, sys
@@ -43,8 +43,8 @@ ports = filter(free, random.sample(range(10000, 20000), 1000))
 print(*(next(ports) for _ in range(int(sys.argv[1]))))' "$1"
 }
 
-# Two CPUs a node are promised, whatever the machine has: the tasks share it. State and logs in the folder; its own munge, so that
-# a Slurm of this machine is not touched. Job ids start anywhere, since the ranks' port comes from them.
+# Each node claims two CPUs, whatever the machine has: the tasks share it. State, logs and munge are in the folder, so a
+# Slurm of this machine is not touched. Job ids start at a random number, since the port of the ranks comes from them.
 configure() {
     local host ports node number=1
     host=$(hostname)
@@ -107,7 +107,7 @@ start() {
     [[ "$(id -u)" == 0 ]] || die "slurmd takes root"
     [[ -z "$(missing)" ]] || die "missing: $(missing | xargs); slurm.sh install"
     mkdir -p "$folder"/{state,log,run}
-    # munged wants a folder for its socket that others can enter and no other folder of ours needs to be.
+    # munged insists on a folder for its socket that others can enter. Our other folders need not be like that.
     mkdir -m 755 "$folder/munge"
     head -c 128 /dev/urandom >"$folder/munge/key"
     chmod 400 "$folder/munge/key"
@@ -118,13 +118,13 @@ start() {
     printf '127.0.0.1 %s\n' localhost "$(hostname)" "${nodes[@]}" >"$folder/hosts"
     local node
     for node in "${nodes[@]}"; do
-        # Seen by the node and its jobs only: a name of its own, and the names of all nodes resolve, as on a cluster.
+        # Only the node and its jobs see this: it has its own name, and the names of all nodes resolve, as on a cluster.
         unshare --mount --uts bash -c 'hostname "$2" && mount --bind "$1" /etc/hosts && exec slurmd -N "$2"' bash "$folder/hosts" "$node"
     done
     wait_for "four idle nodes" 60 all_idle
 }
 
-# Ids of all processes that were started for or by this Slurm: its configuration is in their environment.
+# List the ids of all processes that were started for or by this Slurm: its folder is in their environment.
 ours() {
     local entry
     for entry in /proc/[0-9]*; do
@@ -150,7 +150,7 @@ stop() {
     done
     until=$((SECONDS + 10))
     until none_left || ((SECONDS >= until)); do sleep 0.2; done
-    # Listed first and then killed, so that the list does not hold the one that kills.
+    # List first and kill then, so that the list does not contain the process that kills.
     left=$(ours)
     [[ -z "$left" ]] || xargs kill -KILL <<<"$left" 2>/dev/null || true
     wait_for "the end of all processes" 10 none_left

@@ -20,16 +20,16 @@ from tests.cluster.conftest import (
     ROOT,
     SLURM,
     clean_environment,
+    last_step,
     losses,
     processes_where,
     wait_until,
     why_no_slurm,
 )
 
-PORTS = count(
-    29500
-)  # in namespaces that nobody else uses; each test has its own, whatever another one has left
-PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen", "pdsh")
+# Ports in namespaces that nobody else uses. Each test has its own, whatever another one has left.
+PORTS = count(29500)
+NEEDED_PROGRAMS = ("ip", "unshare", "nsenter", "sshd", "ssh-keygen", "pdsh")
 TRAIN = [
     "train",
     "tiny.yaml",
@@ -39,6 +39,7 @@ TRAIN = [
     "train.evaluate_every=1000",
     "train.steps=6",
 ]
+ZERO_2 = ["engine.kind=deepspeed", "engine.stage=2"]
 SSHD = """
 Port 22
 ListenAddress 0.0.0.0
@@ -56,7 +57,7 @@ UserKnownHostsFile /dev/null
 StrictHostKeyChecking no
 LogLevel ERROR
 """
-# In namespaces of its own, all of which end with it: what is mounted here is seen by nobody else.
+# It runs in namespaces that end with it: nobody else sees what is mounted here.
 MACHINE = """
 set -e
 hostname {name}
@@ -82,15 +83,8 @@ class Machine:
 
     def start(self, *words: str | Path, **changes: str) -> subprocess.Popen[str]:
         """Start a command on this machine, in the tests' folder."""
-        inside = [
-            "nsenter",
-            "--target",
-            str(self.pid),
-            "--net",
-            "--uts",
-            "--mount",
-            f"--wdns={self.folder}",
-        ]
+        namespaces = ["--net", "--uts", "--mount", f"--wdns={self.folder}"]
+        inside = ["nsenter", "--target", str(self.pid), *namespaces]
         environment = clean_environment(
             OMP_NUM_THREADS="1",
             DS_ACCELERATOR="cpu",
@@ -110,20 +104,18 @@ class Machine:
 
 
 def finish(*processes: subprocess.Popen[str]) -> str:
-    """Wait for the end of them all, each with status 0; what they printed."""
+    """Wait until all have ended with status 0, and return what they printed."""
     try:
         outputs = [process.communicate(timeout=280)[0] for process in processes]
     except subprocess.TimeoutExpired as late:
-        # The ranks first, whose stacks Python prints; the launchers end with them.
-        for process in processes:
-            for victim in reversed(
-                psutil.Process(process.pid).children(recursive=True)
-                if process.poll() is None
-                else []
-            ):
+        # Python prints the stacks of the ranks, which get the signal first. The launchers end too.
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            for victim in reversed(psutil.Process(process.pid).children(recursive=True)):
                 victim.send_signal(signal.SIGABRT)
         outputs = "".join(process.communicate(timeout=60)[0] for process in processes)
         raise AssertionError(f"still running after 280 s:\n{outputs[-9000:]}") from late
+
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, output[-6000:]
     return "".join(outputs)
@@ -131,7 +123,7 @@ def finish(*processes: subprocess.Popen[str]) -> str:
 
 @contextmanager
 def machine(name: str, address: str, folder: Path) -> Iterator[Machine]:
-    """A machine without a cable."""
+    """Start a machine without a cable, and end everything in it."""
     script = MACHINE.format(
         name=name,
         address=address,
@@ -155,8 +147,7 @@ def machine(name: str, address: str, folder: Path) -> Iterator[Machine]:
         )
         yield Machine(name, process.pid, folder)
     finally:
-        # sshd's sessions are other process groups; whatever is left in the namespace goes with the
-        # machine.
+        # The sessions of sshd are other process groups: end all that is left in the namespace.
         here = os.readlink(f"/proc/{process.pid}/ns/net")
         for pid in processes_where(lambda entry: os.readlink(entry / "ns/net") == here):
             os.kill(pid, signal.SIGKILL)
@@ -173,7 +164,7 @@ def machines(
     subprocess.run([SLURM, "install"], check=True, env=clean_environment())
     missing = [
         program
-        for program in PROGRAMS
+        for program in NEEDED_PROGRAMS
         if not shutil.which(program, path=clean_environment()["PATH"])
     ]
     assert not missing, missing
@@ -187,63 +178,38 @@ def machines(
     (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 one\n10.77.0.2 two\n")
     (folder / "tiny.yaml").write_text(config.read_text())
     (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
-    # The launcher passes on hardly any variable: these do not come from the machine that it is
-    # started on.
+    # The launcher forwards hardly any variable to the other machine.
     (folder / ".deepspeed_env").write_text(
         "GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n"
     )
     with ExitStack() as stack:
         one = stack.enter_context(machine("one", "10.77.0.1", folder))
         two = stack.enter_context(machine("two", "10.77.0.2", folder))
-        cable = [
-            "ip",
-            "link",
-            "add",
-            "name",
-            "eth0",
-            "netns",
-            str(one.pid),
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(two.pid),
-        ]
+        of_one, of_two = ["netns", str(one.pid)], ["netns", str(two.pid)]
+        peer = ["type", "veth", "peer", "name", "eth0"]
+        cable = ["ip", "link", "add", "name", "eth0", *of_one, *peer, *of_two]
         subprocess.run(cable, check=True, env=clean_environment())
         for here, there in ((one, "two"), (two, "one")):
 
             def reached(here: Machine = here, there: str = there) -> bool:
-                return (
-                    here.start("ssh", "-o", "ConnectTimeout=2", there, "true").wait(timeout=30) == 0
-                )
+                ssh = here.start("ssh", "-o", "ConnectTimeout=2", there, "true")
+                return ssh.wait(timeout=30) == 0
 
-            wait_until(
-                f"ssh from {here.name} to {there}", reached, 30, (folder / f"{there}.log").read_text
-            )
+            log = (folder / f"{there}.log").read_text
+            wait_until(f"ssh from {here.name} to {there}", reached, 30, log)
         yield one, two
 
 
 @pytest.fixture(scope="module")
 def through_ssh(machines: tuple[Machine, Machine]) -> dict[int, float]:
     """The losses of a ZeRO 2 training that machine one starts on both, as the README does."""
-    output = finish(
-        machines[0].start(
-            ROOT / "launch/deepspeed.sh",
-            "--hostfile",
-            "hostfile",
-            *TRAIN,
-            "name=ssh",
-            "engine.kind=deepspeed",
-            "engine.stage=2",
-        )
-    )
+    launcher = [ROOT / "launch/deepspeed.sh", "--hostfile", "hostfile"]
+    output = finish(machines[0].start(*launcher, *TRAIN, *ZERO_2, "name=ssh"))
     assert "(2 ranks x" in output
     return losses(machines[0].folder / "runs" / "ssh")
 
 
-def test_deepspeed_starts_the_other_machine_over_ssh(through_ssh: dict[int, float]) -> None:
+def test_deepspeed_starts_the_other_eachover_ssh(through_ssh: dict[int, float]) -> None:
     assert sorted(through_ssh) == [1, 2, 3, 4, 5, 6]
 
 
@@ -256,48 +222,44 @@ def on_both(
         "MASTER_ADDR": "one",
         "MASTER_PORT": str(next(PORTS)),
         "NNODES": "2",
-    } | changes
-    return [
-        each.start(
-            ROOT / "launch" / launcher,
-            *words,
-            **{name: value.format(rank=rank) for name, value in common.items()},
-        )
-        for rank, each in enumerate(machines)
-    ]
+    }
+
+    processes = []
+    for rank, each in enumerate(machines):
+        variables = {name: value.format(rank=rank) for name, value in (common | changes).items()}
+        processes.append(each.start(ROOT / "launch" / launcher, *words, **variables))
+    return processes
 
 
-def test_deepspeed_without_ssh_is_started_on_each_machine(
+def test_deepspeed_without_ssh_starts_on_each_machine(
     machines: tuple[Machine, Machine], through_ssh: dict[int, float]
 ) -> None:
-    output = finish(
-        *on_both(
-            machines,
-            "deepspeed.sh",
-            "--hostfile",
-            "hostfile",
-            *TRAIN,
-            "name=no-ssh",
-            "engine.kind=deepspeed",
-            "engine.stage=2",
-            DEEPSPEED_ARGS="--no_ssh --node_rank {rank}",
-        )
-    )
-    assert "(2 ranks x" in output
-    assert losses(machines[0].folder / "runs" / "no-ssh") == through_ssh, (
-        "the same ranks add in the same order"
+    processes = on_both(
+        machines,
+        "deepspeed.sh",
+        "--hostfile",
+        "hostfile",
+        *TRAIN,
+        *ZERO_2,
+        "name=no-ssh",
+        DEEPSPEED_ARGS="--no_ssh --node_rank {rank}",
     )
 
+    assert "(2 ranks x" in finish(*processes)
+    # The same ranks add in the same order.
+    assert losses(machines[0].folder / "runs" / "no-ssh") == through_ssh
 
-def test_torchrun_with_the_rank_of_each_machine(
+
+def test_torchrun_starts_with_the_rank_of_each_machine(
     machines: tuple[Machine, Machine], through_ssh: dict[int, float]
 ) -> None:
-    output = finish(*on_both(machines, "torchrun.sh", *TRAIN, "name=static", NODE_RANK="{rank}"))
-    assert "(2 ranks x" in output
+    processes = on_both(machines, "torchrun.sh", *TRAIN, "name=static", NODE_RANK="{rank}")
+
+    assert "(2 ranks x" in finish(*processes)
     assert losses(machines[0].folder / "runs" / "static") == pytest.approx(through_ssh, rel=1e-5)
 
 
-def test_torchrun_whose_machines_find_each_other_starts_lost_ranks_again(
+def test_torchrun_with_c10d_restarts_lost_ranks(
     machines: tuple[Machine, Machine],
     through_ssh: dict[int, float],
     survived: Callable[[str], None],
@@ -315,22 +277,21 @@ def test_torchrun_whose_machines_find_each_other_starts_lost_ranks_again(
         TORCHRUN_ARGS="--max-restarts 3",
     )
 
-    def rank_one(entry: Path) -> bool:
-        environment = (entry / "environ").read_bytes().split(b"\0")
-        return b"RANK=1" in environment and f"PWD={machines[0].folder}".encode() in environment
+    def is_rank_one(folder: Path) -> bool:
+        variables = (folder / "environ").read_bytes().split(b"\0")
+        return b"RANK=1" in variables and f"PWD={machines[0].folder}".encode() in variables
 
-    wait_until(
-        "step 6",
-        lambda: (
-            max(losses(run), default=0) >= 6
-            or any(process.poll() is not None for process in processes)
-        ),
-    )
-    for pid in processes_where(rank_one):
+    def trained_or_ended() -> bool:
+        return last_step(run) >= 6 or any(process.poll() is not None for process in processes)
+
+    wait_until("step 6", trained_or_ended)
+    for pid in processes_where(is_rank_one):
         os.kill(pid, signal.SIGKILL)
     output = finish(*processes)
+
     assert output.count("(2 ranks x") == 2, output[-6000:]
-    found = losses(run)
-    assert sorted(found) == list(range(1, 31))
-    assert {step: found[step] for step in through_ssh} == pytest.approx(through_ssh, rel=1e-5)
+    loss_at = losses(run)
+    assert sorted(loss_at) == list(range(1, 31))
+    first = {step: loss_at[step] for step in through_ssh}
+    assert first == pytest.approx(through_ssh, rel=1e-5)
     survived("lost rank under torchrun")

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, Cluster, losses, wait_until
+from tests.cluster.conftest import ROOT, Cluster, last_step, losses, wait_until
 
 PAGE = ROOT / "docs" / "operations.md"
-ENDLESS = 10_000  # steps: no job is over before the page stops it, however fast the machine is
+# No job is over before the page stops it, however fast the machine is.
+ENDLESS = 10_000
 
 
 @pytest.fixture
 def demo(cluster: Cluster, config: Path) -> Path:
-    """The run directory that the page speaks of."""
+    """The run directory of the page's commands."""
     write_config(cluster, config, ENDLESS)
     return cluster.checkout / "runs" / "demo"
 
 
 def write_config(cluster: Cluster, config: Path, steps: int) -> None:
-    """The page's configuration: so many small steps."""
+    """Write the page's configuration: many small steps."""
     text = config.read_text() + "name: demo\n"
     for old, new in (
         ("kind: none", "kind: mlflow"),
@@ -33,51 +34,60 @@ def write_config(cluster: Cluster, config: Path, steps: int) -> None:
     ):
         assert old in text
         text = text.replace(old, new)
+
     (cluster.checkout / "configs").mkdir(exist_ok=True)
     (cluster.checkout / "configs" / "demo.yaml").write_text(text)
 
 
-def test_the_page_can_be_followed(cluster: Cluster, config: Path, demo: Path) -> None:
+def test_every_command_of_the_page_works(cluster: Cluster, config: Path, demo: Path) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) > 8
+
     job, steps = "", ENDLESS
     for block in blocks:
-        restarts = int(cluster.job(job)["Restarts"]) if job and "sbatch" not in block else 0
-        done = max(losses(demo), default=0)
+        restarts = restarts_of(cluster, job) if job and "sbatch" not in block else 0
+        done = last_step(demo)
         if "--wait" in block and "train.sbatch" in block:
-            steps = done + 20  # the last job: it is to end by itself, and soon
+            # The last job ends by itself, and soon.
+            steps = done + 20
             write_config(cluster, config, steps)
-        job = run(cluster, block, job)
+
+        job = run_block(cluster, block, job)
+
         if "job=$(sbatch" in block or "StartTime=now" in block and "scancel" not in block:
             wait_until(
                 f"three more steps after\n{block}",
-                lambda done=done: max(losses(demo), default=0) >= done + 3,
+                lambda done=done: last_step(demo) >= done + 3,
                 log=lambda job=job: cluster.output(job),
             )
         elif "scancel --signal" in block or "scontrol requeue" in block:
             wait_until(
                 f"the requeue after\n{block}",
-                lambda job=job, restarts=restarts: int(cluster.job(job)["Restarts"]) > restarts,
+                lambda job=job, restarts=restarts: restarts_of(cluster, job) > restarts,
                 log=lambda job=job: cluster.output(job),
             )
         elif "scancel $job" in block:
-            cluster.wait_end(job, state="CANCELLED")
+            cluster.wait_for_end(job, state="CANCELLED")
+
     assert sorted(losses(demo)) == list(range(1, steps + 1))
     assert (demo / "report.html").is_file()
 
 
-def run(cluster: Cluster, block: str, job: str) -> str:
-    """Run a block in a shell that knows `$job`; the `$job` that it leaves."""
-    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
-    # Slurm's nodes refuse for good what starts in the very second in which they ended the start
-    # before.
+def restarts_of(cluster: Cluster, job: str) -> int:
+    return int(cluster.job(job)["Restarts"])
+
+
+def run_block(cluster: Cluster, block: str, job: str) -> str:
+    """Run a block in a shell in which `$job` is set, and return the `$job` that it leaves."""
+    # A node refuses for good what starts in the very second in which it ended the previous start.
     pause = 2 if "sbatch" in block or "StartTime" in block else 0
     script = f'set -eo pipefail; job={job}; sleep {pause}\n{block}\necho; echo "$job"'
     environment = cluster.environment | {
-        "PATH": path,
+        "PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
+
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=cluster.checkout,

@@ -1,17 +1,23 @@
-"""Breaks a rank at a chosen place:
+"""Breaks a rank at a chosen moment.
 
-Python imports this file at its start wherever this folder is on PYTHONPATH.
+Python imports this file when it starts, wherever this folder is on PYTHONPATH. The variable FAULTS
+names a JSON file with a list of faults. Each start of the job takes the first that has not
+happened yet:
 
-FAULTS names a JSON file: a list of faults. Each start of the job takes the first that has not
-    happened yet:
-
-    {"rank": 1, "event": "os.rename", "match": "checkpoints", "count": 2, "do": "kill", "after_s":
-    0.0}
+    {"rank": 1, "event": "os.rename", "match": "checkpoints", "count": 2, "do": "kill"}
 
 The fault happens when the rank raises the audit event (PEP 578: "open", "os.rename",
-"coupalign.doing" …) whose first argument matches, for the count-th time; "kill" is SIGKILL, "usr1"
-SIGUSR1, "hang" sleeps for ever, "clock" sets its clock a day back, "slow" sleeps `after_s` at each
-event. What happened is added to the file `FAULTS`.log before it happens."""
+"coupalign.doing", ...) for the count-th time with a first argument that matches, and `after_s`
+seconds later if that is given. What it does:
+
+    kill   SIGKILL
+    usr1   SIGUSR1
+    hang   sleep forever
+    clock  set the clock of the process a day back
+    slow   sleep `after_s` seconds at each such event
+
+Before a fault happens it is added to the file `FAULTS`.log.
+"""
 
 import json
 import os
@@ -23,18 +29,22 @@ import time
 
 
 def _arm(fault: dict, log: str) -> None:
-    process, left, pattern = os.getpid(), [fault.get("count", 1)], re.compile(fault["match"])
+    """Install the audit hook that makes the fault happen."""
+    rank, pattern = os.getpid(), re.compile(fault["match"])
+    events_left = [fault.get("count", 1)]
     busy = threading.local()
 
     def act() -> None:
-        if os.getpid() != process:
-            return  # a data worker, forked from the rank
+        # A data worker is forked from the rank and must not act.
+        if os.getpid() != rank:
+            return
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(fault) + "\n")
+
         if fault["do"] == "kill":
-            os.kill(process, signal.SIGKILL)
+            os.kill(rank, signal.SIGKILL)
         elif fault["do"] == "usr1":
-            os.kill(process, signal.SIGUSR1)
+            os.kill(rank, signal.SIGUSR1)
         elif fault["do"] == "hang":
             time.sleep(1e6)
         else:
@@ -42,23 +52,26 @@ def _arm(fault: dict, log: str) -> None:
             time.time = lambda: real() - 86_400
 
     def hook(event: str, arguments: tuple) -> None:
-        if (
-            event != fault["event"]
-            or getattr(busy, "now", False)
-            or left[0] < 1
-            or os.getpid() != process
-        ):
+        if event != fault["event"] or getattr(busy, "now", False):
+            return
+        if events_left[0] < 1 or os.getpid() != rank:
             return
         if not pattern.search(str(arguments[0]) if arguments else ""):
             return
+
+        # What the fault itself does raises events, too.
         busy.now = True
         try:
             if fault["do"] == "slow":
                 time.sleep(fault["after_s"])
                 return
-            left[0] -= 1
-            if left[0] == 0:
-                threading.Timer(fault["after_s"], act).start() if fault.get("after_s") else act()
+            events_left[0] -= 1
+            if events_left[0] > 0:
+                return
+            if fault.get("after_s"):
+                threading.Timer(fault["after_s"], act).start()
+            else:
+                act()
         finally:
             busy.now = False
 
@@ -66,6 +79,7 @@ def _arm(fault: dict, log: str) -> None:
 
 
 def _next_fault() -> dict | None:
+    """Return the first fault that has not happened yet."""
     with open(os.environ["FAULTS"], encoding="utf-8") as file:
         faults = json.load(file)
     try:
