@@ -33,7 +33,7 @@ check: setup lint
 KILLS ?= 30
 test-cluster: setup
 	tests/cluster/slurm.sh install
-	KILLS=$(KILLS) $(PYTEST) tests/cluster --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 15
+	KILLS=$(KILLS) $(PYTEST) tests/cluster --numprocesses 2 --no-loadscope-reorder --durations 15
 
 # What this machine can measure, next to what was measured on it before. Results go to benchmarks/.
 bench: setup

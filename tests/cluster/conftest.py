@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -51,8 +51,8 @@ export GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu PYTHONPATH
 COUPALIGN_CONTAINER=()
 COUPALIGN_SRUN=()
 """
-# Two processes run the tests (--dist loadgroup). A group stays together, because its tests share a
-# Slurm or an outage. Files run in this order, the longest first. The outage ends by itself.
+# Two processes run the tests. A group stays in one of them, because its tests share a Slurm or an
+# outage. Files run in this order, the longest first. The outage ends by itself.
 GROUPS = {
     "test_slurm.py": "slurm",
     "test_faults.py": "outage",
@@ -75,18 +75,29 @@ ENDED = (
 )
 
 
-# First, because xdist reads the groups in a hook of its own.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of this folder, and put its files into the order of GROUPS."""
     files = {Path(__file__).parent / name: order for order, name in enumerate(GROUPS)}
     for item in items:
         if item.path in files:
             item.add_marker("cluster")
-            item.add_marker(pytest.mark.xdist_group(GROUPS[item.path.name]))
             # A busy machine takes a minute to start four ranks.
             item.add_marker(pytest.mark.timeout(900))
     items.sort(key=lambda item: files.get(item.path, -1))
+
+
+# The mark `xdist_group` would do, if pytest-xdist 3.8 found its groups under pytest 9.2.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each group of files to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).name
+            return GROUPS.get(file, file)
+
+    return GroupScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
