@@ -209,7 +209,7 @@ def through_ssh(machines: tuple[Machine, Machine]) -> dict[int, float]:
     return losses(machines[0].folder / "runs" / "ssh")
 
 
-def test_deepspeed_starts_the_other_eachover_ssh(through_ssh: dict[int, float]) -> None:
+def test_deepspeed_starts_the_other_machine_over_ssh(through_ssh: dict[int, float]) -> None:
     assert sorted(through_ssh) == [1, 2, 3, 4, 5, 6]
 
 
