@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, Cluster, last_step, losses, wait_until
+from tests.cluster.conftest import (
+    ASK_SLURM_EVERY_S,
+    ROOT,
+    Cluster,
+    last_step,
+    losses,
+    wait_until,
+)
 
 PAGE = ROOT / "docs" / "operations.md"
 # No job is over before the page stops it, however fast the machine is.
@@ -65,6 +72,7 @@ def test_every_command_of_the_page_works(cluster: Cluster, config: Path, demo: P
                 f"the requeue after\n{block}",
                 lambda job=job, restarts=restarts: restarts_of(cluster, job) > restarts,
                 log=lambda job=job: cluster.output(job),
+                every_s=ASK_SLURM_EVERY_S,
             )
         elif "scancel $job" in block:
             cluster.wait_for_end(job, state="CANCELLED")
