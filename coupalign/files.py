@@ -1,21 +1,34 @@
-"""Write files and directories that appear whole or not at all; read JSON.
+"""Write files and directories that appear whole or not at all; lock them; read JSON.
 
 Everything is written under a hidden name with the ending .partial first, and then renamed.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from coupalign.errors import InputError
+
+# What a file system without locks answers: NFS without lockd, Lustre without the mount option
+# flock, some FUSE file systems.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+# Ten seconds.
+_WAITS_UNTIL_SAID = 100
+
+logger = logging.getLogger("coupalign.files")
 
 
 def user_cache(name: str) -> Path:
@@ -101,6 +114,46 @@ def remove_debris(folder: Path, older_than_s: float = 5.0) -> None:
                 partial.unlink()
 
 
+@contextmanager
+def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock that ends with this process. The file says who holds it.
+
+        with locked(run_dir / "train.lock", "is being trained", "Choose another name"): ...
+
+    The lock file is removed at the end. One that a killed process left blocks nobody. Where the
+    file system has no locks, the owner in the file counts: on this host as long as it lives, on
+    another host until somebody removes the file.
+
+    Args:
+        file: the lock file. Its folder must exist.
+        use: what the owner does with the folder, for the refusal: "is being trained".
+        remedy: what the other one can do, a sentence without its period.
+        wait: wait for the owner instead of refusing.
+
+    Raises:
+        InputError: another process holds the lock.
+        OSError: the lock file cannot be written: a read-only place, a full disk.
+    """
+    file = Path(file)
+    waits = 0
+    while (handle := _try_lock(file)) is None:
+        refusal = f"{file.parent}: {use} by {_describe_owner(file)}"
+        if not wait:
+            raise InputError(f"{refusal}. {remedy}")
+        waits += 1
+        if waits == _WAITS_UNTIL_SAID:
+            logger.warning("%s; waiting for it", refusal)
+        time.sleep(0.1)
+
+    try:
+        yield
+    finally:
+        # Remove it first: whoever waits for it then sees that it is not the file any more.
+        if _is_file(handle, file):
+            file.unlink(missing_ok=True)
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON with a final newline, see `whole_file`."""
     with whole_file(path, "w") as file:
@@ -129,6 +182,141 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _try_lock(file: Path) -> int | None:
+    """Lock the file and write this process into it.
+
+    Returns:
+        the open file, which is the lock; None: another process holds it.
+    """
+    while True:
+        handle, is_new = _open_or_create(file)
+        try:
+            if not _is_free(handle, file, is_new):
+                os.close(handle)
+                return None
+
+            # Its last owner may have removed it between our open and our lock.
+            if _is_file(handle, file):
+                _write_owner(handle, file)
+                return handle
+            os.close(handle)
+        except BaseException:
+            if is_new:
+                file.unlink(missing_ok=True)
+            os.close(handle)
+            raise
+
+
+def _open_or_create(file: Path) -> tuple[int, bool]:
+    """Open a file for reading and writing; returns also whether this call has created it."""
+    while True:
+        with suppress(FileExistsError):
+            return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        with suppress(FileNotFoundError):
+            return os.open(file, os.O_RDWR), False
+
+
+def _is_free(handle: int, file: Path, is_new: bool) -> bool:
+    """Lock an open lock file; returns False if another process holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_no_locks(file.parent)
+
+    # Only one process can create the file.
+    if is_new:
+        return True
+    if _may_live(_read_owner(file)):
+        return False
+    file.unlink(missing_ok=True)
+    return True
+
+
+def _write_owner(handle: int, file: Path) -> None:
+    before = _read_owner(file)
+    host = socket.gethostname()
+    if before.get("host", host) != host:
+        # Some mounts (NFS with nolock, Lustre with localflock) lock for one host only, silently.
+        logger.warning(
+            "%s: its owner, %s, did not give it back. Make sure that it has ended",
+            file,
+            _describe_owner(file),
+        )
+
+    owner = {
+        "pid": os.getpid(),
+        "host": host,
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "started": _start_of(os.getpid()),
+    }
+    os.ftruncate(handle, 0)
+    os.write(handle, json.dumps(owner).encode())
+
+
+def _read_owner(file: Path) -> dict[str, Any]:
+    """Read who holds a lock; empty if the file does not say."""
+    try:
+        owner = json.loads(file.read_bytes()[:1000])
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _may_live(owner: dict[str, Any]) -> bool:
+    """Whether the owner of a lock may be alive; only a process of this host is known to be dead."""
+    if owner.get("host") != socket.gethostname():
+        return True
+    return _start_of(owner.get("pid")) == owner.get("started")
+
+
+def _start_of(pid: Any) -> str | None:
+    """When a process of this host began, in clock ticks since boot; None if there is none.
+
+    A later process may have the same pid, but not the same start.
+    """
+    if not isinstance(pid, int):
+        return None
+    try:
+        # The name of the program, in parentheses, may contain spaces.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    has_ended = state in ("Z", "X")
+    return None if has_ended else fields[18]
+
+
+def _describe_owner(file: Path) -> str:
+    owner = _read_owner(file)
+    if not owner:
+        return f"another process (if that has ended, remove {file})"
+
+    pid, host, since = (str(owner.get(key))[:80] for key in ("pid", "host", "since"))
+    text = f"process {pid} on host {host!r} since {since!r}"
+    if owner.get("host") == socket.gethostname():
+        return text
+    return f"{text} (if that has ended, remove {file})"
+
+
+@cache
+def _warn_of_no_locks(folder: Path) -> None:
+    logger.warning(
+        "%s: the file system has no locks. The owner that a lock file names counts instead", folder
+    )
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that is at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import json
 import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from coupalign.errors import InputError
 from coupalign.files import (
+    locked,
     publish_directory,
     read_json,
     remove_debris,
@@ -124,3 +134,169 @@ def test_user_cache_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache("shards") == Path.home() / ".cache" / "coupalign" / "shards"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from coupalign.files import locked
+with locked(Path(sys.argv[1]), "is being trained", ""):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(lock: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds a lock until its standard input is closed."""
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        yield process
+        process.kill()
+
+
+def refused(lock: Path) -> str:
+    """The refusal of a lock that is taken."""
+    with pytest.raises(InputError) as error, locked(lock, "is being trained", "Wait for it"):
+        pass
+    return str(error.value)
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A file system that has no locks."""
+
+    def flock(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+without_locks = pytest.mark.parametrize(
+    "no_locks", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL], indirect=True
+)
+
+
+def test_lock_is_refused_with_pid_and_host_of_its_owner(tmp_path: Path) -> None:
+    lock = tmp_path / "train.lock"
+
+    with holder(lock) as process:
+        message = refused(lock)
+
+    assert message.startswith(f"{tmp_path}: is being trained by process {process.pid} on host ")
+    assert repr(socket.gethostname()) in message and message.endswith(". Wait for it")
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    lock = tmp_path / "train.lock"
+
+    with holder(lock):
+        pass
+    assert lock.exists()
+    with locked(lock, "is being trained", ""):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+    assert names_in(tmp_path) == []
+
+
+def test_lock_can_be_waited_for(tmp_path: Path) -> None:
+    lock = tmp_path / "shard.lock"
+
+    with holder(lock) as process:
+        threading.Timer(0.3, process.stdin.close).start()
+        with locked(lock, "is being fetched", "", wait=True):
+            assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_many_processes_hold_a_lock_one_after_the_other(tmp_path: Path) -> None:
+    # Given: processes that add 1 to the number in a file, not atomically.
+    (tmp_path / "sum").write_text("0")
+    add = (
+        "import sys; from pathlib import Path; from coupalign.files import locked\n"
+        "folder = Path(sys.argv[1])\n"
+        "for _ in range(50):\n"
+        "    with locked(folder / 'lock', '', '', wait=True):\n"
+        "        (folder / 'sum').write_text(str(int((folder / 'sum').read_text()) + 1))\n"
+    )
+
+    processes = [
+        subprocess.Popen([sys.executable, "-c", add, str(tmp_path)], stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+
+    assert [process.communicate()[1] for process in processes] == [b""] * 3
+    assert (tmp_path / "sum").read_text() == "150"
+
+
+@without_locks
+def test_without_locks_a_living_owner_counts(tmp_path: Path, no_locks: None) -> None:
+    lock = tmp_path / "train.lock"
+
+    with locked(lock, "is being trained", ""):
+        message = refused(lock)
+        assert f"process {os.getpid()} on host" in message and "remove" not in message
+
+    with locked(lock, "is being trained", ""):
+        pass
+
+
+@without_locks
+def test_without_locks_a_dead_owner_of_this_host_does_not_count(
+    tmp_path: Path, no_locks: None
+) -> None:
+    lock = tmp_path / "train.lock"
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": "1"}
+    lock.write_text(json.dumps(owner))
+
+    with locked(lock, "is being trained", ""):
+        assert json.loads(lock.read_text())["started"] != "1"
+
+
+@without_locks
+@pytest.mark.parametrize("content", ['{"pid": 1, "host": "n7", "since": "2026"}', "", "[1]", "{"])
+def test_without_locks_an_owner_that_cannot_be_asked_counts(
+    tmp_path: Path, no_locks: None, content: str
+) -> None:
+    lock = tmp_path / "train.lock"
+    lock.write_text(content)
+
+    assert f"(if that has ended, remove {lock})" in refused(lock)
+    assert lock.read_text() == content
+
+
+@without_locks
+def test_without_locks_a_warning_says_so_once(
+    tmp_path: Path, no_locks: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        with locked(tmp_path / "train.lock", "is being trained", ""):
+            pass
+
+    assert [record.message.count("has no locks") for record in caplog.records] == [1]
+
+
+def test_lock_left_by_another_host_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = tmp_path / "train.lock"
+    lock.write_text('{"pid": 5, "host": "n7", "since": "2026"}')
+
+    with locked(lock, "is being trained", ""):
+        pass
+
+    assert "process 5 on host 'n7'" in caplog.text and "Make sure that it has ended" in caplog.text
+
+
+def test_lock_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+
+    with pytest.raises(OSError, match="No space"), locked(tmp_path / "lock", "", ""):
+        pass
+
+    assert names_in(tmp_path) == []
