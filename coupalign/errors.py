@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from enum import IntEnum
+from typing import Any
+
+MAX_QUOTED = 80  # characters of a foreign value in a message
 
 
 class ExitStatus(IntEnum):
@@ -34,3 +38,29 @@ class RunError(RuntimeError):
     The message says what happened and how to resume. The command line prints it without a traceback
     and exits with ExitStatus.RUN_FAILED.
     """
+
+
+def quoted(value: Any) -> str:
+    """Return the repr of a foreign value for an error message, on one line and cut.
+
+    It is quick for any value: lists in lists are not followed far.
+    """
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"<a whole number of {value.bit_length()} bits>"
+
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"
+
+
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 4
+        self.maxstring = self.maxother = MAX_QUOTED
+
+    def repr_int(self, value: int, level: int) -> str:
+        return quoted(value) if value.bit_length() > 256 else str(value)
+
+
+_SHORT = _ShortRepr()

@@ -1,0 +1,34 @@
+"""Quoting foreign values in messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from coupalign.errors import MAX_QUOTED, quoted
+
+
+def bomb() -> list:
+    """A list that takes no memory, and whose repr has 2 ** 40 entries."""
+    value: list = ["x"]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("value", [12, 1.5, None, True, "a", [1, 2], {"a": 1}, "café"])
+def test_short_values_are_quoted_whole(value: object) -> None:
+    assert quoted(value) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [bomb(), {"a": bomb()}, "x" * 10**6, [10**5000], 10**5000, -(10**5000), b"x" * 1000],
+    ids=["bomb", "bomb in dict", "text", "list of a number", "number", "negative", "bytes"],
+)
+def test_large_values_are_cut(value: object) -> None:
+    assert len(quoted(value)) <= MAX_QUOTED
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "half \ud83d", "\u2028"])
+def test_quoted_text_is_one_printable_line(text: str) -> None:
+    assert quoted(text).isprintable()
