@@ -1,6 +1,7 @@
 """Write files and directories that appear whole or not at all; lock them; read JSON.
 
-Everything is written under a hidden name with the ending .partial first, and then renamed.
+Everything is written under a hidden name first, .NAME.PID-HOST.partial, and then renamed. The name
+says who writes it, so that nobody removes what is not abandoned.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -27,6 +29,10 @@ from coupalign.errors import InputError
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 # Ten seconds.
 _WAITS_UNTIL_SAID = 100
+
+_PARTIAL = re.compile(r"\..+\.(?P<pid>\d+)-(?P<host>[\w.-]+)\.partial")
+_LONGEST_NAME = 255
+_A_DAY_S = 24 * 3600.0
 
 logger = logging.getLogger("coupalign.files")
 
@@ -45,7 +51,7 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial_path(path)
     encoding = None if "b" in mode else "utf-8"
 
     try:
@@ -67,7 +73,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    remove_debris(path.parent)
+    partial = _partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
 
@@ -98,17 +105,18 @@ def publish_directory(finished: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_debris(folder: Path, older_than_s: float = 5.0) -> None:
-    """Remove half-written files and directories that killed processes left below `folder`.
+def remove_debris(folder: Path) -> None:
+    """Remove half-written files and directories from `folder` whose writers have ended.
 
-    Younger ones stay: a living process may be writing them.
+    Only names that this module gives count, and only directly in `folder`. Whether a process of
+    another host has ended is unknown, so what it wrote stays for a day.
     """
-    for partial in list(folder.rglob(".*.partial")):
+    for partial in sorted(folder.glob(".*.partial")):
         # Another process may remove it at the same time.
         with suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime <= older_than_s:
+            if not _is_abandoned(partial):
                 continue
-            if partial.is_dir():
+            if partial.is_dir() and not partial.is_symlink():
                 shutil.rmtree(partial)
             else:
                 partial.unlink()
@@ -182,6 +190,31 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _partial_path(path: Path) -> Path:
+    """Where this process writes what will be `path`."""
+    owner = f"{os.getpid()}-{_plain_host()}"
+    name = f".{path.name}.{owner}.partial"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+        name = f".{digest}.{owner}.partial"
+    return path.with_name(name)
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the process that wrote a partial file or directory has ended."""
+    match = _PARTIAL.fullmatch(partial.name)
+    if match is None:
+        return False
+    if match["host"] == _plain_host():
+        return _start_of(int(match["pid"])) is None
+    return time.time() - partial.lstat().st_mtime > _A_DAY_S
+
+
+def _plain_host() -> str:
+    """The name of this host, as a part of file names."""
+    return re.sub(r"[^\w.-]", "_", socket.gethostname())[:64] or "_"
 
 
 def _try_lock(file: Path) -> int | None:

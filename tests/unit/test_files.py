@@ -111,21 +111,93 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert sha256_of(file) == hashlib.sha256(b"some bytes").hexdigest()
 
 
-def test_remove_debris_spares_files_that_are_being_written(tmp_path: Path) -> None:
-    # Given: a file and a folder that killed processes left, and a file that was just begun.
-    (tmp_path / "scores").mkdir()
-    old_file = tmp_path / "scores" / ".val.csv.12.partial"
-    old_folder = tmp_path / ".step-1.partial"
-    young_file = tmp_path / ".a.json.13.partial"
-    old_folder.mkdir()
-    for file in (old_file, young_file, old_folder / "weights"):
-        file.write_text("half")
-    for path in (old_file, old_folder):
-        os.utime(path, (1, 1))
+@pytest.fixture
+def ended() -> int:
+    """The pid of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_remove_debris_removes_what_ended_processes_of_this_host_left(
+    tmp_path: Path, ended: int
+) -> None:
+    here = socket.gethostname()
+    (tmp_path / f".a.json.{ended}-{here}.partial").write_text("half")
+    (tmp_path / f".pictures.{ended}-{here}.partial").mkdir()
+    (tmp_path / f".pictures.{ended}-{here}.partial" / "a.png").write_text("half")
 
     remove_debris(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [".a.json.13.partial", "scores"]
+    assert names_in(tmp_path) == []
+
+
+def test_remove_debris_spares_living_and_foreign_owners(tmp_path: Path, ended: int) -> None:
+    here = socket.gethostname()
+    names = [
+        f".a.json.{os.getpid()}-{here}.partial",
+        f".a.json.{ended}-elsewhere.partial",
+        ".photos.partial",
+        ".photos.1.partial",
+        f"a.{ended}-{here}.partial",
+        f".a.{ended}-{here}.partial.txt",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    os.utime(tmp_path / ".photos.partial", (1, 1))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / f".b.{ended}-{here}.partial").write_text("half")
+
+    remove_debris(tmp_path)
+
+    assert sorted(names_in(tmp_path)) == sorted([*names, "sub"])
+    assert names_in(tmp_path / "sub")
+
+
+def test_remove_debris_removes_a_foreign_owners_after_a_day(tmp_path: Path) -> None:
+    old = tmp_path / ".a.json.1-elsewhere.partial"
+    old.write_text("half")
+    os.utime(old, (1, 1))
+
+    remove_debris(tmp_path)
+
+    assert names_in(tmp_path) == []
+
+
+def test_remove_debris_does_not_follow_links(tmp_path: Path, ended: int) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    (tmp_path / f".a.{ended}-{socket.gethostname()}.partial").symlink_to(target)
+
+    remove_debris(tmp_path)
+
+    assert names_in(tmp_path) == ["target"] and names_in(target) == ["mine"]
+
+
+def test_two_writers_of_one_directory_do_not_remove_each_other(tmp_path: Path) -> None:
+    write = (
+        "import sys; from pathlib import Path; from coupalign.files import whole_directory\n"
+        "with whole_directory(Path(sys.argv[1])) as folder:\n"
+        "    print(flush=True); sys.stdin.read(); (folder / 'a').write_text('other')\n"
+    )
+    command = [sys.executable, "-c", write, str(tmp_path / "target")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+
+        with whole_directory(tmp_path / "target") as folder:
+            (folder / "a").write_text("mine")
+        assert (tmp_path / "target" / "a").read_text() == "mine"
+
+    assert other.returncode == 0 and (tmp_path / "target" / "a").read_text() == "other"
+
+
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127):
+        with whole_file(tmp_path / name, "w") as file:
+            file.write("text")
+
+    assert sorted(names_in(tmp_path)) == sorted(["a" * 255, "é" * 127])
 
 
 def test_user_cache_follows_xdg_cache_home(monkeypatch: pytest.MonkeyPatch) -> None:

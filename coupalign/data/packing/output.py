@@ -29,7 +29,8 @@ JOURNAL = ".pack.json"
 
 _OUTPUT = re.compile(r"shard-\d{6}\.tar|vocab\.txt|index\.json")
 _RECEIPT = r"\.shard-\d{6}\.tar\.json"
-_LEFTOVER = re.compile(rf"{_RECEIPT}|\.({_OUTPUT.pattern}|{_RECEIPT}|\.pack\.json)\.\d+\.partial")
+_WRITTEN = rf"{_OUTPUT.pattern}|{_RECEIPT}|\.pack\.json"
+_LEFTOVER = re.compile(rf"{_RECEIPT}|\.({_WRITTEN})\.\d+(-[\w.-]+)?\.partial")
 
 
 def receipt_path(out: Path, url: str) -> Path:
