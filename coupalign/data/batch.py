@@ -76,6 +76,8 @@ class Batch:
         target: bool [B, S, S]. None in evaluation.
         info: one entry per sample.
         bad: "<name>: <reason>" of each unreadable sample that was replaced.
+        spare: whether the batch only keeps this rank in step with ranks that have more batches.
+            Run it through the model, because that may be collective, and drop the result.
     """
 
     image: Tensor
@@ -84,6 +86,7 @@ class Batch:
     target: Tensor | None
     info: tuple[SampleInfo, ...]
     bad: tuple[str, ...] = ()
+    spare: bool = False
 
     def __len__(self) -> int:
         return len(self.info)

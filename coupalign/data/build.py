@@ -122,10 +122,13 @@ def build_eval_loader(
 ) -> EvalLoader:
     """Build the loader of this rank's evaluation batches: each text of `sources` once.
 
-    Rank r of R takes the batches r, r + R, … Sentences about one photograph are neighbors, so most
-    of them share one decoding. Every rank yields the same number of batches, because a sharded
-    forward pass is collective: a rank that has run out repeats its last sample, which scoring
-    recognizes by its number. An unreadable sample always ends the evaluation.
+    The samples are cut into batches first, whatever the number of ranks. Then rank r of R takes the
+    batches r, r + R, … So a sample has the same neighbors in its batch on any number of ranks.
+    Sentences about one photograph are neighbors, so most of them share one decoding.
+
+    Every rank yields the same number of batches, because a sharded forward pass is collective. A
+    rank that has run out gets a spare batch, see `Batch.spare`. An unreadable sample always ends
+    the evaluation.
 
     Args:
         batch: samples per batch.
@@ -144,13 +147,15 @@ def build_eval_loader(
     indexes = _open_indexes(sources)
     table, members = evaluation_table(sources, indexes, rules, limit)
     donors = sentence_donors(table) if shuffle_sentences else None
+    batches, spare = eval_batches(len(table), batch, world)
 
     return EvalLoader(
         EvalSamples(SampleReader(config, table, tokenizer), donors, images),
-        _eval_batches(len(table), batch, world),
+        batches,
         config,
         fingerprint=_fingerprint(sources, indexes, "sentence"),
         members=members,
+        spare=spare,
     )
 
 
@@ -201,14 +206,19 @@ def _warn_of_small_cache(config: DataConfig, table: SampleTable, parts_read: int
         )
 
 
-def _eval_batches(samples: int, batch: int, world: World) -> list[list[int]]:
-    """List the sample numbers of each of this rank's batches; every rank gets the same number."""
+def eval_batches(samples: int, batch: int, world: World) -> tuple[list[list[int]], int]:
+    """Deal the samples to ranks, batch by batch.
+
+    Returns:
+        the sample numbers of each batch of this rank, as many batches on every rank; and how many
+        of the last ones are spare. Each sample is in exactly one batch that is not spare.
+    """
     batches = []
     for first in range(0, samples, batch):
         batches.append(list(range(first, min(first + batch, samples))))
     own = batches[world.rank :: world.size]
 
-    # A rank with fewer batches repeats its last sample; one without any takes sample 0.
-    per_rank = -(-len(batches) // world.size)
-    padding = own[-1][-1:] if own else [0]
-    return own + [padding] * (per_rank - len(own))
+    # A spare batch is one sample, of the last own batch because that is at hand.
+    spare = -(-len(batches) // world.size) - len(own)
+    filler = own[-1][-1:] if own else [0]
+    return own + [filler] * spare, spare

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 
@@ -175,6 +176,10 @@ class TrainLoader:
 class EvalLoader:
     """The evaluation batches of this rank. Each iteration begins at the first of them.
 
+    Args:
+        batches: the sample numbers of each batch.
+        spare: how many of the last batches are not this rank's own, see `Batch.spare`.
+
     Attributes:
         samples: number of samples, over all ranks.
         fingerprint: SHA-256 of the shards and of what is read from them.
@@ -189,12 +194,14 @@ class EvalLoader:
         *,
         fingerprint: str,
         members: dict[Rule, np.ndarray],
+        spare: int = 0,
     ) -> None:
         self.samples = len(dataset.reader.table)
         self.fingerprint = fingerprint
         self.members = members
         self._dataset = dataset
         self._batches = batches
+        self._own = len(batches) - spare
         self._workers = min(config.workers, len(batches))
 
     def __len__(self) -> int:
@@ -204,8 +211,8 @@ class EvalLoader:
         loader = open_data_loader(self._dataset, self._batches, self._workers, persistent=False)
         items = start_iteration(loader)
         try:
-            for item in items:
-                yield unwrap(item)
+            for position, item in enumerate(items):
+                yield replace(unwrap(item), spare=position >= self._own)
         finally:
             end_workers(items)
 

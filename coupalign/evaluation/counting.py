@@ -38,13 +38,11 @@ class CountedBatch:
         counts: int32 [B, 1 + 4 * protocols] in the order of `infos`: whether the logits are
             broken, then I, U, bI, bU under each protocol.
         predictions: bool [H, W] by index into `infos`, for the samples that were asked for.
-        on_gpu: whether a GPU counted.
     """
 
     infos: tuple[SampleInfo, ...]
     counts: PendingCopy
     predictions: Mapping[int, PendingCopy]
-    on_gpu: bool
 
     def rows(self) -> np.ndarray:
         """Wait for the counts and return one row per sample, int64 [B, `counted_width`].
@@ -96,7 +94,6 @@ def count_batch(
         infos=tuple(ordered),
         counts=PendingCopy(torch.cat(counts)),
         predictions=predictions,
-        on_gpu=logits.is_cuda,
     )
 
 

@@ -2,8 +2,14 @@
 
 One pass over the data serves all protocols and sentence rules. Each rank counts pixels on the
 device of the logits (`counting`) and reads the counts of a batch while the next one is running, so
-nobody waits for the device. Then the rows of all ranks are gathered, repeated samples are removed,
-and rank 0 computes the scores.
+nobody waits for the device. Then the rows of all ranks are gathered and rank 0 computes the scores.
+
+Every sample is counted once. A rank that has fewer batches than another runs spare batches through
+the model, which may be collective, and drops them.
+
+A row is the same for any number of ranks, because batches are composed before they are dealt. In
+floating point it may depend on the other samples of its batch, and so on the size of batches: a
+logit near the threshold can fall on its other side.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from tqdm import tqdm
 
 from coupalign.distributed.watchdog import doing
 from coupalign.distributed.world import World, gather_rows
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from coupalign.evaluation.counting import (
     CountedBatch,
     count_batch,
@@ -29,7 +35,6 @@ from coupalign.evaluation.metrics import (
     METRICS,
     Score,
     boundary_ious,
-    deduplicate,
     ious,
     summarize,
 )
@@ -42,9 +47,6 @@ if TYPE_CHECKING:
     from coupalign.data.batch import Batch
     from coupalign.data.loader import EvalLoader
     from coupalign.data.table import Rule
-
-# Share of the union by which the counts of a sample that two ranks scored may differ on a GPU.
-_GPU_SLACK = 0.01
 
 
 class Stopped(Exception):
@@ -101,8 +103,8 @@ def evaluate(
     Raises:
         InputError: the loader is empty.
         Stopped: `stopped` returned true.
-        FloatingPointError: the model gave NaN or infinity; names the samples. On every rank.
-        AssertionError: a sample is missing, or two ranks disagree about one; names it.
+        RunError: the model gave NaN or infinity; names the samples. On every rank.
+        AssertionError: a sample was not counted exactly once; names it.
     """
     if not loader.samples:
         raise InputError("nothing to score: the split holds no samples")
@@ -120,17 +122,16 @@ def evaluate(
             if stopped():
                 raise Stopped
             doing(f"{title}: batch {number}")
-            yield count_batch(infer(batch), batch.info, protocols, keep_predictions=shown)
+            logits = infer(batch)
+            if not batch.spare:
+                yield count_batch(logits, batch.info, protocols, keep_predictions=shown)
 
     # Count this rank's share, reading each batch after the next one has been started.
     shares = [np.empty((0, counted_width(len(protocols))), np.int64)]
     shelf: list[Picture] = []
-    slack = 0.0
     for counted in lag_by_one(count_batches()):
         rows = counted.rows()
         shares.append(rows)
-        if counted.on_gpu:
-            slack = _GPU_SLACK
         shelf.extend(_pictures_of(counted, rows, protocols[0]))
         shelf = prune_shelf(shelf, pictures)
 
@@ -138,14 +139,15 @@ def evaluate(
     gathered = np.concatenate(shares)
     if world is not None:
         gathered = gather_rows(gathered, world)
+    gathered = gathered[np.argsort(gathered[:, 0], kind="stable")]
 
     # Every rank checks the rows, rank 0 computes the scores.
+    _check_complete(gathered, loader)
     results: dict[tuple[str, Rule], Evaluation] = {}
     for index, protocol in enumerate(protocols):
-        unique = deduplicate(rows_for_protocol(gathered, index), slack)
-        _check_complete(unique, loader)
+        counted_rows = rows_for_protocol(gathered, index)
         for rule, numbers in loader.members.items():
-            rows = unique[numbers]
+            rows = counted_rows[numbers]
             score = None
             if is_main:
                 score = _score_rows(
@@ -198,22 +200,25 @@ def _pictures_of(counted: CountedBatch, rows: np.ndarray, protocol: Protocol) ->
 
 
 def _check_complete(rows: np.ndarray, loader: EvalLoader) -> None:
-    """Raise if a sample is missing or foreign, or if the model gave NaN or infinity."""
-    missing = np.setdiff1d(np.arange(loader.samples), rows[:, 0])
+    """Check counted rows, sorted by number: each sample is there once, with finite logits."""
+    numbers = rows[:, 0]
+    missing = np.setdiff1d(np.arange(loader.samples), numbers)
     if len(missing):
         raise AssertionError(
             f"{len(missing)} of {loader.samples} samples were not scored: "
             f"{_first_names(missing, loader)}"
         )
     assert len(rows) == loader.samples, (
-        f"scored samples that the loader does not list: number {rows[-1, 0]} of {loader.samples}"
+        f"{len(rows)} rows of {loader.samples} samples: a sample was counted twice, or is not one "
+        "that the loader lists"
     )
 
-    broken = rows[rows[:, -1] > 0, 0]
+    broken = numbers[rows_for_protocol(rows, 0)[:, -1] > 0]
     if len(broken):
-        raise FloatingPointError(
+        raise RunError(
             f"the model gave NaN or infinity on {len(broken)} of {loader.samples} samples: "
-            f"{_first_names(broken, loader)}"
+            f"{_first_names(broken, loader)}. Score with precision=fp32, or score an earlier "
+            "checkpoint"
         )
 
 

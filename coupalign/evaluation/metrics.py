@@ -129,43 +129,6 @@ def paired_intervals(
     return _percentile_intervals(resample(rows_b) - resample(rows_a))
 
 
-def deduplicate(rows: np.ndarray, slack: float = 0.0) -> np.ndarray:
-    """Keep one row per sample, sorted by number; further columns are carried along.
-
-    Ranks repeat a few samples to make their shares equal. A repeat must agree with the first row.
-
-    Args:
-        rows: int64 [n, 5 or more].
-        slack: share of the union by which intersection and union of a repeat may differ, because
-            rounding on a GPU depends on the neighbors in the batch. One pixel can move a whole
-            stretch of a boundary band, so with any slack the bands are not compared. 0 asks for
-            equality.
-
-    Raises:
-        AssertionError: a sample was counted twice with different results; names the sample.
-    """
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    is_first = np.diff(rows[:, 0], prepend=-1) != 0
-    unique = rows[is_first]
-
-    # Compare every row with the first one of its sample.
-    original = unique[np.cumsum(is_first) - 1]
-    deviation = np.abs(rows - original)
-    allowed = (slack * original[:, 2:3]).astype(np.int64)
-    deviation[:, 1:3] -= np.minimum(deviation[:, 1:3], allowed)
-    if slack:
-        deviation[:, 3:5] = 0
-
-    differs = deviation.any(axis=1)
-    if differs.any():
-        index = int(np.argmax(differs))
-        raise AssertionError(
-            f"sample {rows[index, 0]} was scored twice with different results: "
-            f"{original[index, 1:].tolist()} and {rows[index, 1:].tolist()}"
-        )
-    return unique
-
-
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """A result together with everything you need to know to compare it.

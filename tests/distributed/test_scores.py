@@ -1,10 +1,11 @@
-"""One, two and three ranks give the same counts for every sample."""
+"""Any number of ranks gives the same counts for every sample, in fp32 and in bf16."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from coupalign.config.load import override
@@ -13,7 +14,7 @@ from coupalign.data.batch import Batch
 from coupalign.data.build import open_tokenizer
 from coupalign.data.table import RULES
 from coupalign.distributed.world import World
-from coupalign.engine.base import infer_logits
+from coupalign.engine.base import MixedPrecision, infer_logits
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.model.build import build_model
 from coupalign.scoring.splits import ScoreRequest, score_split
@@ -28,11 +29,12 @@ def score_untrained_model(world: World, config: Config, shards: Path) -> dict[An
     config = config.model_copy(update={"data": data})
     tokenizer = open_tokenizer(config.data)
     torch.manual_seed(0)
-    model = build_model(config.model, len(tokenizer), config.data.image_size).eval()
+    model = build_model(config.model, len(tokenizer), config.data.image_size)
+    net = MixedPrecision(model, config.precision).eval()
 
     def infer(batch: Batch) -> torch.Tensor:
         # An untrained model predicts nothing without the offset.
-        return infer_logits(model, batch) + 2.0
+        return infer_logits(net, batch) + 2.0
 
     evaluations = score_split(
         infer,
@@ -49,12 +51,22 @@ def score_untrained_model(world: World, config: Config, shards: Path) -> dict[An
     }
 
 
-def test_any_number_of_ranks_gives_the_same_counts(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["evaluate.batch=4"],
+        ["evaluate.batch=5", "precision=bf16"],
+        ["evaluate.batch=1", "evaluate.limit=2"],  # fewer samples than ranks
+    ],
+    ids=["fp32", "bf16", "few"],
+)
+def test_any_number_of_ranks_gives_the_same_counts(
+    shards: Path, tmp_path: Path, changes: list[str]
+) -> None:
     results, files = [], []
     for ranks in (1, 2, 3):
         config = override(
-            Config(run_dir=tmp_path / str(ranks)),
-            [*TINY, "evaluate.batch=4", "evaluate.bootstrap=20"],
+            Config(run_dir=tmp_path / str(ranks)), [*TINY, "evaluate.bootstrap=20", *changes]
         )
         results.append(run_ranks(score_untrained_model, ranks, config, shards)[0])
         folder = config.directory / "scores"

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from coupalign.data.batch import Batch, SampleInfo
+from coupalign.data.build import eval_batches
 from coupalign.data.transforms import frame_of
+from coupalign.distributed.world import World
 from coupalign.evaluation.evaluator import Evaluation, evaluate
 from coupalign.evaluation.protocols import find_protocol
 
 SIZE = 16
 
 
+def world_of(rank: int, ranks: int) -> World:
+    return World(rank, ranks, rank, ranks, torch.device("cpu"))
+
+
 @dataclass
 class ExampleLoader:
-    """Stands in for `EvalLoader`: rank r has samples r, r + ranks, …, padded with repeats."""
+    """Stands in for `EvalLoader`, with its way to deal batches to ranks."""
 
     samples: int = 23
     batch: int = 4
@@ -44,11 +50,10 @@ class ExampleLoader:
         return {"each": numbers}
 
     def __iter__(self) -> Iterator[Batch]:
-        per_rank = -(-self.samples // self.ranks)
-        share = [(self.rank + index * self.ranks) % self.samples for index in range(per_rank)]
-        for start in range(0, per_rank, self.batch):
-            numbers = share[start : start + self.batch]
-            yield self.collate([number for number in numbers if number not in self.skip])
+        batches, spare = eval_batches(self.samples, self.batch, world_of(self.rank, self.ranks))
+        for position, numbers in enumerate(batches):
+            batch = self.collate([number for number in numbers if number not in self.skip])
+            yield replace(batch, spare=position >= len(batches) - spare)
 
     def collate(self, numbers: list[int]) -> Batch:
         # The image says the number of its sample, which is all that `infer` looks at.

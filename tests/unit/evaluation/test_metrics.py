@@ -13,7 +13,6 @@ from coupalign.evaluation.metrics import (
     METRICS,
     Score,
     boundary_ious,
-    deduplicate,
     ious,
     paired_intervals,
     reaches_thresholds,
@@ -186,51 +185,6 @@ def test_paired_intervals_of_same_rows_are_zero():
     rows = random_rows(np.random.default_rng(2), 30)
 
     assert set(paired_intervals(rows, rows, 30).values()) == {(0.0, 0.0)}
-
-
-# ------------------------------------------------------------------------------------ deduplicate
-
-
-def repeated(*rows: list[int]) -> np.ndarray:
-    return np.asarray(rows, dtype=np.int64)
-
-
-def test_deduplicate_sorts_and_keeps_one_of_each():
-    rows = rows_of((1, 2), (3, 4), (5, 6))
-    repeats = np.concatenate([rows[::-1], rows[:2]])
-    wide = np.column_stack([repeats, repeats[:, 0] * 10])
-
-    assert deduplicate(repeats).tolist() == rows.tolist()
-    assert deduplicate(wide)[:, 5].tolist() == [0, 10, 20]
-    assert deduplicate(rows[:0]).shape == (0, 5)
-
-
-def test_deduplicate_names_sample_that_ranks_disagree_about():
-    rows = np.concatenate([rows_of((1, 2), (3, 4)), repeated([1, 2, 4, 3, 4])])
-
-    message = r"sample 1 was scored twice.*\[3, 4, 3, 4\] and \[2, 4, 3, 4\]"
-    with pytest.raises(AssertionError, match=message):
-        deduplicate(rows)
-
-
-def test_deduplicate_forgives_rounding_up_to_slack():
-    first = [0, 500, 1000, 40, 80, 9]
-    near = [0, 509, 1010, 50, 90, 9]
-
-    assert deduplicate(repeated(first, near), slack=0.01).tolist() == [first]
-
-
-@pytest.mark.parametrize(
-    "other, slack",
-    [
-        ([0, 511, 1000, 40, 80, 9], 0.01),  # more than the slack
-        ([0, 500, 1000, 40, 80, 8], 0.01),  # a column that is not a count
-        ([0, 500, 1000, 41, 80, 9], 0.0),
-    ],
-)
-def test_deduplicate_refuses_more_than_slack(other: list[int], slack: float):
-    with pytest.raises(AssertionError, match="sample 0"):
-        deduplicate(repeated([0, 500, 1000, 40, 80, 9], other), slack=slack)
 
 
 # ------------------------------------------------------------------------------------------ Score
