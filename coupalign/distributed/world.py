@@ -98,7 +98,7 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
         doing("leaving the job")
         wait_for_all(world)
     except RuntimeError as error:
-        if not any(message in str(error) for message in _LOST_RANK_MESSAGES):
+        if not is_lost_rank(error):
             raise
         raise RunError(
             f"rank {rank} lost contact with another rank while {current_phase()!r} ({error}). That "
@@ -231,6 +231,13 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> None:
     """Add up all ranks' `tensor`, in place."""
     if world.size > 1:
         td.all_reduce(tensor)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process went away."""
+    return isinstance(error, RuntimeError) and any(
+        message in str(error) for message in _LOST_RANK_MESSAGES
+    )
 
 
 def launcher_name() -> str:

@@ -51,6 +51,7 @@ from coupalign.engine.base import Engine, TrainState
 from coupalign.engine.build import engine_name
 from coupalign.engine.manifest import find_damage, write_manifest
 from coupalign.engine.optimizer_state import make_universal, open_optimizer_state
+from coupalign.engine.shares import SHARES_FOLDER, check_shares
 from coupalign.errors import InputError, RunError
 from coupalign.files import publish_directory, write_json
 from coupalign.model.text import write_bert_config
@@ -128,6 +129,7 @@ class Checkpoints:
         return None
 
     def _load(self, path: Path, meta: dict[str, Any], engine: Engine) -> None:
+        on_main(lambda: check_shares(path / SHARES_FOLDER), self.world)
         writer, reader = meta["engine"], self._engine_record()
         if writer == reader:
             engine.load(path, meta["counters"])

@@ -24,6 +24,12 @@ from torch import Tensor, nn
 from coupalign.compat import package_hidden
 from coupalign.distributed.world import World
 from coupalign.engine.manifest import find_damage, write_manifest
+from coupalign.engine.shares import (
+    SHARES_FOLDER,
+    check_shares,
+    describe_error,
+    restricted_loading,
+)
 from coupalign.errors import InputError, RunError
 from coupalign.files import whole_directory
 
@@ -33,7 +39,6 @@ and padded at the end. None: the parameter never had a gradient."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE_FILE = "optimizer.pt"
-SHARES_FOLDER = "deepspeed"
 UNIVERSAL_FOLDER = "universal"
 
 # engine.base.MixedPrecision, which DeepSpeed wraps, puts this in front of a parameter's name.
@@ -114,7 +119,7 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
         report: receives a message if the conversion takes place.
 
     Raises:
-        InputError: DeepSpeed cannot read its own files.
+        InputError: DeepSpeed cannot read its own files, or they could run code.
         RunError: the result could not be written.
     """
     alone = World(0, 1, 0, 1, torch.device("cpu"))
@@ -124,6 +129,7 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
     if universal.is_dir() and not find_damage(universal, alone):
         return
 
+    check_shares(shares)
     report(f"{checkpoint}: converting it to DeepSpeed's universal format, once")
     with package_hidden("mlflow"):  # see _import_deepspeed in engine/zero.py
         from deepspeed.checkpoint import ds_to_universal
@@ -141,6 +147,7 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
     try:
         with (
             whole_directory(universal) as folder,
+            restricted_loading(),
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(printed),
         ):
@@ -154,7 +161,7 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
         ) from error
     except Exception as error:
         raise InputError(
-            f"{shares}: DeepSpeed cannot convert this checkpoint ({type(error).__name__}: {error})."
+            f"{shares}: DeepSpeed cannot convert this checkpoint ({describe_error(error)})."
             " Resume with the number of ranks and the ZeRO stage that wrote it"
         ) from error
 

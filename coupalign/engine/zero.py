@@ -23,14 +23,11 @@ from coupalign.compat import package_hidden
 from coupalign.config.schema import Config, DeepSpeedEngine
 from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches
-from coupalign.distributed.world import World
+from coupalign.distributed.world import World, is_lost_rank
 from coupalign.engine.base import EngineBase, MixedPrecision, StepStats, backward_loss
-from coupalign.engine.optimizer_state import (
-    SHARES_FOLDER,
-    OptimizerState,
-    write_whole_state,
-    zero_state,
-)
+from coupalign.engine.optimizer_state import OptimizerState, write_whole_state, zero_state
+from coupalign.engine.shares import SHARES_FOLDER, describe_error, restricted_loading
+from coupalign.errors import InputError
 from coupalign.model.weights.load import load_model_weights
 
 
@@ -102,7 +99,7 @@ class Zero(EngineBase):
     def train_step(self, micro_batches: Sequence[Batch], lr_scale: float) -> StepStats:
         self.engine.train()
         self._set_learning_rates(lr_scale)
-        if self.loss_scale.scale != 1.0 and self.stage > 0:
+        if self.loss_scale.is_dynamic and self.stage > 0:
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
 
         micro_losses = []
@@ -124,7 +121,16 @@ class Zero(EngineBase):
         if self.stage == 0:
             super().load(directory, counters)
             return
-        path, _ = self.engine.load_checkpoint(str(directory), tag=SHARES_FOLDER)
+        try:
+            with restricted_loading():
+                path, _ = self.engine.load_checkpoint(str(directory), tag=SHARES_FOLDER)
+        except Exception as error:  # shares of another content raise almost any type
+            if isinstance(error, OSError) or is_lost_rank(error):
+                raise
+            raise InputError(
+                f"{directory / SHARES_FOLDER}: DeepSpeed cannot load these shares "
+                f"({describe_error(error)}). Take another checkpoint of this run"
+            ) from error
         assert path is not None, f"{directory}: DeepSpeed found no checkpoint of its own"
         self.loss_scale.restore(counters)
         self._load_ema(directory)

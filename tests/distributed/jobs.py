@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from coupalign.engine.base import Engine, seed_step
 from coupalign.engine.build import build_engine
 from coupalign.engine.optimizer import build_optimizer
 from coupalign.engine.optimizer_state import make_universal, open_optimizer_state
+from coupalign.errors import InputError
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import write_weights
 
@@ -214,6 +217,45 @@ def adopt_each(
             {"numbers": numbers, "weights": engine.export(), "ema": engine.export(averaged=True)}
         )
     return results
+
+
+class RunsCode:
+    """A pickle of it creates a file when it is loaded without restrictions."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.marker}",)
+
+
+def load_hostile_shares(
+    world: World, configs: Sequence[Config], folder: Path, marker: Path
+) -> list[str]:
+    """Load and convert shares of which one file would run code; returns the errors' texts."""
+    errors = []
+    for index, config in enumerate(configs):
+        checkpoint = folder / str(index)
+        _, counters = train_and_save(world, config, checkpoint, 1)
+        engine = make_engine(config, world)
+
+        for kind in ("model", "optim"):
+            [file] = (checkpoint / "deepspeed").glob(f"*{kind}_states.pt")
+            whole = file.read_bytes()
+            state = torch.load(file, weights_only=False)
+            torch.save({**state, "note": RunsCode(marker)}, file)
+
+            loads = (
+                partial(engine.load, checkpoint, counters),
+                partial(make_universal, checkpoint, print),
+            )
+            for load in loads:
+                try:
+                    load()
+                except InputError as error:
+                    errors.append(str(error))
+            file.write_bytes(whole)
+    return errors
 
 
 def train_poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:

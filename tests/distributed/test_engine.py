@@ -14,6 +14,7 @@ import torch
 from coupalign.config.load import override
 from tests.distributed.jobs import (
     engine_configs,
+    load_hostile_shares,
     stop_while_averaged,
     tiny,
     train_each,
@@ -88,6 +89,19 @@ def test_sums_over_three_ranks_are_the_same_after_a_restart(tmp_path: Path) -> N
     [restarted] = run_ranks(train_with_restart, 3, [config], tmp_path, 4, 8)[0]
 
     assert restarted == uninterrupted["numbers"][:8]
+
+
+def test_hostile_shares_run_no_code(tmp_path: Path) -> None:
+    """DeepSpeed itself loads its files with `weights_only=False`."""
+    marker = tmp_path / "ran"
+    configs = engine_configs("zero1", "zero2", "zero3")
+
+    [errors] = run_ranks(load_hostile_shares, 1, configs, tmp_path, marker)
+
+    # Two kinds of files, each loaded by DeepSpeed's engine and by its converter.
+    assert len(errors) == len(configs) * 2 * 2
+    assert all(str(tmp_path) in error and "\n" not in error for error in errors)
+    assert not marker.exists()
 
 
 def test_loss_that_is_not_finite_changes_no_weight() -> None:
