@@ -157,8 +157,9 @@ def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator
         yield
     finally:
         # Remove it first: whoever waits for it then sees that it is not the file any more.
-        if _is_file(handle, file):
-            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            if _is_file(handle, file):
+                file.unlink()
         os.close(handle)
 
 

@@ -32,8 +32,9 @@ from coupalign.model.compile import describe_compilation
 from coupalign.scoring.splits import score_splits
 from coupalign.tracking.journal import Tracker
 from coupalign.tracking.open import open_tracker
+from coupalign.training.directory import claim_directory, only_trainer
 from coupalign.training.meter import Meter, RankTimes
-from coupalign.training.run import Run, claim_directory, prepare_run, run_tags
+from coupalign.training.run import Run, prepare_run, run_tags
 from coupalign.training.schedule import lr_scale
 
 logger = logging.getLogger("coupalign.training")
@@ -66,11 +67,16 @@ def train(config: Config, stop: StopRequest) -> Outcome:
         InputError: the user must change something; before the first step, if possible.
         RunError: the run failed although its input was right.
     """
-    with rank_session(hang_minutes=config.train.hang_minutes) as world:
+    with (
+        rank_session(hang_minutes=config.train.hang_minutes) as world,
+        only_trainer(config.directory, world),
+    ):
         run = prepare_run(config, world)
         try:
             state = run.checkpoints.resume(run.engine) or TrainState()
-            on_main(lambda: claim_directory(run), world)
+            is_complete = state.step >= run.total_steps
+            needed = 0 if is_complete else run.least_checkpoint_bytes()
+            on_main(lambda: claim_directory(config, run.trained_on, needed), world)
             with open_tracker(
                 config.tracking,
                 config.directory,

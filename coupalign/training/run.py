@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from coupalign.compat import garbage_collection_paused
-from coupalign.config.load import dump
 from coupalign.config.schema import Config, CoupAlignConfig
 from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.leak import TrainedOn, read_trained_on
@@ -20,8 +19,6 @@ from coupalign.engine.base import Engine, TrainState
 from coupalign.engine.build import build_engine, engine_name
 from coupalign.engine.checkpoint import Checkpoints, finished_checkpoints
 from coupalign.engine.optimizer import build_optimizer
-from coupalign.errors import InputError
-from coupalign.files import remove_debris, whole_file
 from coupalign.kernels import describe_choice
 from coupalign.model.base import ReferringModel
 from coupalign.model.build import build_model
@@ -74,6 +71,15 @@ class Run:
         """Whether the run is finished and has scores to show."""
         return bool(self.config.data.evaluate) and state.step >= self.total_steps
 
+    def least_checkpoint_bytes(self) -> int:
+        """The least that a checkpoint takes on disk: fp32 weights and their two moments."""
+        size = 0
+        for parameter in self.engine.model.parameters():
+            # ZeRO 3 keeps the whole size here.
+            values = getattr(parameter, "ds_numel", parameter.numel())
+            size += 4 * values * (3 if parameter.requires_grad else 1)
+        return size
+
     def _is_due(self, every: int | None, step: int) -> bool:
         """Whether an event of this interval (None: an epoch) happens after `step` steps."""
         interval = every or steps_per_epoch(self.config.train, self.loader.samples)
@@ -117,34 +123,6 @@ def prepare_run(config: Config, world: World) -> Run:
     if world.is_main:
         print(_describe(run), flush=True)
     return run
-
-
-def claim_directory(run: Run) -> None:
-    """Make the run directory this session's: remove debris, write config.yaml and trained_on.json.
-
-    Call it on rank 0.
-
-    Raises:
-        InputError: the directory cannot be written.
-    """
-    config = run.config
-    try:
-        # A session that was killed may have left partial files.
-        remove_debris(config.directory)
-        with whole_file(config.directory / "config.yaml", "w") as file:
-            file.write(dump(config))
-
-        # The newest checkpoint knows what it was trained on. A trained_on.json in the run directory
-        # may belong to an older run of the same name.
-        trained_on = run.trained_on
-        for checkpoint in finished_checkpoints(config.directory / "checkpoints"):
-            trained_on = read_trained_on(checkpoint) or trained_on
-        trained_on.write(config.directory)
-    except OSError as error:
-        raise InputError(
-            f"{config.directory}: the run directory cannot be written ({error}). Make it writable, "
-            "free some space, or choose another run_dir"
-        ) from error
 
 
 def run_tags(run: Run) -> dict[str, str]:
