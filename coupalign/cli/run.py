@@ -388,7 +388,7 @@ def run_report(options: argparse.Namespace) -> Answer:
 
 def _write_page(run: Path) -> Path:
     """Write the page of a run. If the run is tracked, send page, scores and pictures to MLflow."""
-    from coupalign.config.load import read_config
+    from coupalign.config.load import read_stored_config
     from coupalign.report import report_run
     from coupalign.scoring.publish import publish_scores
 
@@ -396,7 +396,7 @@ def _write_page(run: Path) -> Path:
     print(f"page: {page}")
 
     if (run / "config.yaml").is_file():
-        config = read_config(run / "config.yaml")
+        config = read_stored_config(run / "config.yaml")
         publish_scores(config.model_copy(update={"run_dir": run}))
     return page
 

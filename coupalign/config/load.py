@@ -9,18 +9,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from coupalign.addresses import hide_secret
 from coupalign.config.schema import FORMER_KEYS, FORMER_VALUES, Config, Section
+from coupalign.config.yaml_text import parse_value, read_mapping, to_yaml
 from coupalign.errors import InputError
 
 AnySection = TypeVar("AnySection", bound=Section)
 
+_MAX_MISTAKES = 20
+
+_VARIABLE = re.compile(r"\$(?:\$|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\}|)", re.ASCII)
+
+# ~, ~/folder or ~user/folder, also behind the prefixes that our settings know.
+_HOME = re.compile(r"(?P<scheme>(?:random:|file://|sqlite:///)?)(?P<user>~\Z|~[^/\s~]*(?=/))")
+
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `dotted.key=value` overrides, expand $VARIABLES and check all fields.
+    """Read a YAML file, apply `dotted.key=value` overrides and check all fields.
+
+    $NAME, ${NAME} and a leading ~ are expanded in the file and in the overrides; $$ is a dollar
+    sign.
 
     Raises:
         InputError: names the file or override, the key, the mistake and the nearest valid key.
@@ -36,8 +47,20 @@ def read_section(
     A file may start from another one in the same folder with `base: OTHER.yaml`. It then holds only
     the differences.
     """
-    tree = _read_with_base(section_type, path)
+    tree = _expand(_read_with_base(section_type, path), str(path))
     return _parse_with_overrides(section_type, tree, path, overrides)
+
+
+def read_stored_config(path: Path | str) -> Config:
+    """Read the configuration that a run or checkpoint wrote with `dump`.
+
+    Nothing is expanded. The file may be somebody else's, and a variable of this machine in an
+    address would be sent there.
+
+    Raises:
+        InputError: as `read_config`.
+    """
+    return parse_section(Config, _for_each_text(read_yaml(Path(path)), _unescape), path)
 
 
 def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
@@ -47,27 +70,14 @@ def override(config: AnySection, overrides: Sequence[str]) -> AnySection:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping, see `yaml_text`.
 
     Raises:
         InputError: the file is missing, is not valid YAML, or has a key twice (which YAML allows).
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file{_suggest_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-
-    try:
-        tree = yaml.load(text, _UniqueKeyLoader) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{path}: expected a mapping of keys at the top, found {type(tree).__name__}"
-        )
-    return tree
+    if not path.exists():
+        raise InputError(f"{path}: no such file{_suggest_file(path)}")
+    return read_mapping(path)
 
 
 def parse_section(
@@ -80,7 +90,7 @@ def parse_section(
 
     Args:
         section_type: the section to make.
-        tree: the keys and values, as YAML has them.
+        tree: the keys and values, as YAML has them. They are taken literally.
         file: where the tree comes from; for error messages.
         overrides: the overrides that are already in the tree, by dotted key; for error messages.
 
@@ -88,20 +98,25 @@ def parse_section(
         InputError: one line per mistake.
     """
     try:
-        return section_type.model_validate(_expand_variables(tree, str(file)))
+        return section_type.model_validate(tree)
     except ValidationError as error:
         lines = [
             _describe_mistake(section_type, mistake, str(file), overrides or {})
             for mistake in error.errors()
         ]
-        raise InputError("\n".join(dict.fromkeys(lines))) from None
+        unique = list(dict.fromkeys(lines))
+        if len(unique) > _MAX_MISTAKES:
+            rest = len(unique) - _MAX_MISTAKES
+            unique = [*unique[:_MAX_MISTAKES], f"{file}: {rest} more mistakes"]
+        raise InputError("\n".join(unique)) from None
 
 
 def dump(config: Section) -> str:
-    """Write the whole configuration as YAML, defaults included; `read_config` restores it."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
-    )
+    """Write the whole configuration as YAML, defaults included.
+
+    `read_config` and `read_stored_config` restore it. A dollar sign is written as $$.
+    """
+    return to_yaml(_for_each_text(config.model_dump(mode="json"), _escape))
 
 
 def flatten(config: Section) -> dict[str, Any]:
@@ -184,21 +199,6 @@ def _fields_along(config: Section, key: str) -> list[FieldInfo]:
 # Files
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a repeated key is an error instead of silently winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_with_base(
     section_type: type[Section], path: Path, readers: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
@@ -213,7 +213,8 @@ def _read_with_base(
         return tree
     if not isinstance(base, str):
         raise InputError(
-            f"{path}: base: expected the name of a YAML file in the same folder, found {base!r}"
+            f"{path}: base: expected the name of a YAML file in the same folder, "
+            f"found {_short(base)}"
         )
 
     base_tree = _read_with_base(section_type, path.parent / base, (*readers, path.resolve()))
@@ -225,6 +226,7 @@ def _merge(
 ) -> dict[str, Any]:
     """Lay `new` over `old`, mapping by mapping; both stand at `path` below the section."""
     if "kind" in new and new["kind"] != old.get("kind"):
+        # Another kind: drop the settings that belong to the old one.
         kept = _names_kept(section_type, path, old.get("kind"), new["kind"])
         old = {name: value for name, value in old.items() if name in kept}
 
@@ -239,7 +241,7 @@ def _merge(
 
 
 def _names_kept(
-    section_type: type[Section], path: Sequence[str], old_kind: str | None, new_kind: Any
+    section_type: type[Section], path: Sequence[str], old_kind: Any, new_kind: Any
 ) -> set[str]:
     """Find the sections that stay when `kind` changes: those that both variants declare alike.
 
@@ -247,10 +249,12 @@ def _names_kept(
     """
     variants = _sections_at(section_type, path)
     by_kind = {_kind_of(variant): variant for variant in variants}
-    if new_kind not in by_kind:
+    if not isinstance(new_kind, str) or new_kind not in by_kind:
         return set()
 
-    before = by_kind.get(old_kind, variants[0]).model_fields
+    # The file may have anything as the old kind.
+    known_kind = old_kind if isinstance(old_kind, str) else None
+    before = by_kind.get(known_kind, variants[0]).model_fields
     after = by_kind[new_kind].model_fields
     kept: set[str] = set()
     for name in before.keys() & after.keys():
@@ -260,21 +264,55 @@ def _names_kept(
     return kept
 
 
-def _expand_variables(value: Any, file: str) -> Any:
-    """Replace $NAME and ${NAME} in all strings by environment variables, which must be set."""
-    if isinstance(value, Mapping):
-        return {key: _expand_variables(inner, file) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_expand_variables(item, file) for item in value]
-    if not isinstance(value, str) or "$" not in value:
-        return value
+def _for_each_text(tree: Any, change: Callable[[str], str]) -> Any:
+    """Copy a tree with `change` applied to every string but the keys."""
+    if isinstance(tree, Mapping):
+        return {key: _for_each_text(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_for_each_text(item, change) for item in tree]
+    return change(tree) if isinstance(tree, str) else tree
 
-    expanded = os.path.expandvars(value)
-    if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise InputError(
-            f"{file}: {value!r} uses the environment variable {missing[1]}, which is not set"
-        )
-    return expanded
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _unescape(text: str) -> str:
+    return text.replace("$$", "$")
+
+
+def _expand(tree: Any, source: str) -> Any:
+    """Expand the environment variables and the leading ~ of all strings, once.
+
+    A value that an expansion inserts is taken as it is.
+
+    Args:
+        source: the file or override that the tree comes from, for error messages.
+    """
+
+    def expand(text: str) -> str:
+        # The names only: what a variable holds may be a secret.
+        problem = f"{source}: {_short(text)}"
+
+        def variable(match: re.Match[str]) -> str:
+            if match[0] == "$$":
+                return "$"
+            name = match["name"] or match["braced"]
+            if name is None:
+                raise InputError(f"{problem}: write $NAME, ${{NAME}}, or $$ for a dollar sign")
+            if not os.environ.get(name):
+                state = "is empty" if name in os.environ else "is not set"
+                raise InputError(f"{problem} uses the environment variable {name}, which {state}")
+            return os.environ[name]
+
+        if home := _HOME.match(text):
+            folder = os.path.expanduser(home["user"])
+            if folder == home["user"]:
+                raise InputError(f"{problem}: no home folder is known for {home['user']}")
+            text = f"{home['scheme']}{folder.replace('$', '$$')}{text[home.end() :]}"
+        return _VARIABLE.sub(variable, text)
+
+    return _for_each_text(tree, expand)
 
 
 def _suggest_file(path: Path) -> str:
@@ -301,28 +339,32 @@ def _parse_with_overrides(
 
 def _apply_override(section_type: type[Section], tree: dict[str, Any], override: str) -> None:
     """Write one `dotted.key=value` into the tree."""
+    source = _source(override)
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"override {override!r}: expected dotted.key=value")
-
-    # Walk to the mapping or list that holds the value, making mappings that are not there yet.
-    *path, last = key.strip().split(".")
-    node: Any = tree
-    for name in path:
-        if isinstance(node, list):
-            node = node[_list_index(node, name, override)]
-            continue
-        if not isinstance(node.get(name), (dict, list)):
-            node[name] = {}
-        node = node[name]
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise InputError(f"{source}: expected dotted.key=value")
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value = _expand(parse_value(text), source)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{source}: the value: {error}") from None
+
+    # Walk to the mapping or list that holds the value, making mappings that are not there yet.
+    *path, last = names
+    node: Any = tree
+    for name in path:
+        key_here: Any = _list_index(node, name, source) if isinstance(node, list) else name
+        if isinstance(node, dict) and name not in node:
+            node[name] = {}
+        if not isinstance(node[key_here], (dict, list)):
+            node[key_here] = {}
+        node = node[key_here]
 
     if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
+        node[_list_index(node, last, source)] = value
         return
 
     # Another kind: drop the settings that belong to the old one.
@@ -333,11 +375,14 @@ def _apply_override(section_type: type[Section], tree: dict[str, Any], override:
     node[last] = value
 
 
-def _list_index(items: list[Any], text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
-        raise InputError(
-            f"override {override!r}: {text!r} is not an index into a list of {len(items)}"
-        )
+def _source(override: str) -> str:
+    return f"override {_short(override)}"
+
+
+def _list_index(items: list[Any], text: str, source: str) -> int:
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 9
+    if not is_number or int(text) >= len(items):
+        raise InputError(f"{source}: {_short(text)} is not an index into a list of {len(items)}")
     return int(text)
 
 
@@ -353,29 +398,55 @@ def _describe_mistake(
 ) -> str:
     """Turn one of pydantic's errors into a line with file or override, key and remedy."""
     location = mistake["loc"]
-    names = [name for name in location if not _is_kind_tag(section_type, location, name)]
-    key = ".".join(str(name) for name in names)
-    source = f"override {overrides[key]!r}" if key in overrides else file
+    names = [
+        str(name)
+        for depth, name in enumerate(location)
+        if not _is_kind_tag(section_type, location[:depth], name)
+    ]
+    key = ".".join(names)
+    source = file
+    for depth in range(1, len(names) + 1):
+        # The last override of the key, or of a section around it, has the last word.
+        if override := overrides.get(".".join(names[:depth])):
+            source = _source(override)
 
     # An unknown key: say what became of it, or what was probably meant.
     if mistake["type"] == "extra_forbidden" and key in FORMER_KEYS:
         return f"{source}: {key}: {FORMER_KEYS[key]}"
     if mistake["type"] == "extra_forbidden":
         valid = _valid_keys(section_type, location[:-1])
-        nearest = difflib.get_close_matches(str(names[-1]), valid, n=1, cutoff=0.4)
+        nearest = difflib.get_close_matches(names[-1][:80], valid, n=1, cutoff=0.4)
         hint = f"valid keys here: {', '.join(valid)}"
         if nearest:
             hint = f"did you mean {nearest[0]!r}?"
-        return f"{source}: unknown key {key!r}; {hint}"
+        return f"{source}: unknown key {_short(key)}; {hint}"
+
+    if mistake["type"] == "union_tag_not_found":
+        kinds = [_kind_of(variant) for variant in _sections_at(section_type, location)]
+        return f"{source}: {_cut(key)}.kind is missing; set it to one of {', '.join(kinds)}"
 
     # A wrong value: pydantic says what is valid.
+    found = mistake["input"]
     value = ""
     if mistake["type"] not in ("missing", "value_error"):
-        value = f", found {mistake['input']!r}"
-    if new_value := FORMER_VALUES.get((key, str(mistake["input"]))):
+        value = f", found {_short(found)}"
+    if mistake["type"] == "string_type" and isinstance(found, (int, float)):
+        value += "; put it in quotes"
+    if new_value := FORMER_VALUES.get((key, str(found))):
         value += f", which is now called {new_value!r}"
     message = mistake["msg"].removeprefix("Value error, ")
-    return f"{source}: {key or 'the file'}: {message[0].lower()}{message[1:]}{value}"
+    return f"{source}: {_cut(key) or 'the file'}: {message[0].lower()}{message[1:]}{value}"
+
+
+def _short(value: Any) -> str:
+    """Quote a value for an error message: without its secrets, in one line of limited length."""
+    if isinstance(value, str):
+        return repr(_cut(hide_secret(value)))
+    return _cut(hide_secret(repr(value)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _sections_at(section_type: type[Section], path: Sequence[Any]) -> list[type[Section]]:
@@ -405,9 +476,13 @@ def _kind_of(section: type[Section]) -> str | None:
     return None if field is None else field.default
 
 
-def _is_kind_tag(section_type: type[Section], location: Sequence[Any], name: Any) -> bool:
-    """Whether a part of pydantic's location is the kind it chose in a union, and not a key."""
-    variants = _sections_at(section_type, location[: list(location).index(name)])
+def _is_kind_tag(section_type: type[Section], path: Sequence[Any], name: Any) -> bool:
+    """Whether a part of pydantic's location is the kind it chose in a union, and not a key.
+
+    Args:
+        path: the parts of the location before it.
+    """
+    variants = _sections_at(section_type, path)
     return len(variants) > 1 and any(_kind_of(variant) == name for variant in variants)
 
 

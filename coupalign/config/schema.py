@@ -10,13 +10,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from coupalign.addresses import find_secret
+
+# More than any machine can use, and few enough that a typing error ends in a message.
+MOST_CHANNELS = 65_536
+MOST_SAMPLES = 1_000_000
+MOST_PIXELS = 8_192
+MOST_STEPS = 1_000_000_000
+MOST_EPOCHS = 1_000_000
+
+# Names of files have at most 255 bytes; some of ours add an ending.
+MOST_NAME_BYTES = 200
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that refuses keys it does not know."""
+    """A frozen part of the configuration that refuses keys it does not know. Numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+def _without_secret(address: str) -> str:
+    """Refuse an address that holds a password or token, without repeating it."""
+    if secret := find_secret(address):
+        raise ValueError(
+            f"the address holds {secret}, and it is written into files that others see. Leave it "
+            "out, and give the login in ~/.netrc (web servers), ~/.pgpass or MLFLOW_TRACKING_URI "
+            "(tracking databases), MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or "
+            "MLFLOW_TRACKING_TOKEN (tracking servers), or the AWS variables (s3://)"
+        )
+    return address
+
+
+# A path, a hub name or an address; see the field.
+Address = Annotated[str, AfterValidator(_without_secret)]
+
+
+def _is_plain_name(name: str) -> str:
+    if len(name.encode()) > MOST_NAME_BYTES:
+        raise ValueError(f"longer than {MOST_NAME_BYTES} bytes, which a folder's name may not be")
+    return name
+
+
+# The name of a folder in another one: never `..`, a hidden folder, or an option's spelling.
+PlainName = Annotated[str, Field(pattern=r"^[\w+][\w.+-]*$"), AfterValidator(_is_plain_name)]
+
+# Sizes of a model.
+Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS, strict=True)]
 
 
 def setting(
@@ -39,6 +88,9 @@ def setting(
 
     On a field that holds a section, numeric=False and resumable=True hold for all of the section.
     """
+    # `true` is no number, although Python takes it for one.
+    if constraints.keys() & {"ge", "gt", "le", "lt"}:
+        constraints.setdefault("strict", True)
     effects = {"numeric": numeric, "resumable": not numeric if resumable is None else resumable}
     return Field(default, description=description, json_schema_extra=effects, **constraints)
 
@@ -50,7 +102,7 @@ def setting(
 class Source(Section):
     """One split of one data set inside a directory of packed shards."""
 
-    index: str = setting(
+    index: Address = setting(
         description="Shard directory or its index.json: a local path, http(s):// or s3:// address."
     )
     dataset: str | None = setting(
@@ -89,7 +141,9 @@ class DataConfig(Section):
     evaluate: tuple[Source, ...] = setting(
         (), "Sources to score during and after training.", numeric=False
     )
-    image_size: int = setting(480, "Side of the square model input, in pixels.", ge=32)
+    image_size: int = setting(
+        480, "Side of the square model input, in pixels.", ge=32, le=MOST_PIXELS
+    )
     resize: Literal["squash", "letterbox"] = setting(
         "squash",
         "How an image becomes square. squash: ignore the aspect ratio. letterbox: keep it and pad.",
@@ -108,18 +162,18 @@ class DataConfig(Section):
     sentence: Literal["cleaned", "raw"] = setting(
         "cleaned", "Text of an annotation to read: cleaned (its `sent`) or raw (its `raw`)."
     )
-    tokenizer: str | None = setting(
+    tokenizer: Address | None = setting(
         None,
         "Folder or hub name of a Hugging Face tokenizer. "
         "Null: the vocabulary trained while the first training source was packed.",
         resumable=True,
     )
     max_tokens: int = setting(
-        20, "Length that sentences are cut to, in tokens, including [CLS] and [SEP].", ge=3
+        20, "Length that sentences are cut to, in tokens, including [CLS] and [SEP].", ge=3, le=4096
     )
     augment: Augmentation = Augmentation()
     shuffle_window: int = setting(
-        256, "Number of shards whose samples are shuffled together.", ge=1
+        256, "Number of shards whose samples are shuffled together.", ge=1, le=MOST_SAMPLES
     )
     canonical_nodes: int = setting(
         1,
@@ -127,12 +181,14 @@ class DataConfig(Section):
         "Choose a common multiple of all numbers of nodes you may use: changing it later changes "
         "the data order.",
         ge=1,
+        le=65_536,
     )
     workers: int = setting(
         2,
         "Processes per rank that read and decode samples. Does not affect the data order.",
         numeric=False,
         ge=0,
+        le=1024,
     )
     cache_dir: Path | None = setting(
         None, "Folder for copies of remote shards. Null: the user's cache folder.", numeric=False
@@ -173,7 +229,7 @@ class TimmBackbone(Section):
     name: str = setting(
         "swin_base_patch4_window12_384", "timm name: swin_*, resnet101* or darknet53."
     )
-    weights: str | None = setting(
+    weights: Address | None = setting(
         None,
         "Pretrained weights: a local file (official Swin .pth, timm, torchvision or Darknet), "
         "a hub name, or 'hub' for timm's own. Null: random start.",
@@ -199,8 +255,12 @@ class SmallBackbone(Section):
     """A small image encoder for the CPU: residual 3x3 convolutions at strides 4, 8, 16 and 32."""
 
     kind: Literal["small"] = "small"
-    widths: tuple[int, int, int, int] = setting((32, 64, 96, 128), "Channels of the four stages.")
-    depths: tuple[int, int, int, int] = setting((1, 1, 1, 1), "Blocks of the four stages.")
+    widths: tuple[Channels, Channels, Channels, Channels] = setting(
+        (32, 64, 96, 128), "Channels of the four stages."
+    )
+    depths: tuple[Channels, Channels, Channels, Channels] = setting(
+        (1, 1, 1, 1), "Blocks of the four stages."
+    )
     checkpointing: Checkpointing = _checkpointing()
 
 
@@ -208,7 +268,7 @@ class BertText(Section):
     """A published BERT, by its Hugging Face files."""
 
     kind: Literal["bert"] = "bert"
-    weights: str = setting(
+    weights: Address = setting(
         "bert-base-uncased",
         "Hugging Face folder or hub name. random:FOLDER_OR_NAME takes the shape of that model and "
         "starts from random weights.",
@@ -222,11 +282,11 @@ class SmallText(Section):
     """A small BERT from a random start. Its vocabulary is the tokenizer's."""
 
     kind: Literal["small"] = "small"
-    width: int = setting(128, "Channels.", ge=8)
+    width: int = setting(128, "Channels.", ge=8, le=MOST_CHANNELS)
     layers: int = setting(
-        4, "Transformer layers, divided into four groups, one per image stage.", ge=4
+        4, "Transformer layers, divided into four groups, one per image stage.", ge=4, le=1024
     )
-    heads: int = setting(4, "Attention heads.", ge=1)
+    heads: int = setting(4, "Attention heads.", ge=1, le=MOST_CHANNELS)
     dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
     checkpointing: Checkpointing = _checkpointing()
 
@@ -237,7 +297,7 @@ class WpaConfig(Section):
     stages: tuple[bool, bool, bool, bool] = setting(
         (True, True, True, True), "Whether words and pixels are aligned after each image stage."
     )
-    heads: int = setting(1, "Attention heads.", ge=1)
+    heads: int = setting(1, "Attention heads.", ge=1, le=MOST_CHANNELS)
     impl: Literal["auto", "reference", "plain", "fused"] = setting(
         "auto",
         "fused: our GPU kernels. reference: the same formula in PyTorch. auto: fused where the "
@@ -249,21 +309,26 @@ class WpaConfig(Section):
 class DecoderConfig(Section):
     """CoupAlign's pixel decoder."""
 
-    width: int = setting(256, "d: channels of the decoder and of the mask embeddings.", ge=8)
-    depth: int = setting(1, "3x3 convolutions per level.", ge=1)
+    width: int = setting(
+        256, "d: channels of the decoder and of the mask embeddings.", ge=8, le=MOST_CHANNELS
+    )
+    depth: int = setting(1, "3x3 convolutions per level.", ge=1, le=MOST_CHANNELS)
 
 
 class ProposalsConfig(Section):
     """The mask generator: a transformer decoder that turns queries into mask embeddings."""
 
     count: int = setting(
-        100, "N: number of mask embeddings. 0 disables sentence-mask alignment.", ge=0
+        100,
+        "N: number of mask embeddings. 0 disables sentence-mask alignment.",
+        ge=0,
+        le=MOST_CHANNELS,
     )
-    layers: int = setting(3, "Transformer layers.", ge=1)
-    heads: int = setting(8, "Attention heads.", ge=1)
-    ffn: int = setting(2048, "Width of the feed-forward layers.", ge=8)
+    layers: int = setting(3, "Transformer layers.", ge=1, le=MOST_CHANNELS)
+    heads: int = setting(8, "Attention heads.", ge=1, le=MOST_CHANNELS)
+    ffn: int = setting(2048, "Width of the feed-forward layers.", ge=8, le=MOST_CHANNELS)
     dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
-    stages: tuple[int, ...] = setting(
+    stages: tuple[Annotated[int, Field(ge=1, le=4, strict=True)], ...] = setting(
         (4,), "Image stages (1 to 4) whose aligned features the queries attend to."
     )
 
@@ -295,15 +360,22 @@ class LossConfig(MaskLossConfig):
     contrast: float = setting(0.1, "Weight of the auxiliary foreground/background contrast.", ge=0)
     temperature: float = setting(0.1, "Temperature of the contrast.", gt=0)
     contrast_samples: int = setting(
-        256, "Foreground pixels, and as many background pixels, drawn per image.", ge=1
+        256,
+        "Foreground pixels, and as many background pixels, drawn per image.",
+        ge=1,
+        le=MOST_SAMPLES,
     )
 
 
 class RefineConfig(Section):
     """Point-wise refinement: decide the least certain pixels of the full-size mask again."""
 
-    points: int = setting(0, "Pixels to refine per image. 0 disables refinement.", ge=0)
-    width: int = setting(64, "Channels of the two hidden layers that decide a pixel.", ge=8)
+    points: int = setting(
+        0, "Pixels to refine per image. 0 disables refinement.", ge=0, le=MOST_SAMPLES
+    )
+    width: int = setting(
+        64, "Channels of the two hidden layers that decide a pixel.", ge=8, le=MOST_CHANNELS
+    )
 
 
 class EncodersConfig(Section):
@@ -330,7 +402,7 @@ class CoupAlignConfig(EncodersConfig):
 class WideDecoderConfig(Section):
     """LAVT's decoder."""
 
-    width: int = setting(512, "Channels of the decoder.", ge=8)
+    width: int = setting(512, "Channels of the decoder.", ge=8, le=MOST_CHANNELS)
 
 
 class LavtConfig(EncodersConfig):
@@ -351,12 +423,14 @@ class EvenMaskLossConfig(MaskLossConfig):
 class VltTransformerConfig(Section):
     """VLT's queries and its transformer."""
 
-    count: int = setting(16, "Queries generated per sentence.", ge=1)
-    width: int = setting(256, "Channels of queries, pixels and mask decoder.", ge=8)
-    encoder_layers: int = setting(2, "Transformer encoder layers.", ge=1)
-    decoder_layers: int = setting(2, "Transformer decoder layers.", ge=1)
-    heads: int = setting(8, "Attention heads.", ge=1)
-    ffn: int = setting(1024, "Width of the feed-forward layers.", ge=8)
+    count: int = setting(16, "Queries generated per sentence.", ge=1, le=MOST_CHANNELS)
+    width: int = setting(
+        256, "Channels of queries, pixels and mask decoder.", ge=8, le=MOST_CHANNELS
+    )
+    encoder_layers: int = setting(2, "Transformer encoder layers.", ge=1, le=MOST_CHANNELS)
+    decoder_layers: int = setting(2, "Transformer decoder layers.", ge=1, le=MOST_CHANNELS)
+    heads: int = setting(8, "Attention heads.", ge=1, le=MOST_CHANNELS)
+    ffn: int = setting(1024, "Width of the feed-forward layers.", ge=8, le=MOST_CHANNELS)
     dropout: float = setting(0.0, "Dropout probability.", ge=0, lt=1)
 
 
@@ -371,8 +445,10 @@ class VltConfig(EncodersConfig):
 class LtsSegmentConfig(Section):
     """LTS's fused map and its segmentation network."""
 
-    width: int = setting(256, "Channels of the fused map and of the segmentation network.", ge=8)
-    dilations: tuple[PositiveInt, ...] = setting(
+    width: int = setting(
+        256, "Channels of the fused map and of the segmentation network.", ge=8, le=MOST_CHANNELS
+    )
+    dilations: tuple[Annotated[int, Field(ge=1, le=MOST_PIXELS, strict=True)], ...] = setting(
         (1, 3, 5), "Dilations of the parallel 3x3 convolutions.", min_length=1
     )
 
@@ -400,6 +476,9 @@ ModelConfig = Annotated[
 # Training
 
 
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
 class OptimConfig(Section):
     """AdamW. Norms, biases, position tables, queries and gates have no weight decay."""
 
@@ -415,7 +494,7 @@ class OptimConfig(Section):
         ge=0,
     )
     lr: float = setting(5e-5, "Peak learning rate of everything else.", ge=0)
-    betas: tuple[float, float] = setting((0.9, 0.999), "Decay of the two moment estimates.")
+    betas: tuple[Decay, Decay] = setting((0.9, 0.999), "Decay of the two moment estimates.")
     eps: float = setting(1e-8, "Added to the denominator for numerical stability.", gt=0)
     weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
     layer_decay: float = setting(
@@ -436,8 +515,8 @@ class ScheduleConfig(Section):
     kind: Literal["poly", "cosine"] = setting(
         "poly", "Curve from the end of the warm-up down to `final`."
     )
-    power: float = setting(0.9, "poly only: exponent of the curve.", gt=0)
-    warmup_steps: int = setting(0, "Steps of the linear rise to the peak.", ge=0)
+    power: float = setting(0.9, "poly only: exponent of the curve.", gt=0, le=1000)
+    warmup_steps: int = setting(0, "Steps of the linear rise to the peak.", ge=0, le=MOST_STEPS)
     final: float = setting(
         0.0,
         "Share of the peak learning rate at the end of the run. 1.0 keeps the rate constant.",
@@ -461,7 +540,10 @@ class TrainConfig(Section):
     """Length of the run, batch size, and what happens at which step."""
 
     global_batch: int = setting(
-        32, "Samples per optimizer step over all ranks. There is no other batch size to set.", ge=1
+        32,
+        "Samples per optimizer step over all ranks. There is no other batch size to set.",
+        ge=1,
+        le=MOST_SAMPLES,
     )
     max_micro_batch: int | None = setting(
         None,
@@ -469,15 +551,21 @@ class TrainConfig(Section):
         "passes as needed. Null: all samples of a step in one pass.",
         numeric=False,
         ge=1,
+        le=MOST_SAMPLES,
     )
     epochs: float | None = setting(
-        40, "Length of the run in epochs. Ignored if `steps` is set.", resumable=True, gt=0
+        40,
+        "Length of the run in epochs. Ignored if `steps` is set.",
+        resumable=True,
+        gt=0,
+        le=MOST_EPOCHS,
     )
     steps: int | None = setting(
         None,
         "Length of the run in optimizer steps. Null: `epochs` decides.",
         resumable=True,
         ge=1,
+        le=MOST_STEPS,
     )
     ema: EmaConfig | None = setting(
         None, "Moving average of the weights. Null: none, the weights themselves are scored."
@@ -487,14 +575,16 @@ class TrainConfig(Section):
         "Stop after this many consecutive steps with a loss or gradient that is not finite.",
         numeric=False,
         ge=1,
+        le=MOST_STEPS,
     )
-    log_every: int = setting(10, "Steps between two log lines.", numeric=False, ge=1)
+    log_every: int = setting(10, "Steps between two log lines.", numeric=False, ge=1, le=MOST_STEPS)
     evaluate_every: int | None = setting(
         None,
         "Steps between two evaluations. The end of the run is always evaluated. "
         "Null: once per epoch.",
         resumable=True,
         ge=1,
+        le=MOST_STEPS,
     )
     save_every: int | None = setting(
         None,
@@ -502,15 +592,21 @@ class TrainConfig(Section):
         "Null: with every evaluation.",
         numeric=False,
         ge=1,
+        le=MOST_STEPS,
     )
     keep_last: int = setting(
-        2, "Number of newest checkpoints to keep, in addition to the best.", numeric=False, ge=1
+        2,
+        "Number of newest checkpoints to keep, in addition to the best.",
+        numeric=False,
+        ge=1,
+        le=MOST_STEPS,
     )
     hang_minutes: float = setting(
         30.0,
         "End the job if a rank makes no progress for this many minutes, and say which one.",
         numeric=False,
         gt=0,
+        le=100_000,
     )
 
 
@@ -518,7 +614,7 @@ class DdpEngine(Section):
     """PyTorch DistributedDataParallel."""
 
     kind: Literal["ddp"] = "ddp"
-    bucket_mb: int = setting(25, "Size of a gradient bucket, in MB.", ge=1)
+    bucket_mb: int = setting(25, "Size of a gradient bucket, in MB.", ge=1, le=1_000_000)
 
 
 class DeepSpeedEngine(Section):
@@ -530,7 +626,7 @@ class DeepSpeedEngine(Section):
         "What ZeRO partitions over the ranks. 0: nothing. 1: optimizer state. 2: gradients, too. "
         "3: parameters, too.",
     )
-    bucket_mb: int = setting(25, "Size of a communication bucket, in MB.", ge=1)
+    bucket_mb: int = setting(25, "Size of a communication bucket, in MB.", ge=1, le=1_000_000)
     offload: bool = setting(
         False,
         "Stages 1 to 3: keep the optimizer's state in host memory and update the weights there.",
@@ -556,10 +652,10 @@ class MlflowTracking(Section):
     """MLflow."""
 
     kind: Literal["mlflow"] = "mlflow"
-    uri: str | None = setting(
+    uri: Address | None = setting(
         None,
-        "Tracking server or sqlite:///file. Null: $MLFLOW_TRACKING_URI if it is set, else "
-        "runs/mlflow.db next to the run directory.",
+        "Tracking server or sqlite:///file, without a password. Null: $MLFLOW_TRACKING_URI if it "
+        "is set, else mlflow.db next to the run directory.",
     )
     experiment: str = setting("coupalign", "Name of the MLflow experiment.")
     system_metrics: bool = setting(False, "Also record CPU, memory, disk and GPU usage.")
@@ -572,34 +668,37 @@ class EvalConfig(Section):
         "ris-v1",
         "Resolution and threshold at which prediction and truth are compared; see docs/method.md.",
     )
-    batch: int = setting(16, "Samples per rank and pass.", numeric=False, ge=1)
+    batch: int = setting(16, "Samples per rank and pass.", numeric=False, ge=1, le=65_536)
     pictures: int = setting(
         8,
         "Pictures of each kind (best, median, worst, random) to draw in the last evaluation.",
         numeric=False,
         ge=0,
+        le=10_000,
     )
-    bootstrap: int = setting(1000, "Resamples for the confidence intervals. 0: no intervals.", ge=0)
+    bootstrap: int = setting(
+        1000, "Resamples for the confidence intervals. 0: no intervals.", ge=0, le=MOST_SAMPLES
+    )
     limit: int | None = setting(
         None,
         "Score only this many samples, for a quick look; never report such a score. Null: all.",
         ge=1,
+        le=MOST_STEPS,
     )
 
 
 class Config(Section):
     """The configuration of a run."""
 
-    name: str = setting(
-        "coupalign",
-        "Name of the run, and of its folder in runs/.",
-        numeric=False,
-        pattern=r"^[\w.+-]+$",
+    name: PlainName = setting(
+        "coupalign", "Name of the run, and of its folder in runs/.", numeric=False
     )
     run_dir: Path | None = setting(
         None, "Folder for everything the run writes. Null: runs/<name>.", numeric=False
     )
-    seed: int = setting(0, "Seed of weights, data order, augmentation and dropout.", ge=0)
+    seed: int = setting(
+        0, "Seed of weights, data order, augmentation and dropout.", ge=0, le=2**32 - 1
+    )
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "bf16", "Autocast type. The weights are always fp32."
     )

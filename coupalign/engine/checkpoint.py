@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coupalign.config.load import dump, read_config, resume_diff
+from coupalign.config.load import dump, read_stored_config, resume_diff
 from coupalign.config.schema import BertText, Config, DdpEngine, DeepSpeedEngine
 from coupalign.data.leak import TRAINED_ON
 from coupalign.data.tokenizer import Tokenizer
@@ -186,7 +186,7 @@ class Checkpoints:
         """Refuse a checkpoint whose settings or data would change the run's numbers."""
         problems = []
         for key, (before, after) in resume_diff(
-            read_config(path / "config.yaml"), self.config
+            read_stored_config(path / "config.yaml"), self.config
         ).items():
             # Shards may move; the fingerprint tells whether they are the same.
             if key.startswith("data.train") and key.endswith(".index"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from coupalign.config.load import override, read_config
+from coupalign.config.load import override, read_stored_config
 from coupalign.config.schema import BertText, Config, CoupAlignConfig
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.engine.manifest import find_file_damage
@@ -30,7 +30,7 @@ def open_checkpoint(
             belong to another model.
     """
     folder = find_checkpoint(Path(path))
-    config = _make_portable(read_config(folder / "config.yaml"), folder)
+    config = _make_portable(read_stored_config(folder / "config.yaml"), folder)
     tokenizer = Tokenizer.open(str(folder / "tokenizer"))
 
     weights_file, ema_file = folder / "weights.safetensors", folder / "ema.safetensors"

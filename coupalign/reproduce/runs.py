@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from coupalign.config.load import numeric_diff, read_config
+from coupalign.config.load import numeric_diff, read_config, read_stored_config
 from coupalign.config.schema import Config
 from coupalign.data.packing.pack import pack
 from coupalign.data.packing.recipe import read_recipe
@@ -196,7 +196,7 @@ def refuse_other_configuration(run: PlannedRun, changes: Sequence[str]) -> None:
     if not file.is_file():
         return
 
-    differences = numeric_diff(read_config(file), wanted)
+    differences = numeric_diff(read_stored_config(file), wanted)
     if differences:
         listing = [
             f"{key} is {old!r} there, {new!r} here" for key, (old, new) in differences.items()
