@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 
 # What a file system without locks answers: NFS without lockd, Lustre without the mount option
 # flock, some FUSE file systems.
@@ -183,8 +183,38 @@ def read_json(path: Path | str, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; expected {what}") from error
+    except RecursionError:
+        raise InputError(f"{path}: cannot be read as {what} (nested too deeply)") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as {what} ({error})") from error
+
+
+def parse_strict_json(text: str | bytes) -> Any:
+    """Parse JSON, and refuse what Python's parser lets pass.
+
+    Raises:
+        ValueError: it is not JSON: also where an object has a key twice, where a number is NaN or
+            infinite, or where lists are nested too deeply.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_object_of_unique_keys, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {quoted(repeated)} twice")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number in JSON")
 
 
 def sha256_of(path: Path) -> str:

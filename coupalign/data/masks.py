@@ -10,6 +10,7 @@ a far coordinate ends the process. So everything is checked here before it gets 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -268,8 +269,10 @@ def _runs_of(rle: dict[str, Any]) -> np.ndarray:
     return runs
 
 
+# Cached, because a loader checks the area of a mask before it decodes it.
+@lru_cache(maxsize=256)
 def _unpack_runs(text: bytes) -> np.ndarray:
-    """Unpack compressed run lengths; int64 [runs].
+    """Unpack compressed run lengths; int64 [runs], read-only.
 
     A byte minus 48 holds 5 bits of a value, low bits first. 0x20 means that more follow; 0x10 in
     the last byte is the sign. From the fourth value on, values are differences to the last but one.
@@ -295,6 +298,7 @@ def _unpack_runs(text: bytes) -> np.ndarray:
     # From the fourth value on, undo the differences to the last but one.
     for start in (1, 2):
         runs[start::2] = np.cumsum(runs[start::2])
+    runs.flags.writeable = False
     return runs
 
 

@@ -10,7 +10,6 @@ A reader holds no state that results depend on, so any process may read any samp
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from coupalign.config.schema import DataConfig
 from coupalign.data import masks, transforms
 from coupalign.data.batch import Batch, Frame, SampleInfo
 from coupalign.data.index import ImageEntry, sample_key
+from coupalign.data.records import UNKNOWN, check_ref, read_record
 from coupalign.data.shards import ShardStore
 from coupalign.data.table import ALL, RANDOM, SampleTable
 from coupalign.data.tokenizer import Tokenizer
@@ -217,20 +217,17 @@ class SampleReader:
         entry = image.refs[self.table.ref[number]]
 
         with self._bad_sample_if_wrong(number, "json"):
-            record = json.loads(store.read(image.shard, *image.json))
+            record = read_record(store.read(image.shard, *image.json), image)
+            height, width = record["height"], record["width"]
             ref = record["refs"][self.table.ref[number]]
-
-            described = (image.image_id, entry.ref_id, entry.sentences)
-            if (record["image_id"], ref["ref_id"], len(ref["sentences"])) != described:
-                raise ValueError("the record is not the one that its index describes")
+            check_ref(ref, entry, height, width)
 
             return {
+                "same_class": UNKNOWN,
                 **ref,
                 "image_id": image.image_id,
-                "height": int(record["height"]),
-                "width": int(record["width"]),
-                "category": str(ref["category"]),
-                "same_class": int(ref.get("same_class", -1)),
+                "height": height,
+                "width": width,
             }
 
     def _read_jpeg(self, number: int) -> bytes:
@@ -272,12 +269,8 @@ class SampleReader:
 
     def _decode_mask(self, number: int, record: RefRecord) -> np.ndarray:
         """Decode the mask of a sample, bool [H, W]."""
-        size = (record["height"], record["width"])
         with self._bad_sample_if_wrong(number, "json"):
-            mask = masks.decode(record["rle"])
-            if mask.shape != size:
-                raise ValueError(f"the mask is {mask.shape}, its image is {size}")
-            return mask
+            return masks.decode(record["rle"])
 
     def _info(self, number: int, record: RefRecord, name: str, sentence: str) -> SampleInfo:
         return SampleInfo(
