@@ -34,7 +34,7 @@ setup(
         "safetensors>=0.4",
         "fsspec[http]",
         "numpy>=2",
-        "pillow>=10",
+        "pillow>=11.3",
         "simplejpeg>=1.8,<2",
         "tabulate>=0.9,<1",
         "tqdm",

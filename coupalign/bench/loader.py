@@ -47,6 +47,7 @@ from coupalign.config.schema import Config, DataConfig
 from coupalign.data import masks
 from coupalign.data.build import build_train_loader, open_tokenizer
 from coupalign.data.loader import TrainLoader
+from coupalign.data.pictures import open_picture
 from coupalign.data.shards import is_remote
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square
@@ -308,7 +309,8 @@ def _load_file(
 
 
 def _load_with_pillow(file: Path | io.BytesIO, square: tuple[int, int]) -> np.ndarray:
-    image = Image.open(file).convert("RGB").resize(square, Image.Resampling.BILINEAR)
+    opened = open_picture(file, ("JPEG",))
+    image = opened.convert("RGB").resize(square, Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 

@@ -15,15 +15,19 @@ from typing import Any, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance
 
 from coupalign.data import masks
 from coupalign.data.batch import Frame
+from coupalign.data.pictures import load_pixels, open_picture
 
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normalizes to about 0
 
 # Color spaces of a JPEG that libjpeg-turbo converts as Pillow does. CMYK differs by one level.
 EXACT_COLOR_SPACES = ("YCbCr", "RGB", "Gray")
+
+# What a shard may hold. Shards of `coupalign pack` hold JPEG.
+STORED_FORMATS = ("JPEG", "PNG")
 
 # A JPEG is decoded at no less than this factor times the size that is needed, as in Pillow's
 # `thumbnail`. The resize that follows then hides what the decoder's own filter did.
@@ -81,11 +85,9 @@ def _decode_jpeg(data: bytes, frame: Frame | None) -> tuple[np.ndarray, tuple[in
 
 
 def _decode_any(data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
-    return np.array(image), (image.height, image.width)
+    image = open_picture(io.BytesIO(data), STORED_FORMATS)
+    load_pixels(image)
+    return np.array(image.convert("RGB")), (image.height, image.width)
 
 
 def reduction(height: int, width: int, frame: Frame) -> int:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from coupalign.report.groups import KINDS, groups_of
-from coupalign.report.pictures import SavedPicture, read_pictures
+from coupalign.report.pictures import SavedPicture, read_pictures, read_strip
 from coupalign.report.scores import percent
 
 _GROUPS = {"best": "Best", "median": "Median", "worst": "Worst", "random": "Random"}
@@ -63,8 +61,7 @@ def embedded(file: Path, heading: int = 0) -> str:
 
     Wide pictures are reduced, large ones become JPEG.
     """
-    with Image.open(file) as opened:
-        picture = opened.convert("RGB")
+    picture = read_strip(file)
     top = min(heading, picture.height - 1)
     picture = picture.crop((0, top, picture.width, picture.height))
     if picture.width > _MAX_WIDTH:

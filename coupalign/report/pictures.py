@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from coupalign.data.pictures import load_pixels, open_picture
 from coupalign.errors import InputError
 from coupalign.evaluation.protocols import boundary
 from coupalign.evaluation.shelf import Picture, choose_pictures
@@ -116,6 +117,20 @@ def read_pictures(folder: Path) -> dict[str, list[SavedPicture]]:
                     "score with --pictures again"
                 )
     return groups
+
+
+def read_strip(file: Path) -> Image.Image:
+    """Read one of the files of `save_pictures`, in RGB.
+
+    Raises:
+        InputError: it is missing, no PNG, damaged or too large.
+    """
+    try:
+        with open_picture(file, ("PNG",)) as strip:
+            load_pixels(strip)
+            return strip.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: {error}; score with --pictures again") from None
 
 
 def _save_picture(

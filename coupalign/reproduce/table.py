@@ -18,7 +18,7 @@ from coupalign.files import whole_file, write_json
 from coupalign.report import read_scores, write_page
 from coupalign.report.drawing import contact_sheet, save_png
 from coupalign.report.gallery import embedded
-from coupalign.report.pictures import read_pictures
+from coupalign.report.pictures import read_pictures, read_strip
 from coupalign.reproduce.runs import PlannedRun, config_of, is_done, refuse_other_configuration
 from coupalign.reproduce.spec import Table, TableRow
 from coupalign.tracking import open_tracker
@@ -283,7 +283,7 @@ def _failure_sheets(results: Sequence[Result]) -> Iterator[tuple[str, Image.Imag
             continue
 
         worst = read_pictures(folders[0]).get("worst", [])[:MAX_FAILURES]
-        images = [Image.open(folders[0] / saved.file).convert("RGB") for saved in worst]
+        images = [read_strip(folders[0] / saved.file) for saved in worst]
         if images:
             yield result.row.method, contact_sheet(images, 1)
 
