@@ -51,7 +51,7 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_path(path)
+    partial = partial_path(path)
     encoding = None if "b" in mode else "utf-8"
 
     try:
@@ -74,7 +74,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_debris(path.parent)
-    partial = _partial_path(path)
+    partial = partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
 
@@ -223,7 +223,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _partial_path(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where this process writes what will be `path`."""
     owner = f"{os.getpid()}-{_plain_host()}"
     name = f".{path.name}.{owner}.partial"
