@@ -187,6 +187,9 @@ def orientation_of(image: Image.Image) -> int:
         UnknownOrientation: the EXIF data is damaged, or the orientation is not a number to 8.
     """
     try:
+        # `getexif` raises an error only once, and the plugin of JPEG has seen it already.
+        if "exif" in image.info:
+            Image.Exif().load(image.info["exif"])
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # of damaged data, Pillow raises nearly anything
         raise UnknownOrientation(f"its EXIF data cannot be read: {_reason(error)}") from None

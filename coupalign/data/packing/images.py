@@ -1,12 +1,22 @@
-"""Find the photographs that the annotations name."""
+"""Find the photographs that the annotations name, and read them as their annotations mean them."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from coupalign.data.packing.refer import Referral
+from coupalign.data.packing.verify import check_jpeg
+from coupalign.data.pictures import (
+    UnknownOrientation,
+    load_pixels,
+    open_picture,
+    orientation_of,
+    turn,
+)
 
 # Folders below the root, searched in this order.
 IMAGE_FOLDERS = (
@@ -24,6 +34,14 @@ class ImageFile:
     path: Path
     bytes: int
     mtime_ns: int
+
+
+# What was done with a photograph whose EXIF orientation is not 1. "unknown": its EXIF data cannot
+# be read, so it is packed as it is stored.
+Turning = Literal["turned", "as stored", "unknown"]
+
+# Of a turned photograph. Nothing can be seen of the second compression.
+_JPEG_QUALITY = 95
 
 
 def find_images(
@@ -51,6 +69,43 @@ def find_images(
             status = path.stat()
             found[image_id] = ImageFile(path, status.st_size, status.st_mtime_ns)
     return found, missing
+
+
+def read_photograph(data: bytes, height: int, width: int) -> tuple[bytes, Turning | None]:
+    """Return the JPEG to pack for a photograph of `height` x `width` annotated pixels.
+
+    A photograph with an EXIF orientation is turned as a viewer shows it, because that is what its
+    annotators saw. If its annotations fit only the stored pixels, it stays as it is.
+
+    Args:
+        data: the bytes of its file.
+
+    Returns:
+        The JPEG, whose stored pixels are those of the annotations, and what was done about an
+        orientation. None: the photograph has none.
+
+    Raises:
+        ValueError: it is not a JPEG, is cut short, or does not have its annotated size.
+    """
+    image = open_picture(io.BytesIO(data))
+    try:
+        orientation = orientation_of(image)
+    except UnknownOrientation:
+        check_jpeg(data, height, width)
+        return data, "unknown"
+
+    swaps_sides = orientation >= 5
+    shown_size = image.size[::-1] if swaps_sides else image.size
+    if orientation == 1 or shown_size != (width, height):
+        check_jpeg(data, height, width)
+        return data, None if orientation == 1 else "as stored"
+
+    check_jpeg(data, image.height, image.width)
+    load_pixels(image)
+    colors = image if image.mode == "L" else image.convert("RGB")
+    stream = io.BytesIO()
+    turn(colors, orientation).save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return stream.getvalue(), "turned"
 
 
 def _find_file(names: Iterable[str], listings: dict[Path, set[str]]) -> Path | None:

@@ -7,6 +7,7 @@ number of processes, or on how often the work was interrupted. `output` describe
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from coupalign.data.packing.counts import (
     counts_table,
     differences_from_published,
 )
+from coupalign.data.packing.images import Turning
 from coupalign.data.packing.layout import (
     MAX_LISTED,
     TOOL,
@@ -30,7 +32,7 @@ from coupalign.data.packing.layout import (
     read_sources,
 )
 from coupalign.data.packing.recipe import Recipe
-from coupalign.data.packing.write import write_shards
+from coupalign.data.packing.write import WrittenShard, write_shards
 from coupalign.errors import InputError
 from coupalign.files import sha256_of
 
@@ -101,22 +103,25 @@ def pack(
         )
     layout = lay_out(recipe, sources)
 
-    state, reused = "already packed", 0
+    state = "already packed"
+    written: list[WrittenShard] = []
     with output.locked(out):
         if overwrite or not output.has_finished_set(out, layout):
             output.prepare(out, layout, with_vocabulary=recipe.vocabulary_size is not None)
-            reused = _write_set(recipe, layout, out, workers=workers, progress=progress)
+            written = _write_set(recipe, layout, out, workers=workers, progress=progress)
             state = "packed"
         output.remove_leftovers(out)
 
     index = read_index(out)
+    report = _report(recipe, sources, layout, started=started)
     return replace(
-        _report(recipe, sources, layout, started=started),
+        report,
         out=out,
         state=state,
-        reused=reused,
+        reused=sum(result.reused for result in written),
         shards=len(index.shards),
         bytes=sum(shard.bytes for shard in index.shards),
+        warnings=(*report.warnings, *_describe_turnings(written)),
     )
 
 
@@ -140,8 +145,8 @@ def inspect(recipe: Recipe) -> PackReport:
 
 def _write_set(
     recipe: Recipe, layout: PackingLayout, out: Path, *, workers: int, progress: bool
-) -> int:
-    """Write vocabulary, shards and index; return how many shards an earlier run had finished."""
+) -> list[WrittenShard]:
+    """Write vocabulary, shards and index; return the shards."""
     vocabulary = _write_vocabulary(recipe, layout, out)
     written = write_shards(layout, out, workers, progress)
 
@@ -159,7 +164,27 @@ def _write_set(
         vocabulary_sha256=sha256_of(out / vocabulary) if vocabulary else None,
     )
     write_index(index)
-    return sum(result.reused for result in written)
+    return written
+
+
+def _describe_turnings(written: Sequence[WrittenShard]) -> Iterator[str]:
+    """Warn of the photographs with an EXIF orientation, one line per kind of `Turning`."""
+    names: dict[Turning, list[str]] = {}
+    for shard in written:
+        for name, turning in shard.turnings.items():
+            names.setdefault(turning, []).append(name)
+
+    consequences: dict[Turning, str] = {
+        "turned": "were turned as a viewer shows them; if the masks of one were drawn on its "
+        "stored pixels, remove the orientation from its file and pack again",
+        "as stored": "stay as stored, because their annotations have the size of the stored pixels",
+        "unknown": "have EXIF data that cannot be read and stay as stored",
+    }
+    for turning, consequence in consequences.items():
+        if turning in names:
+            found = names[turning]
+            listed = ", ".join(found[:MAX_LISTED]) + (", …" if len(found) > MAX_LISTED else "")
+            yield f"photographs with an EXIF orientation: {len(found):,} {consequence} ({listed})"
 
 
 def _write_vocabulary(recipe: Recipe, layout: PackingLayout, out: Path) -> str | None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from coupalign.data.index import (
     INDEX_NAME,
     ImageEntry,
@@ -22,6 +20,12 @@ from coupalign.data.index import (
     tar_spans,
 )
 from coupalign.data.packing.counts import Counts, count_entries, counts_table
+from coupalign.data.pictures import (
+    JPEG_FORMATS,
+    load_pixels,
+    open_picture,
+    refuse_missing_pixels,
+)
 from coupalign.data.records import check_ref, read_record
 from coupalign.files import parse_strict_json, sha256_of
 
@@ -110,19 +114,20 @@ def check_jpeg(data: bytes, height: int, width: int) -> None:
     Raises:
         ValueError: it is not a JPEG, is cut short, or does not have its annotated size.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"the JPEG does not decode ({error}): cut short or damaged") from None
-
-    if image.format not in ("JPEG", "MPO"):
+    image = open_picture(io.BytesIO(data))
+    if image.format not in JPEG_FORMATS:
         raise ValueError(f"the file is a {image.format}, not a JPEG")
     if image.size != (width, height):
         raise ValueError(
             f"the picture is {image.size[0]} x {image.size[1]}, "
             f"but its annotations are for {width} x {height}"
         )
+
+    try:
+        load_pixels(image)
+        refuse_missing_pixels(data)
+    except ValueError as error:
+        raise ValueError(f"the JPEG does not decode: {error}") from None
 
 
 def _check_vocabulary(directory: Path, index: ShardIndex) -> Iterator[str]:

@@ -24,10 +24,10 @@ from coupalign.data.index import (
     tar_spans,
 )
 from coupalign.data.masks import area, rle_from_segmentation
+from coupalign.data.packing.images import Turning, read_photograph
 from coupalign.data.packing.layout import PackingLayout, Sample, ShardLayout
 from coupalign.data.packing.output import receipt_path
 from coupalign.data.packing.refer import Referral
-from coupalign.data.packing.verify import check_jpeg
 from coupalign.errors import InputError
 from coupalign.files import sha256_of, whole_file, write_json
 
@@ -37,6 +37,7 @@ class WrittenShard:
     shard: Shard
     images: tuple[ImageEntry, ...]  # in the order of the tar
     reused: bool  # finished by an earlier run that was interrupted
+    turnings: dict[str, Turning]  # of the photographs with an EXIF orientation, by file name
 
 
 def write_shards(
@@ -105,6 +106,7 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
 
     from webdataset import TarWriter  # not at the top: it imports torch
 
+    turnings: dict[str, Turning] = {}
     # Owner, mode and time are fixed, so that the same input gives the same bytes.
     with whole_file(file) as stream:
         with TarWriter(
@@ -112,7 +114,9 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
         ) as tar:
             for sample in layout.samples:
                 key = sample_key(sample.image_id)
-                jpg = _read_jpeg(sample)
+                jpg, turning = _read_jpeg(sample)
+                if turning is not None:
+                    turnings[sample.image.path.name] = turning
                 tar.write({"__key__": key, "jpg": jpg, "json": _sample_json(sample)})
         stream.flush()
 
@@ -130,8 +134,16 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
         for sample, jpg, text in zip(layout.samples, spans[::2], spans[1::2], strict=True)
     )
     records = [image_to_json(image) for image in images]
-    write_json(receipt, {"plan": fingerprint, "shard": vars(shard), "images": records})
-    return WrittenShard(shard, images, reused=False)
+    write_json(
+        receipt,
+        {
+            "plan": fingerprint,
+            "shard": vars(shard),
+            "images": records,
+            "turnings": turnings,
+        },
+    )
+    return WrittenShard(shard, images, reused=False, turnings=turnings)
 
 
 def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard | None:
@@ -142,7 +154,8 @@ def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard 
     if record["plan"] != fingerprint or record["shard"]["sha256"] != sha256_of(file):
         return None
     images = tuple(image_from_json(image) for image in record["images"])
-    return WrittenShard(Shard(**record["shard"]), images, reused=True)
+    shard = Shard(**record["shard"])
+    return WrittenShard(shard, images, reused=True, turnings=record.get("turnings", {}))
 
 
 def _image_entry(
@@ -160,19 +173,18 @@ def _image_entry(
     return ImageEntry(image_id=sample.image_id, shard=shard_number, jpg=jpg, json=text, refs=refs)
 
 
-def _read_jpeg(sample: Sample) -> bytes:
+def _read_jpeg(sample: Sample) -> tuple[bytes, Turning | None]:
     path, referral = sample.image.path, sample.referrals[0]
     try:
         data = path.read_bytes()
         if len(data) != sample.image.bytes:
             raise ValueError("the file changed while it was being packed")
-        check_jpeg(data, referral.height, referral.width)
+        return read_photograph(data, referral.height, referral.width)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: {error}; fetch the image again, or remove it and set `missing: skip` in "
             "the recipe"
         ) from None
-    return data
 
 
 def _sample_json(sample: Sample) -> bytes:

@@ -306,16 +306,23 @@ def test_odd_values_beside_the_orientation_do_not_matter(tmp_path: Path):
     assert decoded.image.size == (30, 20)
 
 
+def test_damaged_exif_leaves_the_picture_as_stored_and_in_doubt(tmp_path: Path):
+    decoded = read_picture(jpeg_with_exif(tmp_path / "a.jpg", b"no TIFF at all"))
+
+    assert "its EXIF data cannot be read" in decoded.doubt
+    assert decoded.orientation == 1
+    assert decoded.image.size == (20, 30)
+
+
 @pytest.mark.parametrize(
     "exif",
     [
         b"II*\0\xff\xff\xff\xff",
-        b"no TIFF at all",
         b"II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHII", ORIENTATION, 3, 1, 9) + bytes(4),
         b"II*\0" + struct.pack("<IH", 8, 1) + struct.pack("<HHI4s", ORIENTATION, 2, 2, b"x"),
     ],
 )
-def test_picture_with_damaged_exif_is_as_stored(tmp_path: Path, exif: bytes):
+def test_picture_without_a_readable_orientation_is_as_stored(tmp_path: Path, exif: bytes):
     decoded = read_picture(jpeg_with_exif(tmp_path / "a.jpg", exif))
 
     assert decoded.image.size == (20, 30)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
-from coupalign.data.packing.images import find_images
+from coupalign.data.packing.images import find_images, read_photograph
 from coupalign.data.packing.refer import read_annotation_set
 
 
@@ -40,3 +43,76 @@ def test_images_are_found_in_customary_folders_under_both_names(
     for image in found.values():
         assert image.path.parent == folder
         assert image.bytes == image.path.stat().st_size
+
+
+def jpeg(width: int, height: int, orientation: int | None, mode: str = "RGB") -> bytes:
+    """A smooth JPEG with an EXIF orientation."""
+    colors = np.random.default_rng(0).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    image = Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=exif, quality=95)
+    return stream.getvalue()
+
+
+def stored_pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("orientation", [None, 1])
+def test_photograph_without_a_turn_is_packed_byte_by_byte(orientation: int | None) -> None:
+    data = jpeg(40, 30, orientation)
+
+    assert read_photograph(data, 30, 40) == (data, None)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_photograph_is_turned_where_its_annotations_fit_what_a_viewer_shows(
+    orientation: int, mode: str
+) -> None:
+    data = jpeg(40, 30, orientation, mode)
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+
+    packed, turning = read_photograph(data, shown.height, shown.width)
+
+    assert turning == "turned"
+    assert Image.open(io.BytesIO(packed)).getexif().get(0x0112, 1) == 1
+    difference = np.abs(stored_pixels(packed) - np.asarray(shown.convert("RGB")).astype(int))
+    assert difference.mean() < 2
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_photograph_stays_where_its_annotations_fit_the_stored_pixels(orientation: int) -> None:
+    data = jpeg(40, 30, orientation)
+
+    assert read_photograph(data, 30, 40) == (data, "as stored")
+
+
+def test_square_photograph_is_turned_as_a_viewer_shows_it() -> None:
+    data = jpeg(40, 40, 6)
+
+    packed, turning = read_photograph(data, 40, 40)
+
+    assert turning == "turned"
+    expected = stored_pixels(data)[::-1].transpose(1, 0, 2)
+    assert np.abs(stored_pixels(packed) - expected).mean() < 2
+
+
+def test_photograph_with_damaged_exif_stays_as_stored() -> None:
+    data = jpeg(40, 30, 6).replace(b"MM\0*", b"??\0*")
+
+    assert read_photograph(data, 30, 40) == (data, "unknown")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_photograph_of_a_third_size_is_refused(orientation: int) -> None:
+    with pytest.raises(ValueError, match="but its annotations are for 50 x 30"):
+        read_photograph(jpeg(40, 30, orientation), 30, 50)
+
+
+def test_turned_photograph_that_is_cut_short_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not decode"):
+        read_photograph(jpeg(40, 30, 6)[:-40], 40, 30)

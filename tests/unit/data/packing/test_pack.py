@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from coupalign.data.index import read_index
 from coupalign.data.packing import vocabulary
@@ -243,3 +244,27 @@ def test_report_warns_of_counts_that_are_not_the_published_ones(
     assert value["counts"]["refcoco/unc"]["testA"] == {"images": 1, "refs": 2, "sentences": 6}
     assert value["state"] == "packed"
     assert value["bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.tar"))
+
+
+# ----------------------------------------------------------------------------- EXIF orientation
+
+
+def test_photographs_with_an_exif_orientation_are_named_with_what_was_done(
+    refer_root: Path, tmp_path: Path
+) -> None:
+    # The photographs are 64 x 48. Orientation 3 keeps that size, 6 does not.
+    for image_id, orientation in ((9, 3), (72, 6)):
+        path = image_path(refer_root, image_id)
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.save(path, exif=exif)
+
+    report = pack_quietly(recipe_of(refer_root), tmp_path / "out", workers=2)
+
+    [turned, kept] = [warning for warning in report.warnings if "EXIF orientation" in warning]
+    assert "1 were turned as a viewer shows them" in turned
+    assert "(COCO_train2014_000000000009.jpg)" in turned
+    assert "1 stay as stored" in kept
+    assert "(COCO_train2014_000000000072.jpg)" in kept
+    assert verify(tmp_path / "out").ok
