@@ -29,10 +29,12 @@ def add_train(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_train(options: argparse.Namespace) -> Answer:
+    from coupalign.distributed.parent import stop_with_launcher
     from coupalign.distributed.stop import StopRequest
 
     # Listen for a stop from the first moment on: the imports take seconds.
     with StopRequest() as stop:
+        stop_with_launcher()
         with garbage_collection_paused():
             from coupalign.config.load import read_config
             from coupalign.data.fork_server import fork_server

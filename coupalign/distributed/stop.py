@@ -28,6 +28,7 @@ class StopRequest:
         self.name: str | None = None
 
     def __enter__(self) -> StopRequest:
+        _listening.append(self)
         self._usual_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
@@ -37,6 +38,7 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        _listening.remove(self)
         for number, handler in self._usual_handlers.items():
             signal.signal(number, handler)
 
@@ -44,3 +46,17 @@ class StopRequest:
         received = signal.Signals(number)
         self.name = received.name
         signal.signal(number, self._usual_handlers[received])
+
+
+_listening: list[StopRequest] = []
+
+
+def request_stop(name: str) -> bool:
+    """Request a stop as a signal does; `name` says by what. Works from any thread.
+
+    Returns:
+        whether anything in this process listens to such requests.
+    """
+    for stop in tuple(_listening):
+        stop.name = stop.name or name
+    return bool(_listening)

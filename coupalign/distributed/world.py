@@ -19,6 +19,7 @@ import torch
 import torch.distributed as td
 
 from coupalign.distributed.launcher import detect_launcher, find_rendezvous, read_ranks
+from coupalign.distributed.parent import stop_with_launcher
 from coupalign.distributed.watchdog import Watchdog, current_phase, doing
 from coupalign.errors import InputError, RunError
 
@@ -70,6 +71,7 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
             more local ranks than GPUs.
         RunError: another rank went away.
     """
+    stop_with_launcher()
     rank, size, local_rank, local_size = read_ranks(os.environ)
     device = _choose_device(local_rank, local_size)
     if device.type == "cuda":
