@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from coupalign.errors import InputError, quoted
@@ -123,7 +124,9 @@ def remove_debris(folder: Path) -> None:
 
 
 @contextmanager
-def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator[None]:
+def locked(
+    file: Path, use: str, remedy: str, *, wait: bool = False, job: str = ""
+) -> Iterator[None]:
     """Hold an exclusive lock that ends with this process. The file says who holds it.
 
         with locked(run_dir / "train.lock", "is being trained", "Choose another name"): ...
@@ -137,6 +140,7 @@ def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator
         use: what the owner does with the folder, for the refusal: "is being trained".
         remedy: what the other one can do, a sentence without its period.
         wait: wait for the owner instead of refusing.
+        job: JOB/ATTEMPT of a scheduler. An owner in an earlier attempt of the same job has ended.
 
     Raises:
         InputError: another process holds the lock.
@@ -144,7 +148,7 @@ def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator
     """
     file = Path(file)
     waits = 0
-    while (handle := _try_lock(file)) is None:
+    while (handle := _try_lock(file, job)) is None:
         refusal = f"{file.parent}: {use} by {_describe_owner(file)}"
         if not wait:
             raise InputError(f"{refusal}. {remedy}")
@@ -161,6 +165,27 @@ def locked(file: Path, use: str, remedy: str, *, wait: bool = False) -> Iterator
             if _is_file(handle, file):
                 file.unlink()
         os.close(handle)
+
+
+def require_writable(folder: Path, use: str, remedy: str) -> None:
+    """Make sure that files can be written to a folder, before the work that makes them.
+
+    The folder is made if it is missing.
+
+    Args:
+        use: what is to be written, for the error message: "the scores".
+        remedy: what else the user can do.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell: root has all of them, and the file system may be read-only.
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: {use} cannot be written there ({error}). {remedy}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -248,7 +273,7 @@ def _plain_host() -> str:
     return re.sub(r"[^\w.-]", "_", socket.gethostname())[:64] or "_"
 
 
-def _try_lock(file: Path) -> int | None:
+def _try_lock(file: Path, job: str) -> int | None:
     """Lock the file and write this process into it.
 
     Returns:
@@ -257,13 +282,13 @@ def _try_lock(file: Path) -> int | None:
     while True:
         handle, is_new = _open_or_create(file)
         try:
-            if not _is_free(handle, file, is_new):
+            if not _is_free(handle, file, is_new, job=job):
                 os.close(handle)
                 return None
 
             # Its last owner may have removed it between our open and our lock.
             if _is_file(handle, file):
-                _write_owner(handle, file)
+                _write_owner(handle, file, job)
                 return handle
             os.close(handle)
         except BaseException:
@@ -282,7 +307,7 @@ def _open_or_create(file: Path) -> tuple[int, bool]:
             return os.open(file, os.O_RDWR), False
 
 
-def _is_free(handle: int, file: Path, is_new: bool) -> bool:
+def _is_free(handle: int, file: Path, is_new: bool, *, job: str) -> bool:
     """Lock an open lock file; returns False if another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,16 +322,16 @@ def _is_free(handle: int, file: Path, is_new: bool) -> bool:
     # Only one process can create the file.
     if is_new:
         return True
-    if _may_live(_read_owner(file)):
+    if _may_live(_read_owner(file), job):
         return False
     file.unlink(missing_ok=True)
     return True
 
 
-def _write_owner(handle: int, file: Path) -> None:
+def _write_owner(handle: int, file: Path, job: str) -> None:
     before = _read_owner(file)
     host = socket.gethostname()
-    if before.get("host", host) != host:
+    if before.get("host", host) != host and _may_live(before, job):
         # Some mounts (NFS with nolock, Lustre with localflock) lock for one host only, silently.
         logger.warning(
             "%s: its owner, %s, did not give it back. Make sure that it has ended",
@@ -319,6 +344,7 @@ def _write_owner(handle: int, file: Path) -> None:
         "host": host,
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "started": _start_of(os.getpid()),
+        "job": job,
     }
     os.ftruncate(handle, 0)
     os.write(handle, json.dumps(owner).encode())
@@ -333,8 +359,12 @@ def _read_owner(file: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _may_live(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock may be alive; only a process of this host is known to be dead."""
+def _may_live(owner: dict[str, Any], job: str) -> bool:
+    """Whether the owner of a lock may be alive, as far as is known on this host and in this job."""
+    own_name, _, own_attempt = job.partition("/")
+    name, _, attempt = str(owner.get("job")).partition("/")
+    if own_name and name == own_name and attempt != own_attempt:
+        return False
     if owner.get("host") != socket.gethostname():
         return True
     return _start_of(owner.get("pid")) == owner.get("started")

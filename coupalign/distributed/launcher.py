@@ -76,6 +76,16 @@ def detect_launcher(environment: Mapping[str, str]) -> str:
     return "no launcher"
 
 
+def read_job_attempt(environment: Mapping[str, str]) -> str:
+    """Read the number of the Slurm job and how often it was requeued: "1234/1"; "" without Slurm.
+
+    Slurm starts an attempt of a job only when the one before it has ended.
+    """
+    if "SLURM_JOB_ID" not in environment:
+        return ""
+    return f"{environment['SLURM_JOB_ID']}/{environment.get('SLURM_RESTART_COUNT', '0')}"
+
+
 def find_rendezvous(environment: Mapping[str, str]) -> dict[str, str]:
     """Find MASTER_ADDR and MASTER_PORT, where the ranks meet.
 

@@ -18,7 +18,12 @@ import numpy as np
 import torch
 import torch.distributed as td
 
-from coupalign.distributed.launcher import detect_launcher, find_rendezvous, read_ranks
+from coupalign.distributed.launcher import (
+    detect_launcher,
+    find_rendezvous,
+    read_job_attempt,
+    read_ranks,
+)
 from coupalign.distributed.parent import stop_with_launcher
 from coupalign.distributed.watchdog import Watchdog, current_phase, doing
 from coupalign.errors import InputError, RunError
@@ -240,6 +245,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(
         message in str(error) for message in _LOST_RANK_MESSAGES
     )
+
+
+def job_attempt() -> str:
+    """Name the Slurm job and which attempt of it this is, as JOB/ATTEMPT; empty without Slurm."""
+    return read_job_attempt(os.environ)
 
 
 def launcher_name() -> str:

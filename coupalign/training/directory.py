@@ -12,7 +12,7 @@ from pathlib import Path
 from coupalign.config.load import dump, read_yaml
 from coupalign.config.schema import Config
 from coupalign.data.leak import TrainedOn, read_trained_on
-from coupalign.distributed.world import World, on_main
+from coupalign.distributed.world import World, job_attempt, on_main
 from coupalign.engine.checkpoint import finished_checkpoints
 from coupalign.errors import InputError
 from coupalign.files import locked, remove_debris, whole_file
@@ -53,6 +53,7 @@ def _only_trainer(directory: Path) -> Iterator[None]:
                     directory / LOCK,
                     "is being trained",
                     "Wait until that has ended, or choose another name or run_dir",
+                    job=job_attempt(),
                 )
                 stack.enter_context(lock)
             yield

@@ -23,6 +23,7 @@ from coupalign.files import (
     publish_directory,
     read_json,
     remove_debris,
+    require_writable,
     sha256_of,
     user_cache,
     whole_directory,
@@ -338,6 +339,24 @@ def test_without_locks_an_owner_that_cannot_be_asked_counts(
 
 
 @without_locks
+@pytest.mark.parametrize(
+    ("owner", "is_free"), [("7/0", True), ("7/1", False), ("8/0", False), ("", False)]
+)
+def test_without_locks_an_earlier_attempt_of_the_job_does_not_count(
+    tmp_path: Path, no_locks: None, owner: str, is_free: bool
+) -> None:
+    lock = tmp_path / "train.lock"
+    lock.write_text(json.dumps({"pid": 1, "host": "n7", "job": owner}))
+
+    if is_free:
+        with locked(lock, "is being trained", "", job="7/1"):
+            assert json.loads(lock.read_text())["job"] == "7/1"
+    else:
+        with pytest.raises(InputError), locked(lock, "is being trained", "", job="7/1"):
+            pass
+
+
+@without_locks
 def test_without_locks_a_warning_says_so_once(
     tmp_path: Path, no_locks: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -358,6 +377,25 @@ def test_lock_left_by_another_host_is_taken_with_a_warning(
         pass
 
     assert "process 5 on host 'n7'" in caplog.text and "Make sure that it has ended" in caplog.text
+
+
+def test_folder_that_can_be_written_is_made_and_stays_empty(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "folder", "the scores", "")
+
+    assert names_in(tmp_path / "new" / "folder") == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_folder_that_cannot_be_written_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("coupalign.files.TemporaryFile", refuse)
+
+    with pytest.raises(InputError, match="the scores cannot be written there .* Use --out"):
+        require_writable(tmp_path, "the scores", "Use --out")
 
 
 def test_lock_on_a_full_disk_leaves_nothing(

@@ -8,6 +8,7 @@ from coupalign.distributed.launcher import (
     detect_launcher,
     find_rendezvous,
     first_node,
+    read_job_attempt,
     read_ranks,
 )
 from coupalign.errors import InputError
@@ -134,3 +135,9 @@ def test_detect_launcher(environment: dict[str, str], launcher: str) -> None:
 )
 def test_first_node_of_slurms_short_form(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
+
+
+def test_job_attempt_counts_requeues() -> None:
+    assert read_job_attempt({}) == ""
+    assert read_job_attempt({"SLURM_JOB_ID": "7"}) == "7/0"
+    assert read_job_attempt({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == "7/2"
