@@ -35,6 +35,7 @@ setup(
         "fsspec[http]",
         "numpy>=2",
         "pillow>=11.3",
+        "imagehash>=4.3,<5",
         "psutil",
         "simplejpeg>=1.8,<2",
         "tabulate>=0.9,<1",

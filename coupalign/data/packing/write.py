@@ -28,6 +28,7 @@ from coupalign.data.packing.images import Turning, read_photograph
 from coupalign.data.packing.layout import PackingLayout, Sample, ShardLayout
 from coupalign.data.packing.output import receipt_path
 from coupalign.data.packing.refer import Referral
+from coupalign.data.photos import PhotoMark, mark_photo
 from coupalign.errors import InputError
 from coupalign.files import sha256_of, whole_file, write_json
 
@@ -107,6 +108,7 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
     from webdataset import TarWriter  # not at the top: it imports torch
 
     turnings: dict[str, Turning] = {}
+    marks: list[PhotoMark] = []
     # Owner, mode and time are fixed, so that the same input gives the same bytes.
     with whole_file(file) as stream:
         with TarWriter(
@@ -117,6 +119,7 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
                 jpg, turning = _read_jpeg(sample)
                 if turning is not None:
                     turnings[sample.image.path.name] = turning
+                marks.append(mark_photo(jpg, sample.referrals[0].file_name))
                 tar.write({"__key__": key, "jpg": jpg, "json": _sample_json(sample)})
         stream.flush()
 
@@ -130,8 +133,10 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
         )
 
     images = tuple(
-        _image_entry(sample, number, jpg, text)
-        for sample, jpg, text in zip(layout.samples, spans[::2], spans[1::2], strict=True)
+        _image_entry(sample, number, mark=mark, jpg=jpg, text=text)
+        for sample, mark, jpg, text in zip(
+            layout.samples, marks, spans[::2], spans[1::2], strict=True
+        )
     )
     records = [image_to_json(image) for image in images]
     write_json(
@@ -154,12 +159,19 @@ def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard 
     if record["plan"] != fingerprint or record["shard"]["sha256"] != sha256_of(file):
         return None
     images = tuple(image_from_json(image) for image in record["images"])
+    if any(image.photo is None for image in images):  # written by an early version
+        return None
     shard = Shard(**record["shard"])
     return WrittenShard(shard, images, reused=True, turnings=record.get("turnings", {}))
 
 
 def _image_entry(
-    sample: Sample, shard_number: int, jpg: tuple[int, int], text: tuple[int, int]
+    sample: Sample,
+    shard_number: int,
+    *,
+    mark: PhotoMark,
+    jpg: tuple[int, int],
+    text: tuple[int, int],
 ) -> ImageEntry:
     refs = tuple(
         RefEntry(
@@ -170,7 +182,9 @@ def _image_entry(
         )
         for referral in sample.referrals
     )
-    return ImageEntry(image_id=sample.image_id, shard=shard_number, jpg=jpg, json=text, refs=refs)
+    return ImageEntry(
+        image_id=sample.image_id, shard=shard_number, jpg=jpg, json=text, refs=refs, photo=mark
+    )
 
 
 def _read_jpeg(sample: Sample) -> tuple[bytes, Turning | None]:

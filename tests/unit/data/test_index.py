@@ -118,7 +118,7 @@ def test_index_of_another_version_names_both(packed: Path) -> None:
         (lambda tree: tree.update(format="other"), "not an index of coupalign-shards"),
         (lambda tree: tree.pop("images"), "damaged index .*images"),
         (lambda tree: tree["images"][0].update(shard=3), "damaged index"),
-        (lambda tree: tree["images"][0].update(shard=-1), "image 9 is outside shard -1"),
+        (lambda tree: tree["images"][0].update(shard=-1), "shard -1 is not a whole number"),
         (lambda tree: tree["images"][0].update(jpg=[512, 10**9]), "image 9 is outside shard 0"),
         (lambda tree: tree["images"][0].update(jpg=[-1, 9]), "is not an offset and a length"),
         (lambda tree: tree["images"][0].update(jpg=[1]), "damaged index"),

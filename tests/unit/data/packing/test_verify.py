@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from coupalign.data.index import read_index
-from coupalign.data.packing.verify import check_jpeg, count_entries, verify
+from coupalign.data.packing.counts import count_entries
+from coupalign.data.packing.verify import check_jpeg, verify
 from tests.unit.data.conftest import change_index
 
 
@@ -133,20 +134,49 @@ def test_changed_record_is_reported(packed: Path, change, problem: str) -> None:
     assert re.search(f"shard-000000.tar: sample 000000000009: .*{problem}", reported)
 
 
-def test_missing_shard_changed_vocabulary_and_wrong_counts_are_reported(packed: Path) -> None:
+def test_missing_shard_and_changed_vocabulary_are_reported(packed: Path) -> None:
     (packed / "shard-000002.tar").unlink()
     (packed / "vocab.txt").write_text("[PAD]\n")
-    change_index(packed, lambda tree: tree["counts"]["refcoco/unc"]["val"].update(refs=5))
 
     table = verify(packed).table()
 
     assert "shard-000002.tar: missing" in table
     assert "vocab.txt" in table
-    assert "counts" in table
-    assert "3 problems" in table
+    assert "2 problems" in table
 
     (packed / "vocab.txt").unlink()
     assert "vocab.txt: missing" in verify(packed).table()
+
+
+def test_damaged_index_is_a_problem(packed: Path) -> None:
+    change_index(packed, lambda tree: tree["counts"]["refcoco/unc"]["val"].update(refs=5))
+
+    report = verify(packed)
+
+    assert not report.ok and "`counts` disagrees" in report.table()
+    assert report.to_json()["problems"] == list(report.problems)
+
+
+@pytest.mark.parametrize(
+    "mark, problem",
+    [
+        ([9, "0" * 16, None], "its photograph is not the one that the index describes"),
+        ([10, None, None], "its photograph is not the one that the index describes"),
+        ([9, None, "0" * 64], "the index describes another picture"),
+    ],
+)
+def test_mark_of_another_photograph_is_reported(
+    packed: Path, mark: list[object], problem: str
+) -> None:
+    def change(tree: dict) -> None:
+        photo = tree["images"][0]["photo"]
+        tree["images"][0]["photo"] = [new or old for new, old in zip(mark, photo)]
+
+    change_index(packed, change)
+
+    (reported,) = verify(packed).problems
+
+    assert f"sample 000000000009: {problem}" in reported
 
 
 def test_check_jpeg_decodes_the_whole_picture(refer_root: Path) -> None:
