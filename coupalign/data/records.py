@@ -32,6 +32,7 @@ def read_record(text: bytes, image: ImageEntry) -> dict[str, Any]:
     image_id = _field(record, "image_id", int)
     if image_id != image.image_id:
         raise ValueError(f"the record is of image {quoted(image_id)}")
+    _field(record, "file_name", str)
     refs = _field(record, "refs", list)
     if len(refs) != len(image.refs):
         raise ValueError(f"the record has {len(refs)} refs, the index says {len(image.refs)}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from coupalign.data.packing.refer import Referral
@@ -50,7 +51,8 @@ def find_images(
     """Find the image of each referral in `folder`, or else below `root`.
 
     Below `root`, the first of IMAGE_FOLDERS that has the image wins. In each folder, an image is
-    looked for by its name in instances.json, then as `%012d.jpg`.
+    looked for by its path in instances.json, then by its name alone, unless two images have the
+    same name in different folders. Images of COCO are also looked for as `%012d.jpg`.
 
     Returns:
         The files found and the expected names of the missing ones, both by image_id.
@@ -58,17 +60,31 @@ def find_images(
     folders = [Path(folder)] if folder else [Path(root) / name for name in IMAGE_FOLDERS]
     listings = {path: {entry.name for entry in path.iterdir()} for path in folders if path.is_dir()}
     file_names = {referral.image_id: referral.file_name for referral in referrals}
+    base_names = Counter(PurePosixPath(name).name for name in file_names.values())
 
     found: dict[int, ImageFile] = {}
     missing: dict[int, str] = {}
     for image_id, file_name in sorted(file_names.items()):
-        path = _find_file((file_name, f"{image_id:012d}.jpg"), listings)
+        names = [file_name]
+        base_name = PurePosixPath(file_name).name
+        if base_names[base_name] == 1:
+            names.append(base_name)
+        if is_coco_name(file_name, image_id):
+            names.append(f"{image_id:012d}.jpg")
+
+        path = _find_file(names, listings)
         if path is None:
             missing[image_id] = file_name
         else:
             status = path.stat()
             found[image_id] = ImageFile(path, status.st_size, status.st_mtime_ns)
     return found, missing
+
+
+def is_coco_name(file_name: str, image_id: int) -> bool:
+    """Whether a picture is named after its number, as COCO does: COCO_train2014_%012d.jpg."""
+    stem = PurePosixPath(file_name).stem
+    return stem.rpartition("_")[2] == f"{image_id:012d}"
 
 
 def read_photograph(data: bytes, height: int, width: int) -> tuple[bytes, Turning | None]:
@@ -112,6 +128,7 @@ def _find_file(names: Iterable[str], listings: dict[Path, set[str]]) -> Path | N
     """Return the first file with one of `names`; `listings` has the file names of each folder."""
     for folder, listing in listings.items():
         for name in names:
-            if name in listing and (folder / name).is_file():
+            # The first part is listed: a look into the set is quicker than one into the folder.
+            if PurePosixPath(name).parts[0] in listing and (folder / name).is_file():
                 return folder / name
     return None

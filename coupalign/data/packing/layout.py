@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from coupalign.data.index import FORMAT_VERSION
 from coupalign.data.packing.counts import Counts, count_refs
-from coupalign.data.packing.images import IMAGE_FOLDERS, ImageFile, find_images
+from coupalign.data.packing.images import (
+    IMAGE_FOLDERS,
+    ImageFile,
+    find_images,
+    is_coco_name,
+)
 from coupalign.data.packing.recipe import Recipe
 from coupalign.data.packing.refer import Referral, read_annotation_set
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 from coupalign.version import __version__
 
 TOOL = f"coupalign {__version__}"
@@ -74,8 +80,9 @@ def read_sources(recipe: Recipe, skip_missing: bool) -> Sources:
     """Read the annotation files and look for the photographs.
 
     Raises:
-        InputError: an annotation file is missing or malformed, or an annotation is missing and
-            `skip_missing` is false.
+        InputError: an annotation file is missing or malformed, an annotation is missing and
+            `skip_missing` is false, two sets give one image_id to different pictures, or one
+            picture has two ids.
     """
     referrals: list[Referral] = []
     missing_annotations: list[str] = []
@@ -90,7 +97,9 @@ def read_sources(recipe: Recipe, skip_missing: bool) -> Sources:
         referrals += found
         missing_annotations += missing
 
+    _refuse_shared_ids(recipe, referrals)
     images, missing_images = find_images(recipe.root, referrals, recipe.images)
+    _refuse_shared_files(images)
     return Sources(
         referrals=tuple(referrals),
         images=images,
@@ -139,6 +148,41 @@ def describe_missing(recipe: Recipe, sources: Sources) -> str:
     )
 
 
+def _refuse_shared_ids(recipe: Recipe, referrals: Sequence[Referral]) -> None:
+    """Refuse sets that number their pictures alike: refs of one would get a picture of another."""
+    owners: dict[int, Referral] = {}
+    for referral in referrals:
+        owner = owners.setdefault(referral.image_id, referral)
+        if not _is_same_picture(owner, referral):
+            raise InputError(
+                f"{recipe.root}: image_id {referral.image_id} is {quoted(owner.file_name)} in "
+                f"{owner.dataset}/{owner.split_by} and {quoted(referral.file_name)} in "
+                f"{referral.dataset}/{referral.split_by}; give different pictures different ids "
+                "in the instances.json files, or pack the sets into two directories"
+            )
+
+
+def _is_same_picture(first: Referral, second: Referral) -> bool:
+    """Whether two refs with the same image_id are on the same picture, judged by its name."""
+    if first.file_name == second.file_name:
+        return True
+
+    # COCO's 2014 and 2017 names of the same picture differ.
+    return all(is_coco_name(ref.file_name, ref.image_id) for ref in (first, second))
+
+
+def _refuse_shared_files(images: Mapping[int, ImageFile]) -> None:
+    owners: dict[Path, int] = {}
+    for image_id, image in images.items():
+        owner = owners.setdefault(image.path, image_id)
+        if owner != image_id:
+            raise InputError(
+                f"{image.path}: is the picture of image_id {owner} and of image_id {image_id}; the "
+                "refs of one of them belong to another picture: give each picture a name of its "
+                "own, and correct `file_name` in instances.json"
+            )
+
+
 def _group_by_image(recipe: Recipe, sources: Sources) -> list[Sample]:
     refs_of_image: dict[int, list[Referral]] = {}
     for referral in sources.referrals:
@@ -180,10 +224,13 @@ def _cut_into_shards(samples: Sequence[Sample], recipe: Recipe) -> tuple[ShardLa
 
 def _plain_refs(sample: Sample) -> list[dict[str, Any]]:
     """Return the refs of a sample as JSON values; the field names are part of the fingerprints."""
-    return [
-        {**vars(referral), "sentences": [vars(sentence) for sentence in referral.sentences]}
-        for referral in sample.referrals
-    ]
+    plain = []
+    for referral in sample.referrals:
+        fields = {**vars(referral), "sentences": [vars(s) for s in referral.sentences]}
+        # What is only compared decides no byte.
+        del fields["stated_area"], fields["stated_box"]
+        plain.append(fields)
+    return plain
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -20,6 +20,7 @@ from coupalign.data.packing.counts import (
     counts_table,
     differences_from_published,
 )
+from coupalign.data.packing.doubts import find_doubts
 from coupalign.data.packing.images import Turning
 from coupalign.data.packing.layout import (
     MAX_LISTED,
@@ -207,10 +208,12 @@ def _report(
         count = len(sources.missing_annotations)
         listed = "; ".join(sources.missing_annotations[:MAX_LISTED])
         warnings.append(
-            f"{count} refs are left out because their annotation or image is not listed: {listed}"
+            f"{count} refs are left out because they have no target, or their annotation or image "
+            f"is not listed: {listed}"
         )
     if sources.missing_images:
         warnings.append(describe_missing(recipe, sources))
+    warnings += find_doubts(sources.referrals)
 
     samples = [sample for shard in layout.shards for sample in shard.samples]
     return PackReport(

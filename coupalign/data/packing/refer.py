@@ -6,21 +6,39 @@
 
 The `.p` files are pickles of Python 2. They contain plain data only, so the reader refuses to look
 up any global.
+
+Files of other makers are read too: gRefCOCO's refs with several objects, sentences as plain texts,
+ids as texts.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import pickle
-from collections import Counter
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coupalign.data.masks import check_segmentation
-from coupalign.errors import InputError
-from coupalign.files import read_json
+from coupalign.data.masks import check_segmentation, check_size
+from coupalign.data.packing.fields import (
+    field,
+    read_box,
+    read_flag,
+    read_number,
+    read_positive,
+    read_text,
+)
+from coupalign.data.packing.instances import Instances, read_instances
+from coupalign.data.records import UNKNOWN
+from coupalign.errors import InputError, quoted
+from coupalign.files import parse_strict_json
+
+NO_TARGET = -1  # in gRefCOCO's lists of ann_ids
+
+# Files and options are named after splits.
+_SPLIT = re.compile(r"[\w+-][\w.+-]*")
 
 # The field names of Sentence and Referral are part of the source fingerprint of a shard set.
 
@@ -43,16 +61,23 @@ class Referral:
     split_by: str
     split: str
     ref_id: int
-    ann_id: int
+    ann_id: int | tuple[int, ...]  # several: the ref is about all of these objects
     image_id: int
-    category: str
+    category: str  # several objects of different categories: their names, joined with commas
     file_name: str  # of the image, from instances.json (a ref's own `file_name` is not an image)
     height: int  # of the image, pixels
     width: int
     crowd: bool
-    same_class: int  # other objects of its category in the image, without crowds
+    same_class: int  # other objects of its category in the image, without crowds; or UNKNOWN
     segmentation: list | dict
     sentences: tuple[Sentence, ...]
+    # What the annotation says about its mask; None: nothing, or there are several annotations.
+    stated_area: float | None = None
+    stated_box: tuple[float, float, float, float] | None = None
+
+
+class NoTarget(ValueError):
+    """A ref is about no object, as some of gRefCOCO are."""
 
 
 def read_annotation_set(
@@ -61,8 +86,8 @@ def read_annotation_set(
     """Read `refs(<split_by>)` and `instances.json` in the folder `<root>/<folder or dataset>`.
 
     Returns:
-        The referrals, sorted by ref_id, and one line for each ref that was skipped because its
-        annotation or image record is missing (only with `skip_missing`).
+        The referrals, sorted by ref_id, and one line for each ref that was skipped because it has
+        no target, or its annotation or image record is missing (only with `skip_missing`).
 
     Raises:
         InputError: a file is missing or unreadable, or its pickle asks for a global; a ref is
@@ -72,27 +97,27 @@ def read_annotation_set(
     directory = Path(root) / (folder or dataset)
     refs_file = find_refs_file(directory, split_by)
     refs = read_refs_file(refs_file)
-    ann_ids = {ref.get("ann_id") for ref in refs if isinstance(ref, dict)}
-    instances = _read_instances(directory / "instances.json", ann_ids)
+    instances = read_instances(directory / "instances.json", _named_annotations(refs))
 
     referrals: dict[int, Referral] = {}
     skipped: list[str] = []
     for ref in refs:
         # Any error in here is a mistake in the files: say in which ref.
+        missing = remedy = referral = None
         try:
             missing = _missing_record(ref, instances)
-            referral = None if missing else _match(ref, dataset, split_by, instances)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{refs_file}: {_identify(ref)}: {reason}") from None
+            remedy = "use instances.json and the refs from the same download"
+            if not missing:
+                referral = _match(ref, dataset, split_by, instances)
+        except NoTarget as error:
+            missing, remedy = str(error), "a ref without an object cannot be packed: remove it"
+        except ValueError as error:
+            raise InputError(f"{refs_file}: {_identify(ref)}: {error}") from None
 
         if referral is None:
-            skipped.append(f"{refs_file}: {_identify(ref)}: {missing} is not in instances.json")
+            skipped.append(f"{refs_file}: {_identify(ref)}: {missing}")
             if not skip_missing:
-                raise InputError(
-                    f"{skipped[-1]}; use instances.json and the refs from the same download, "
-                    "or set `missing: skip`"
-                )
+                raise InputError(f"{skipped[-1]}; {remedy}, or set `missing: skip`")
         elif referral.ref_id in referrals:
             raise InputError(f"{refs_file}: ref_id {referral.ref_id} is listed twice")
         else:
@@ -126,7 +151,7 @@ def find_refs_file(directory: Path, split_by: str) -> Path:
     )
 
 
-def read_refs_file(file: Path) -> list[dict[str, Any]]:
+def read_refs_file(file: Path) -> list[Any]:
     """Read the list of refs in a `.p` or `.json` file, as it is.
 
     Raises:
@@ -134,16 +159,15 @@ def read_refs_file(file: Path) -> list[dict[str, Any]]:
             message names the global, which is never looked up.
     """
     try:
-        if file.suffix == ".json":
-            refs = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            with open(file, "rb") as stream:
-                refs = _PlainDataUnpickler(stream, encoding="latin1").load()
+        data = file.read_bytes()
+        refs = parse_strict_json(data) if file.suffix == ".json" else _read_pickle(data)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     except Exception as error:  # a broken pickle can raise nearly anything
+        reason = str(error).partition("\n")[0][:200]
         raise InputError(
-            f"{file}: not a readable refs file ({type(error).__name__}: {error}); download it again"
+            f"{file}: not a readable refs file ({type(error).__name__}: {reason}); "
+            "download it again"
         ) from None
 
     if not isinstance(refs, list):
@@ -151,110 +175,218 @@ def read_refs_file(file: Path) -> list[dict[str, Any]]:
     return refs
 
 
-class _PlainDataUnpickler(pickle.Unpickler):
-    """Load lists, dicts, texts and numbers only.
+def _read_pickle(data: bytes) -> Any:
+    return _PlainDataUnpickler(io.BytesIO(data), encoding="latin1").load()
+
+
+class _PlainDataUnpickler(pickle._Unpickler):
+    """Load lists, dicts with plain keys, texts and numbers only.
 
     A pickle that names a global is not a refs file, and looking the global up could run any code.
+
+    The base is the unpickler that is written in Python. The one in C is twice as fast, but an
+    object with a high number makes it fill the memory, and a deeply nested key ends the process.
     """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         raise InputError(
-            f"the pickle asks for the global {module}.{name}; refs files contain plain lists and "
-            "dicts only, so this one is damaged or malicious; it was not loaded"
+            f"the pickle asks for the global {quoted(f'{module}.{name}')}; refs files contain "
+            "plain lists and dicts only, so this one is damaged or malicious; it was not loaded"
         )
 
+    def get_extension(self, code: int) -> Any:
+        raise InputError(f"the pickle asks for the extension {code}; it was not loaded")
+
     def persistent_load(self, pid: Any) -> Any:
-        raise InputError(f"the pickle asks for the external object {pid!r}; it was not loaded")
+        raise InputError(f"the pickle asks for the external object {quoted(pid)}; not loaded")
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_dict_of(items))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1].update(_dict_of([key, value]))
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.stack[-1].update(_dict_of(items))
+
+    def load_frozenset(self) -> None:
+        raise InputError("the pickle holds a set; refs files contain lists and dicts only")
+
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.FROZENSET[0]] = dispatch[pickle.ADDITEMS[0]] = load_frozenset
 
 
-@dataclass(frozen=True)
-class _Instances:
-    """What the refs need of an instances.json."""
-
-    images: dict[int, dict]
-    annotations: dict[int, dict]  # those that a ref names
-    categories: dict[int, str]
-    objects: Counter[tuple[int, int]]  # per (image, category), over all annotations, no crowds
+def _dict_of(items: Sequence[Any]) -> dict[str | int, Any]:
+    """Make a dict of keys and values in turn. A key that is nested cannot be hashed safely."""
+    for key in items[::2]:
+        if type(key) not in (str, int):
+            raise InputError(f"the pickle has a dict with the key {quoted(key)}, which is no text")
+    return dict(zip(items[::2], items[1::2], strict=True))
 
 
-def _read_instances(file: Path, ann_ids: set[Any]) -> _Instances:
-    tree = read_json(file, "the COCO instances file from the same download as the refs")
-    try:
-        # A full file has far more annotations than the refs need: count all, keep those.
-        annotations: dict[int, dict] = {}
-        objects: Counter[tuple[int, int]] = Counter()
-        for annotation in tree["annotations"]:
-            if annotation["id"] in ann_ids:
-                annotations[annotation["id"]] = annotation
-            if not annotation.get("iscrowd", 0):
-                objects[annotation["image_id"], annotation["category_id"]] += 1
+# ---------------------------------------------------------------------------------- Fields of refs
 
-        images = {image["id"]: image for image in tree["images"]}
-        categories = {category["id"]: category["name"] for category in tree["categories"]}
-        return _Instances(images, annotations, categories, objects)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file}: not a COCO instances file ({type(error).__name__}: {error})"
-        ) from None
+
+def _named_annotations(refs: Sequence[Any]) -> set[int]:
+    """List the annotations that the refs name, as far as they can be read."""
+    named: set[int] = set()
+    for ref in refs:
+        try:
+            named.update(_read_ann_ids(ref))
+        except ValueError:
+            continue  # `_match` says what is wrong with it
+    return named
+
+
+def _read_ann_ids(ref: Any) -> tuple[int, ...]:
+    """Read the annotations of a ref: one number, or gRefCOCO's list.
+
+    Raises:
+        NoTarget: it has none.
+        ValueError: they are something else.
+    """
+    if not isinstance(ref, Mapping):
+        raise ValueError("it is not an object with fields")
+
+    value = field(ref, "ann_id")
+    values = value if isinstance(value, list) else [value]
+    if value in (NO_TARGET, "-1", [], [NO_TARGET], ["-1"]):
+        raise NoTarget("it has no target")
+
+    ann_ids = (read_number(each, "ann_id") for each in values)
+    return tuple(dict.fromkeys(ann_ids))
+
+
+def _missing_record(ref: Any, instances: Instances) -> str | None:
+    """Name the annotation or image of a ref that instances.json does not have."""
+    for ann_id in _read_ann_ids(ref):
+        if ann_id not in instances.annotations:
+            return f"annotation ann_id {ann_id} is not in instances.json"
+    image_id = read_number(field(ref, "image_id"), "image_id")
+    if image_id not in instances.images:
+        return f"image_id {image_id} is not in instances.json"
+    return None
 
 
 # -------------------------------------------------------------------------------------- Matching
 
 
-def _missing_record(ref: Mapping[str, Any], instances: _Instances) -> str | None:
-    """Name the annotation or image of a ref that instances.json does not have."""
-    if ref["ann_id"] not in instances.annotations:
-        return f"annotation ann_id {ref['ann_id']}"
-    if ref["image_id"] not in instances.images:
-        return f"image_id {ref['image_id']}"
-    return None
+def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: Instances) -> Referral:
+    """Join a ref with its annotations and its image, and check that they fit together."""
+    ann_ids = _read_ann_ids(ref)
+    image_id = read_number(field(ref, "image_id"), "image_id")
+    annotations = [instances.annotations[ann_id] for ann_id in ann_ids]
 
-
-def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: _Instances) -> Referral:
-    """Join a ref with its annotation and its image, and check that they fit together."""
-    image = instances.images[ref["image_id"]]
-    annotation = instances.annotations[ref["ann_id"]]
-    category_id = annotation["category_id"]
+    image = instances.images[image_id]
+    height = read_number(field(image, "height"), "height")
+    width = read_number(field(image, "width"), "width")
+    check_size(height, width)
 
     # A mask of another image, or one that pycocotools would misread, must not be packed.
-    if annotation["image_id"] != ref["image_id"]:
-        raise ValueError(
-            f"its annotation is on image {annotation['image_id']}, the ref on {ref['image_id']}"
-        )
-    if category_id not in instances.categories:
-        raise ValueError(f"category_id {category_id} is not in instances.json")
-    check_segmentation(annotation["segmentation"], image["height"], image["width"])
+    parts: list[Any] = []
+    category_ids: list[int] = []
+    for ann_id, annotation in zip(ann_ids, annotations):
+        on_image = read_number(annotation["image_id"], "image_id")
+        if on_image != image_id:
+            raise ValueError(f"its annotation {ann_id} is on image {on_image}, the ref on {image_id}")
+        category_id = read_number(annotation["category_id"], "category_id")
+        if category_id not in instances.categories:
+            raise ValueError(f"category_id {category_id} is not in instances.json")
+        category_ids.append(category_id)
 
-    sentences = tuple(_read_sentence(record) for record in ref["sentences"])
-    if not sentences:
-        raise ValueError("it has no sentences")
+        segmentation = field(annotation, "segmentation")
+        check_segmentation(segmentation, height, width)
+        parts += segmentation if isinstance(segmentation, list) else [segmentation]
 
-    # Crowds are not among the counted objects; any other object is, and does not count itself.
-    crowd = bool(annotation.get("iscrowd", 0))
-    objects_of_class = instances.objects[ref["image_id"], category_id]
-    same_class = objects_of_class if crowd else objects_of_class - 1
+    split = read_text(field(ref, "split"), "split")
+    if not _SPLIT.fullmatch(split):
+        raise ValueError(f"`split` is {quoted(split)}; letters, digits, _ . + - can name a split")
+
+    is_crowd = [read_flag(annotation.get("iscrowd"), "iscrowd") for annotation in annotations]
+    one = len(annotations) == 1
+    categories = dict.fromkeys(instances.categories[number] for number in category_ids)
     return Referral(
         dataset=dataset,
         split_by=split_by,
-        split=str(ref["split"]),
-        ref_id=int(ref["ref_id"]),
-        ann_id=int(ref["ann_id"]),
-        image_id=int(ref["image_id"]),
-        category=instances.categories[category_id],
-        file_name=Path(image["file_name"]).name,
-        height=int(image["height"]),
-        width=int(image["width"]),
-        crowd=crowd,
-        same_class=same_class,
-        segmentation=annotation["segmentation"],
-        sentences=sentences,
+        split=split,
+        ref_id=read_number(field(ref, "ref_id"), "ref_id"),
+        ann_id=ann_ids[0] if one else ann_ids,
+        image_id=image_id,
+        category=", ".join(categories),
+        file_name=_read_file_name(image),
+        height=height,
+        width=width,
+        crowd=all(is_crowd),
+        same_class=_count_others(image_id, category_ids, is_crowd, instances),
+        segmentation=annotations[0]["segmentation"] if one else parts,
+        sentences=_read_sentences(ref),
+        stated_area=read_positive(annotations[0].get("area")) if one else None,
+        stated_box=read_box(annotations[0].get("bbox")) if one else None,
     )
 
 
-def _read_sentence(record: Mapping[str, Any]) -> Sentence:
-    cleaned = record["sent"]
-    raw = record.get("raw", cleaned)
-    return Sentence(int(record["sent_id"]), _repair_encoding(raw), _repair_encoding(cleaned))
+def _count_others(
+    image_id: int, category_ids: Sequence[int], is_crowd: Sequence[bool], instances: Instances
+) -> int:
+    """Count the objects of the same categories on the image that the ref is not about."""
+    if not instances.crowds_only.isdisjoint(category_ids):
+        return UNKNOWN
+
+    # Crowds are not among the counted objects; any other object is, and does not count itself.
+    counted = sum(instances.objects[image_id, category_id] for category_id in set(category_ids))
+    return counted - sum(not crowd for crowd in is_crowd)
+
+
+def _read_file_name(image: Mapping[str, Any]) -> str:
+    """Read the path of a picture, relative to the folder of the pictures, with slashes.
+
+    A path that leads elsewhere says nothing about this machine: only its name is kept.
+    """
+    text = read_text(field(image, "file_name"), "file_name").replace("\\", "/")
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    if not parts or "\0" in text:
+        raise ValueError(f"`file_name` is {quoted(text)}, which names no file")
+
+    leads_elsewhere = text.startswith("/") or ".." in parts or ":" in parts[0]
+    return parts[-1] if leads_elsewhere else "/".join(parts)
+
+
+def _read_sentences(ref: Mapping[str, Any]) -> tuple[Sentence, ...]:
+    records = field(ref, "sentences")
+    if not isinstance(records, list):
+        raise ValueError(f"`sentences` is {quoted(records)}, not a list")
+    if not records:
+        raise ValueError("it has no sentences")
+
+    sentences = tuple(_read_sentence(record, number) for number, record in enumerate(records))
+    sent_ids = [sentence.sent_id for sentence in sentences]
+    if len(set(sent_ids)) < len(sent_ids):
+        repeated = next(sent_id for sent_id in sent_ids if sent_ids.count(sent_id) > 1)
+        raise ValueError(f"sent_id {repeated} is listed twice")
+    return sentences
+
+
+def _read_sentence(record: Any, number: int) -> Sentence:
+    """Read a sentence: an object, or a plain text, which gets its number in the ref as its id."""
+    if isinstance(record, str):
+        text = _repair_encoding(read_text(record, "sentences"))
+        return Sentence(number, raw=text, cleaned=text)
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"a sentence is {quoted(record)}; expected a text, or an object with sent and sent_id"
+        )
+
+    cleaned = read_text(field(record, "sent"), "sent")
+    raw = read_text(record.get("raw", cleaned), "raw")
+    sent_id = read_number(field(record, "sent_id"), "sent_id")
+    return Sentence(sent_id, _repair_encoding(raw), _repair_encoding(cleaned))
 
 
 def _repair_encoding(text: str) -> str:
@@ -271,6 +403,6 @@ def _repair_encoding(text: str) -> str:
 def _identify(ref: Any) -> str:
     """Name a ref for an error message by its ids, as far as it has any."""
     if not isinstance(ref, Mapping):
-        return f"ref {ref!r:.60}"
-    ids = f"ann_id {ref.get('ann_id')}, image_id {ref.get('image_id')}"
-    return f"ref_id {ref.get('ref_id')} ({ids})"
+        return f"ref {quoted(ref)}"
+    ids = f"ann_id {quoted(ref.get('ann_id'))}, image_id {quoted(ref.get('image_id'))}"
+    return f"ref_id {quoted(ref.get('ref_id'))} ({ids})"
