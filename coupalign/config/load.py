@@ -405,9 +405,9 @@ def _describe_mistake(
     ]
     key = ".".join(names)
     source = file
-    for depth in range(1, len(names) + 1):
-        # The last override of the key, or of a section around it, has the last word.
-        if override := overrides.get(".".join(names[:depth])):
+    for path, override in overrides.items():
+        # An override of the key, of a section around it, or of something below it.
+        if f"{key}.".startswith(f"{path}.") or path.startswith(f"{key}."):
             source = _source(override)
 
     # An unknown key: say what became of it, or what was probably meant.

@@ -6,6 +6,7 @@ Variants are discriminated unions on `kind`, so code can `match` on the type. Va
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -18,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from coupalign.addresses import find_secret
+from coupalign.addresses import find_secret, hide_secret
 
 # More than any machine can use, and few enough that a typing error ends in a message.
 MOST_CHANNELS = 65_536
@@ -35,7 +36,12 @@ class Section(BaseModel):
     """A frozen part of the configuration that refuses keys it does not know. Numbers are finite."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        # A refused address is not repeated.
+        hide_input_in_errors=True,
     )
 
 
@@ -56,13 +62,18 @@ Address = Annotated[str, AfterValidator(_without_secret)]
 
 
 def _is_plain_name(name: str) -> str:
+    if not re.fullmatch(r"[\w+][\w.+-]*", name):
+        raise ValueError(
+            f"expected letters, digits and any of _ . + - in a name that does not begin with . "
+            f"or -, found {hide_secret(name)[:80]!r}"
+        )
     if len(name.encode()) > MOST_NAME_BYTES:
         raise ValueError(f"longer than {MOST_NAME_BYTES} bytes, which a folder's name may not be")
     return name
 
 
 # The name of a folder in another one: never `..`, a hidden folder, or an option's spelling.
-PlainName = Annotated[str, Field(pattern=r"^[\w+][\w.+-]*$"), AfterValidator(_is_plain_name)]
+PlainName = Annotated[str, AfterValidator(_is_plain_name)]
 
 # Sizes of a model.
 Channels = Annotated[int, Field(ge=1, le=MOST_CHANNELS, strict=True)]

@@ -14,21 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coupalign.addresses import hide_secret
 from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
 from coupalign.tracking.journal import Journal, Status, logger
-from coupalign.tracking.mlflow import Delivery, brief
-from coupalign.tracking.outbox import STATE, Outbox, sole_sender
+from coupalign.tracking.mlflow import Delivery, Refusal, brief
+from coupalign.tracking.outbox import STATE, Outbox, sole_sender, track_command, tracking_address
 
 POLL_S = 2.0
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
 SYSTEM_EVERY_S = 10.0
 
-# How long the end of a session waits for a server that does not answer …
+# How long the end of a session waits for a server that completes no request …
 CLOSE_WAIT_S = 30.0
-# … for one that is accepting data, or a database that is being set up …
+# … for one that completes requests, or a local database that is being set up …
 CLOSE_WAIT_WORKING_S = 120.0
+# … for one that refused, which waiting does not change …
+CLOSE_WAIT_REFUSED_S = 2.0
 # … and after a failure, where the launcher may be about to start the session that sends the rest.
 CLOSE_WAIT_FAILED_S = 2.0
 
@@ -51,20 +54,24 @@ class MlflowTracker:
         if self._system_metrics:
             system_reading()  # percentages are since the previous reading
 
-        # Continue the MLflow run of an earlier session, unless it was on another server.
+        # Continue the MLflow run of an earlier session, unless it was on another server or of the
+        # directory that this one is a copy of.
         run_dir = journal.path.parent
+        shown = hide_secret(uri)
+        self._uri = uri
         self._outbox = Outbox.read(run_dir) or Outbox(
-            path=run_dir / STATE, uri=uri, experiment=config.experiment, run_name=run_name
+            path=run_dir / STATE, uri=shown, experiment=config.experiment, run_name=run_name
         )
-        if (self._outbox.uri, self._outbox.experiment) != (uri, config.experiment):
+        self._settle()
+        if (self._outbox.uri, self._outbox.experiment) != (shown, config.experiment):
             logger.warning(
                 "MLflow: this run was sent to %s (%s) before; everything goes to %s (%s) now",
-                self._outbox.uri,
+                hide_secret(self._outbox.uri),
                 self._outbox.experiment,
-                uri,
+                shown,
                 config.experiment,
             )
-            self._outbox.start_over(uri=uri, experiment=config.experiment)
+            self._outbox.start_over(uri=shown, experiment=config.experiment)
 
         self._change(
             params={name: str(value) for name, value in params.items()},
@@ -76,7 +83,7 @@ class MlflowTracker:
         )
         self.tag(tags)
 
-        self._thread = Forwarder(self._outbox)
+        self._thread = Forwarder(self._outbox, uri)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -107,13 +114,20 @@ class MlflowTracker:
         if not all_sent:
             rows, artifacts = self._outbox.waiting()
             logger.warning(
-                "MLflow (%s): %d rows and %d artifacts are not there yet; `coupalign track %s` "
+                "MLflow (%s): %d rows and %d artifacts are not there yet; `%s` "
                 "or the next start of this run sends them",
                 self._outbox.uri,
                 rows,
                 artifacts,
-                self._outbox.path.parent,
+                track_command(self._outbox.path.parent, self._uri),
             )
+
+    def _settle(self) -> None:
+        try:
+            if found := self._outbox.settle():
+                logger.warning("MLflow: %s", found)
+        except OSError as error:
+            logger.warning("%s: %s", self._outbox.path, error)
 
     def _change(self, **values: Any) -> None:
         try:
@@ -125,12 +139,13 @@ class MlflowTracker:
 class Forwarder(threading.Thread):
     """Sends what the outbox and the journal hold, again and again until asked to finish."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, uri: str) -> None:
         super().__init__(name="mlflow-forwarder", daemon=True)
-        self._delivery = Delivery(outbox)
+        self._delivery = Delivery(outbox, uri)
         self._closing = threading.Event()
         self._given_up = False
         self._failing = False
+        self._refused = False
 
     def run(self) -> None:
         pause = FIRST_PAUSE_S
@@ -168,31 +183,45 @@ class Forwarder(threading.Thread):
         self._closing.set()
         while self.is_alive():
             self.join(0.1)
-            waited = time.monotonic() - start
-            if self.is_alive() and waited > self._patience(hurry):
+            if self.is_alive() and self._patience_is_over(start, hurry):
                 self._given_up = True
                 return False
         return True
 
-    def _patience(self, hurry: bool) -> float:
+    def _patience_is_over(self, start: float, hurry: bool) -> bool:
+        now = time.monotonic()
         if hurry:
-            return CLOSE_WAIT_FAILED_S
-        return CLOSE_WAIT_S if self._failing else CLOSE_WAIT_WORKING_S
+            return now > start + CLOSE_WAIT_FAILED_S
+        if self._refused:
+            return now > start + CLOSE_WAIT_REFUSED_S
+
+        # A server that hangs or drips completes nothing. Only creating a local database takes long.
+        idle = now - max(start, self._delivery.last_progress)
+        is_local = self._delivery.uri.startswith("sqlite:")
+        if idle > CLOSE_WAIT_S and (self._failing or not is_local):
+            return True
+        return now > start + CLOSE_WAIT_WORKING_S
 
     def _report_failure(self, error: Exception) -> None:
+        self._refused = isinstance(error, Refusal)
         if not self._failing:
+            problem = f"cannot be reached: {brief(error)}. Training continues; the numbers stay"
+            remedy = "when it is back"
+            if self._refused:
+                problem = f"takes nothing: {error}. Training continues; the numbers stay"
+                remedy = "once this is mended"
             logger.warning(
-                "MLflow (%s) cannot be reached: %s. Training continues; the numbers stay in the "
-                "run directory and are sent when it is back.",
+                "MLflow (%s) %s in the run directory and are sent %s.",
                 self._delivery.outbox.uri,
-                brief(error),
+                problem,
+                remedy,
             )
         self._failing = True
 
     def _report_recovery(self) -> None:
         if self._failing:
             logger.warning("MLflow (%s) is back and has everything.", self._delivery.outbox.uri)
-        self._failing = False
+        self._failing = self._refused = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +238,18 @@ class Synced:
     error: str | None
 
 
-def sync(run_dir: Path) -> Synced:
+def sync(run_dir: Path, uri: str | None = None) -> Synced:
     """Send what an earlier session left. `error` tells why a server did not answer.
 
+    Only an address that the caller gives, or that is this user's default, gets anything: what the
+    run directory itself names may be somebody else's choice.
+
+    Args:
+        uri: the tracking server. Default: MLFLOW_TRACKING_URI, else mlflow.db next to the run.
+
     Raises:
-        InputError: the directory holds no run that was tracked with MLflow.
+        InputError: the directory holds no run that was tracked with MLflow, or the run was sent to
+            another address before and `uri` does not confirm one.
     """
     run_dir = Path(run_dir)
     outbox = Outbox.read(run_dir)
@@ -223,15 +259,24 @@ def sync(run_dir: Path) -> Synced:
             "(tracking.kind)"
         )
 
-    delivery = Delivery(outbox)
+    address = tracking_address(MlflowTracking(), run_dir) if uri is None else _given_address(uri)
+    if uri is None and not is_own_address(outbox, address):
+        raise InputError(not_sent(outbox))
+
+    delivery = Delivery(outbox, address)
     error = None
     try:
         with sole_sender(run_dir):
             # Read again: another process may have sent something before this one had the lock.
-            delivery = Delivery(Outbox.read(run_dir) or outbox)
+            outbox = Outbox.read(run_dir) or outbox
+            if found := outbox.settle():
+                logger.warning("MLflow: %s", found)
+            if outbox.uri != hide_secret(address):
+                outbox.start_over(uri=hide_secret(address))
+            delivery = Delivery(outbox, address)
             delivery.send_all()
     except Exception as problem:
-        error = brief(problem)
+        error = str(problem) if isinstance(problem, Refusal) else brief(problem)
 
     outbox = delivery.outbox
     rows_left, artifacts_left = outbox.waiting()
@@ -245,6 +290,25 @@ def sync(run_dir: Path) -> Synced:
         artifacts_left=artifacts_left,
         error=error,
     )
+
+
+def is_own_address(outbox: Outbox, address: str) -> bool:
+    """Whether a run was sent to `address`, which the user or the environment gives, before."""
+    return hide_secret(outbox.uri) == hide_secret(address)
+
+
+def not_sent(outbox: Outbox) -> str:
+    """Say that the run's files name an address that the user has not given, and how to give it."""
+    command = track_command(outbox.path.parent, outbox.uri)
+    return (
+        f"{outbox.path}: nothing was sent to {hide_secret(outbox.uri)!r:.200}, which only the "
+        f"run's own files name. If it is your server, set MLFLOW_TRACKING_URI, or run `{command}`"
+    )
+
+
+def _given_address(uri: str) -> str:
+    """Check an address of the command line; a path of SQLite becomes absolute."""
+    return tracking_address(MlflowTracking.model_construct(uri=uri), Path())
 
 
 def system_reading() -> dict[str, float]:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from coupalign.errors import InputError
+
 JOURNAL = "metrics.jsonl"
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
@@ -104,6 +106,11 @@ class Journal:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / JOURNAL
         run_dir.mkdir(parents=True, exist_ok=True)
+        # A link in somebody else's run directory would have another file repaired and extended.
+        if self.path.is_symlink():
+            raise InputError(
+                f"{self.path} is a link, and a run writes to it. Put the file itself there"
+            )
         _repair_last_line(self.path)
 
         # Most steps have the same names, so equal sets are stored once.

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from coupalign.addresses import hide_secret
 from coupalign.errors import InputError
 from coupalign.tracking.journal import JOURNAL, logger, read_journal
-from coupalign.tracking.outbox import Outbox
+from coupalign.tracking.outbox import Outbox, find_way_out
 
 KEY_TAG = "coupalign.key"
 
@@ -44,6 +45,17 @@ _DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
+# What one answer may take. The largest that we ask for is the list of a run's params.
+ANSWER_BYTES = 64 << 20
+ANSWER_S = 60.0
+
+# Variables whose value may come back in the text of an error.
+_SECRET_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+class Refusal(RuntimeError):
+    """The server answers, and what it says does not change by itself; the text has the remedy."""
+
 
 class Delivery:
     """What one process sends, as the sole sender of its run.
@@ -51,9 +63,12 @@ class Delivery:
     Raises whatever MLflow raises. It is always right to repeat a call.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, uri: str) -> None:
         self.outbox = outbox
+        self.uri = uri
         self.run_dir = outbox.path.parent
+        # When a request was last completed, by time.monotonic().
+        self.last_progress = 0.0
         self.rows = 0
         self.artifacts = 0
         self._client: Any = None
@@ -67,11 +82,12 @@ class Delivery:
         try:
             if self._client is None:
                 self._client = self._connect()
+                self._note_progress()
             self._send_params()
             while not stopped() and self._send_rows():
-                pass
+                self._note_progress()
             while not stopped() and self._send_artifact():
-                pass
+                self._note_progress()
             if not stopped():
                 self._send_tags()
                 self._send_status()
@@ -79,21 +95,26 @@ class Delivery:
             self._client = None
             raise
 
+    def _note_progress(self) -> None:
+        self.last_progress = time.monotonic()
+
     def _connect(self) -> Any:
         """Open the server, the experiment and the run. Creates what is missing."""
-        client = _client(self.outbox.uri)
+        client = _client(self.uri)
         from mlflow.exceptions import MlflowException
 
         # The run of an earlier session, if the server still has it.
         if self.outbox.run_id is not None:
             try:
-                self._require_active(client)
-                return client
+                run = self._require_active(client)
+                # The id alone is no proof: tracking.json may come from somebody else.
+                if run.data.tags.get(KEY_TAG) == self.outbox.key:
+                    return client
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
             logger.warning(
-                "MLflow (%s) no longer has run %s; it gets a new one",
+                "MLflow (%s) has no run %s of this directory; it gets a new one",
                 self.outbox.uri,
                 self.outbox.run_id,
             )
@@ -119,13 +140,17 @@ class Delivery:
         self.outbox.change(run_id=run.info.run_id)
         return client
 
-    def _require_active(self, client: Any) -> None:
+    def _require_active(self, client: Any) -> Any:
+        """Get the MLflow run, which must not be deleted, nor its experiment."""
         run = client.get_run(self.outbox.run_id)
         if run.info.lifecycle_stage != "active":
-            raise RuntimeError(
-                f"run {self.outbox.run_id} was deleted there; "
-                f"restore it, or delete {self.outbox.path}"
+            raise Refusal(
+                f"run {self.outbox.run_id} was deleted there; restore it "
+                f"(mlflow runs restore --run-id {self.outbox.run_id}), or delete {self.outbox.path}"
             )
+        experiment = client.get_experiment(run.info.experiment_id)
+        _require_active_experiment(experiment)
+        return run
 
     def _send_params(self) -> None:
         """Send the configuration. Params cannot change in MLflow, so a change becomes a tag."""
@@ -214,12 +239,14 @@ class Delivery:
             asked = artifact["asked"]
 
         path, folder = self.run_dir / artifact["path"], artifact["folder"]
-        if path.is_dir():
-            self._client.log_artifacts(self.outbox.run_id, str(path), folder or path.name)
-        elif path.exists():
-            self._client.log_artifact(self.outbox.run_id, str(path), folder or None)
-        else:
+        if not path.exists():
             logger.warning("MLflow: the artifact %s was removed before it was sent", path)
+        elif problem := find_way_out(self.run_dir, path, folder):
+            logger.warning("MLflow: the artifact %s is not sent: %s", path, problem)
+        elif path.is_dir():
+            self._client.log_artifacts(self.outbox.run_id, str(path), folder or path.name)
+        else:
+            self._client.log_artifact(self.outbox.run_id, str(path), folder or None)
 
         with self.outbox.lock:
             artifact["sent"] = asked
@@ -277,18 +304,19 @@ def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:
         )
     from mlflow.exceptions import MlflowException
 
+    shown = hide_secret(uri)
     try:
         client = _client(uri)
-        run_id = _run_id(client, uri, run)
+        run_id = _run_id(client, shown, run)
         parent = path.rpartition("/")[0]
         paths = [artifact.path for artifact in client.list_artifacts(run_id, parent or None)]
         if path not in paths:
             listing = ", ".join(paths) or "none"
-            raise InputError(f"run {run} on {uri} has no artifact {path}; it has {listing} there")
+            raise InputError(f"run {run} on {shown} has no artifact {path}; it has {listing} there")
         return Path(client.download_artifacts(run_id, path, str(folder)))
     except (MlflowException, OSError) as error:
         raise InputError(
-            f"run {run}: {path} cannot be fetched from {uri}: {brief(error)}"
+            f"run {run}: {path} cannot be fetched from {shown}: {brief(error)}"
         ) from error
 
 
@@ -318,11 +346,49 @@ def _client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # The second one repeats each failed attempt as a warning; the last attempt is our error.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.ERROR)
+    _bound_answers()
     if uri.startswith("sqlite:///"):
         _create_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri)
+
+
+def _bound_answers() -> None:
+    """Make the HTTP sessions of MLflow read answers of a limited size, in a limited time.
+
+    MLflow itself reads an answer for as long as bytes arrive.
+    """
+    from mlflow.utils import request_utils
+    from requests.exceptions import ConnectionError, ReadTimeout
+
+    plain = request_utils.TCPKeepAliveHTTPAdapter
+    if plain.__name__ == "BoundedAdapter":
+        return
+
+    class BoundedAdapter(plain):
+        def send(self, request: Any, stream: bool = False, **options: Any) -> Any:
+            response = super().send(request, stream=stream, **options)
+            if stream:
+                return response  # a download, which MLflow writes to a file
+
+            content, deadline = bytearray(), time.monotonic() + ANSWER_S
+            while chunk := response.raw.read1(1 << 16, decode_content=True):
+                content += chunk
+                problem: Exception | None = None
+                if len(content) > ANSWER_BYTES:
+                    problem = ConnectionError(f"an answer of more than {ANSWER_BYTES} bytes")
+                elif time.monotonic() > deadline:
+                    problem = ReadTimeout(f"an answer that takes more than {ANSWER_S:.0f} s")
+                if problem:
+                    response.close()
+                    raise problem
+            response.raw.release_conn()
+            response._content, response._content_consumed = bytes(content), True
+            return response
+
+    request_utils.TCPKeepAliveHTTPAdapter = BoundedAdapter
 
 
 def _create_database(file: Path) -> None:
@@ -356,6 +422,7 @@ def _experiment(client: Any, outbox: Outbox) -> str:
 
     experiment = client.get_experiment_by_name(outbox.experiment)
     if experiment is not None:
+        _require_active_experiment(experiment)
         return experiment.experiment_id
 
     try:
@@ -366,6 +433,16 @@ def _experiment(client: Any, outbox: Outbox) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         return client.get_experiment_by_name(outbox.experiment).experiment_id
+
+
+def _require_active_experiment(experiment: Any) -> None:
+    """Refuse a deleted experiment, which keeps its name and takes no runs."""
+    if experiment.lifecycle_stage != "active":
+        raise Refusal(
+            f"the experiment {experiment.name!r:.80} was deleted there; restore it (mlflow "
+            f"experiments restore --experiment-id {experiment.experiment_id}), "
+            "or set another tracking.experiment"
+        )
 
 
 def _artifact_location(outbox: Outbox) -> str | None:
@@ -406,5 +483,6 @@ def _user() -> str:
 
 def brief(error: Exception) -> str:
     """Return the first line of an error, cut to a readable length."""
-    first = str(error).strip().partition("\n")[0]
+    secrets = [os.environ.get(name) for name in _SECRET_VARIABLES]
+    first = hide_secret(str(error), *secrets).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first[:200]}"

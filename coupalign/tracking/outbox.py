@@ -14,43 +14,78 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel, Field, ValidationError
+
+from coupalign.addresses import hide_secret
 from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
 from coupalign.files import write_json
 from coupalign.tracking.journal import JOURNAL, read_journal
 
 STATE = "tracking.json"
+MAX_STATE_BYTES = 64 << 20
 
 
 def tracking_address(config: MlflowTracking, run_dir: Path) -> str:
     """Find the MLflow address: configured, else MLFLOW_TRACKING_URI, else SQLite next to the run.
 
+    The environment's address may hold a password. Write and print it with `hide_secret` only.
+
     Raises:
-        InputError: the address is a folder (MLflow refuses its old file store) or holds a password.
+        InputError: the address is a folder (MLflow refuses its old file store).
     """
     database = f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or database
 
-    parts = urlsplit(uri)
-    if uri != "databricks" and parts.scheme in ("", "file"):
+    if uri != "databricks" and urlsplit(uri).scheme in ("", "file"):
         raise InputError(
-            f"tracking.uri {uri!r} is a folder, which MLflow no longer writes to: "
+            f"tracking.uri {hide_secret(uri)!r} is a folder, which MLflow no longer writes to: "
             "use sqlite:///FILE.db or http://HOST:PORT"
         )
-    if parts.scheme in ("http", "https") and parts.password:
-        raise InputError(
-            "tracking.uri holds a password, and the address is written into files of the run: "
-            "put user and password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
-
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     return uri
+
+
+def track_command(run_dir: Path, uri: str) -> str:
+    """The command that sends a run to `uri`. It names the address unless that is the default."""
+    command = f"coupalign track {run_dir}"
+    shown = hide_secret(uri)
+    is_default = hide_secret(tracking_address(MlflowTracking(), run_dir)) == shown
+    return command if is_default else f"{command} --tracking-uri {shown}"
+
+
+class _StoredArtifact(BaseModel):
+    path: str
+    folder: str = ""
+    asked: int = Field(ge=0)
+    sent: int = Field(ge=0)
+
+
+class _StoredState(BaseModel):
+    """What tracking.json may hold. The file may be somebody else's."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    key: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
+    place: str | None = None
+    inode: tuple[int, int] | None = None
+    run_id: str | None = Field(None, pattern=r"^[\w-]+$", max_length=256)
+    sent: int = Field(0, ge=0)
+    params: dict[str, str] = {}
+    params_sent: bool = False
+    tags: dict[str, str] = {}
+    tags_sent: bool = False
+    artifacts: list[_StoredArtifact] = []
+    status: str = "RUNNING"
+    ended: int | None = None
+    status_sent: bool = False
 
 
 @dataclass(kw_only=True)
@@ -58,6 +93,12 @@ class Outbox:
     """What an MLflow run should hold and how much of it was sent, kept in <run_dir>/tracking.json.
 
     The training thread and the sending thread share it under `lock`.
+
+    Attributes:
+        uri: the tracking address, with its secrets masked.
+        key: a random name of the run, which its MLflow run has as a tag.
+        place: the run directory, when it was last written to.
+        inode: device and inode of that directory.
     """
 
     path: Path
@@ -65,6 +106,8 @@ class Outbox:
     experiment: str
     run_name: str
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    place: str | None = None
+    inode: tuple[int, int] | None = None
     run_id: str | None = None
     sent: int = 0
     params: dict[str, str] = field(default_factory=dict)
@@ -82,12 +125,12 @@ class Outbox:
     @classmethod
     def read(cls, run_dir: Path) -> Outbox | None:
         """Read the state of an earlier session. Returns None if it is missing or damaged."""
-        field_names = {f.name for f in fields(cls)} - {"path"}
         try:
-            state = json.loads((run_dir / STATE).read_text("utf-8"))
-            values = {name: value for name, value in state.items() if name in field_names}
+            with open(run_dir / STATE, "rb") as file:
+                state = json.loads(file.read(MAX_STATE_BYTES))
+            values = _StoredState.model_validate(state).model_dump()
             return cls(path=run_dir / STATE, **values)
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, RecursionError, ValidationError):
             return None
 
     def change(self, **values: Any) -> None:
@@ -100,6 +143,40 @@ class Outbox:
             del state["path"]
             write_json(self.path, state)
 
+    def settle(self) -> str | None:
+        """Make the outbox that of the directory it is in, before anything is sent.
+
+        A moved directory goes on in its MLflow run. A copy gets a run of its own, which receives
+        the whole journal. Returns what was found out, for the log; None for the usual place.
+        """
+        directory = self.path.parent.resolve()
+        status = directory.stat()
+        inode = (status.st_dev, status.st_ino)
+        with self.lock:
+            before, is_copy = self.place, self._is_copy_in(directory, inode)
+            if (self.place, self.inode) != (str(directory), inode) or is_copy:
+                if is_copy:
+                    self.start_over(key=uuid.uuid4().hex, place=str(directory), inode=inode)
+                else:
+                    self.change(place=str(directory), inode=inode)
+
+        if is_copy:
+            return f"{directory} is a copy of {before!r:.200}; it gets an MLflow run of its own"
+        if before not in (None, str(directory)):
+            return f"{directory} was {before!r:.200} before; it goes on in the same MLflow run"
+        return None
+
+    def _is_copy_in(self, directory: Path, inode: tuple[int, int]) -> bool:
+        if self.place is None or _is_same_folder(self.place, directory):
+            return False
+        original = Outbox.read(Path(self.place))
+        if original is not None and original.key == self.key:
+            return True
+
+        # The original is gone. A rename keeps the inode; a move to another device cannot.
+        recorded = self.inode or inode
+        return recorded[0] == inode[0] and recorded[1] != inode[1]
+
     def start_over(self, **values: Any) -> None:
         """Mark everything as unsent, because the server changed or lost the run."""
         with self.lock:
@@ -109,13 +186,9 @@ class Outbox:
                 run_id=None, sent=0, params_sent=False, tags_sent=False, status_sent=False, **values
             )
 
-    def add_artifact(self, path: Path, folder: str) -> None:
-        """Ask for a file or directory to be sent, again if it was sent before."""
-        absolute = path.resolve()
-        run_dir = self.path.parent.resolve()
-        inside = absolute.is_relative_to(run_dir)
-        name = str(absolute.relative_to(run_dir) if inside else absolute)
-
+    def add_artifact(self, path: Path, folder: str = "") -> None:
+        """Ask for a file or directory of the run to be sent, again if it was sent before."""
+        name = str(path.absolute().relative_to(self.path.parent.absolute()))
         with self.lock:
             for artifact in self.artifacts:
                 if (artifact["path"], artifact["folder"]) == (name, folder):
@@ -132,6 +205,39 @@ class Outbox:
         return rows, artifacts
 
 
+def _is_same_folder(place: str, directory: Path) -> bool:
+    """Whether a recorded path and a directory are one, perhaps mounted at two paths."""
+    try:
+        return os.path.samefile(place, directory)
+    except (OSError, ValueError):
+        return False
+
+
+def find_way_out(run_dir: Path, path: Path, folder: str = "") -> str | None:
+    """Say why a file or folder must not be sent: it, or something in it, is not of the run.
+
+    Links that leave the run directory, and pipes and devices, would hand over other files of this
+    machine. Returns None for ordinary files.
+
+    Args:
+        folder: where it would go in the artifacts of the run.
+    """
+    if Path(folder).is_absolute() or ".." in Path(folder).parts:
+        return f"its folder {folder!r:.80} leads out of the run's artifacts"
+
+    root = run_dir.resolve()
+    entries = [path]
+    if path.is_dir():
+        entries += path.rglob("*")
+
+    for entry in entries:
+        if not entry.resolve().is_relative_to(root):
+            return f"{entry} leads out of the run directory"
+        if not (entry.is_file() or entry.is_dir()):
+            return f"{entry} is no ordinary file"
+    return None
+
+
 @contextmanager
 def sole_sender(run_dir: Path) -> Iterator[None]:
     """Hold the sender's lock.
@@ -141,7 +247,9 @@ def sole_sender(run_dir: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another process is sending this run.
     """
-    with open(run_dir / "tracking.lock", "w") as file:
+    # Whoever made the directory may have put a link there, to a file that must not be touched.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(run_dir / "tracking.lock", flags, 0o644), "r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

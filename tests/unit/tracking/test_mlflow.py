@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +21,8 @@ import pytest
 
 from coupalign.config.schema import MlflowTracking
 from coupalign.errors import InputError
-from coupalign.tracking import Tracker, forwarder, open_tracker, sync
-from coupalign.tracking.outbox import Outbox
+from coupalign.tracking import Tracker, forwarder, mlflow, open_tracker, sync
+from coupalign.tracking.outbox import STATE, Outbox
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -269,7 +271,7 @@ def test_session_delivered_twice_leaves_one_run_and_single_points(
     # Forget that anything was delivered.
     outbox = Outbox.read(run_dir)
     outbox.change(run_id=None, sent=0, params_sent=False, tags_sent=False, status_sent=False)
-    result = sync(run_dir)
+    result = sync(run_dir, proxy.uri)
 
     assert result.error is None
     assert result.run_id == run_id
@@ -288,20 +290,23 @@ def test_sync_sends_the_run_of_a_session_whose_server_never_answered(
     monkeypatch.setattr(forwarder, "CLOSE_WAIT_WORKING_S", 2.0)
     config = MlflowTracking(uri=proxy.uri, experiment="late")
     run_dir = tmp_path / "run"
-    (tmp_path / "config.yaml").write_text("a: 1\n")
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("a: 1\n")
 
     # The server hangs during the whole session.
     proxy.mode = "hang"
     with open_tracker(config, run_dir, "late", rank=0) as tracker:
         log_losses(tracker, 1, 50)
-        tracker.artifact(tmp_path / "config.yaml")
+        tracker.artifact(run_dir / "config.yaml")
     assert "50 rows and 1 artifacts are not there yet" in caplog.text
-    assert f"coupalign track {run_dir}" in caplog.text
+    assert f"coupalign track {run_dir} --tracking-uri {proxy.uri}" in caplog.text
     assert run_id_of(run_dir) is None
 
     # It answers again: sync sends everything …
     proxy.mode = "pass"
-    result = sync(run_dir)
+    with pytest.raises(InputError, match=f"nothing was sent to '{proxy.uri}'"):
+        sync(run_dir)
+    result = sync(run_dir, proxy.uri)
     assert result.error is None
     assert (result.rows, result.rows_left) == (50, 0)
     assert (result.artifacts, result.artifacts_left) == (1, 0)
@@ -309,7 +314,7 @@ def test_sync_sends_the_run_of_a_session_whose_server_never_answered(
     assert client_of(server.uri).get_run(result.run_id).info.status == "FINISHED"
 
     # … once.
-    again = sync(run_dir)
+    again = sync(run_dir, proxy.uri)
     assert (again.run_id, again.rows, again.artifacts) == (result.run_id, 0, 0)
 
 
@@ -343,7 +348,7 @@ def test_session_after_a_kill_continues_the_same_run(server: Server, tmp_path: P
     wait_for(lambda: (run_dir / "tracking.json").exists() and Outbox.read(run_dir).sent > 0)
 
     # While the session lives, nobody else sends.
-    busy = sync(run_dir)
+    busy = sync(run_dir, server.uri)
     assert "another process" in busy.error
     assert busy.rows == 0
 
@@ -383,14 +388,14 @@ def test_runs_without_a_server_share_a_database_although_one_died_creating_it(
     assert len(client.search_experiments(filter_string="name = 'shared'")) == 1
 
     # MLflow's limits: many and long params, NaN and infinity, names that it does not allow.
-    (runs / "pictures").mkdir()
-    (runs / "pictures" / "one.png").write_bytes(b"1")
+    (runs / "a" / "pictures").mkdir()
+    (runs / "a" / "pictures" / "one.png").write_bytes(b"1")
     config = MlflowTracking(experiment="shared", system_metrics=True)
     params = {f"p{n}": n for n in range(230)} | {"long": "x" * 7000}
     tags = {"revision": "1"}
     with open_tracker(config, runs / "a", "a", rank=0, params=params, tags=tags) as tracker:
         tracker.log(21, {"P@0.5": math.nan, "high": math.inf, "../up": 1.0, "loss": 3.0})
-        tracker.artifact(runs / "pictures")
+        tracker.artifact(runs / "a" / "pictures")
 
     run_id = run_id_of(runs / "a")
     run = client.get_run(run_id)
@@ -424,3 +429,134 @@ def test_runs_without_a_server_share_a_database_although_one_died_creating_it(
 def test_sync_refuses_a_run_without_mlflow(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tracking.json"):
         sync(tmp_path)
+
+
+def test_copied_run_directory_leaves_the_mlflow_run_of_the_original_alone(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MlflowTracking(uri=server.uri, experiment="copies")
+    a, b, c = (tmp_path / name for name in "abc")
+    with open_tracker(config, a, "a", rank=0) as tracker:
+        log_losses(tracker, 1, 4)
+
+    # Train on in a copy, then in the original, which has a new name.
+    shutil.copytree(a, b)
+    with open_tracker(config, b, "b", rank=0) as tracker:
+        log_losses(tracker, 5, 8)
+    a.rename(c)
+    with open_tracker(config, c, "c", rank=0) as tracker:
+        log_losses(tracker, 5, 6)
+
+    assert run_id_of(b) != run_id_of(c)
+    assert points_on_server(server.uri, run_id_of(b), "loss") == losses_until(8)
+    assert points_on_server(server.uri, run_id_of(c), "loss") == losses_until(6)
+    experiment = client_of(server.uri).get_experiment_by_name("copies")
+    assert len(client_of(server.uri).search_runs([experiment.experiment_id])) == 2
+    assert "is a copy of" in caplog.text and "goes on in the same MLflow run" in caplog.text
+
+
+def test_deleted_experiment_is_named_with_the_remedy_and_costs_no_wait(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MlflowTracking(uri=server.uri, experiment="deleted")
+    with open_tracker(config, tmp_path / "a", "a", rank=0) as tracker:
+        log_losses(tracker, 1, 2)
+    client = client_of(server.uri)
+    experiment_id = client.get_experiment_by_name("deleted").experiment_id
+    client.delete_experiment(experiment_id)
+
+    for name in ("a", "b"):
+        caplog.clear()
+        with open_tracker(config, tmp_path / name, name, rank=0) as tracker:
+            log_losses(tracker, 3, 4)
+        assert "cannot be reached" not in caplog.text
+        assert f"restore --experiment-id {experiment_id}" in caplog.text or name == "a"
+        assert caplog.text.count("takes nothing") == 1
+    assert "another tracking.experiment" in sync(tmp_path / "b", server.uri).error
+
+    client.restore_experiment(experiment_id)
+    client.restore_run(run_id_of(tmp_path / "a"))
+    for name, rows in (("a", 4), ("b", 2)):
+        assert sync(tmp_path / name, server.uri).error is None
+        points = points_on_server(server.uri, run_id_of(tmp_path / name), "loss")
+        assert len(points) == rows
+
+
+def test_tracking_file_of_somebody_else_sends_only_what_is_in_the_run(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys").write_text("secret")
+    run = tmp_path / "run"
+    (run / "pictures").mkdir(parents=True)
+    (run / "pictures" / "a.png").symlink_to(tmp_path / "keys")
+    (run / "score.json").write_text("{}")
+    mine = MlflowTracking(uri=server.uri, experiment="mine")
+    with open_tracker(mine, tmp_path / "victim", "victim", rank=0) as tracker:
+        log_losses(tracker, 1, 1)
+
+    # The id of another run, files elsewhere, a link, and one honest file.
+    foreign = Outbox(path=run / STATE, uri=server.uri, experiment="mine", run_name="x")
+    paths = ["../keys", str(tmp_path / "keys"), "pictures", "score.json"]
+    foreign.change(
+        run_id=run_id_of(tmp_path / "victim"),
+        artifacts=[{"path": path, "folder": "", "asked": 1, "sent": 0} for path in paths],
+    )
+    result = sync(run, server.uri)
+
+    assert result.error is None
+    assert result.run_id != run_id_of(tmp_path / "victim")
+    client = client_of(server.uri)
+    assert [file.path for file in client.list_artifacts(result.run_id)] == ["score.json"]
+    assert client.list_artifacts(run_id_of(tmp_path / "victim")) == []
+    assert caplog.text.count("is not sent") == 3
+
+
+class EndlessAnswer(http.server.BaseHTTPRequestHandler):
+    """Answers every request with blanks, or with one blank per moment, without end."""
+
+    pause_s = 0.0
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" " * (1 if self.pause_s else 1 << 20))
+                self.wfile.flush()
+                time.sleep(self.pause_s)
+        except OSError:
+            pass
+
+    do_POST = do_GET
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "message"), [(0.0, "more than 4194304 bytes"), (0.02, "more than 1 s")]
+)
+def test_endless_answer_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pause_s: float, message: str
+) -> None:
+    monkeypatch.setattr(mlflow, "ANSWER_BYTES", 4 << 20)
+    monkeypatch.setattr(mlflow, "ANSWER_S", 1.0)
+    monkeypatch.setattr(EndlessAnswer, "pause_s", pause_s)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EndlessAnswer)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    Outbox(path=tmp_path / STATE, uri=uri, experiment="a", run_name="a").change()
+
+    result = sync(tmp_path, uri)
+
+    server.shutdown()
+    assert message in result.error
+
+
+def test_error_of_a_library_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hun%40ter2@host/db")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc123")
+
+    text = mlflow.brief(ValueError("no login with hun@ter2 or abc123 at http://a:b@c/\nmore"))
+
+    assert text == "ValueError: no login with *** or *** at http://***@c/"
