@@ -53,7 +53,10 @@ def run_train(options: argparse.Namespace) -> Answer:
     for name, score in outcome.scores.items():
         print(f"\n{name}\n{score.table()}")
     if outcome.finished and outcome.scores:
+        from coupalign.scoring.publish import publish_scores
+
         _write_page(config.directory)
+        publish_scores(config)
 
     value = {
         "run": str(config.directory),
@@ -111,6 +114,7 @@ def run_eval(options: argparse.Namespace) -> Answer:
             from coupalign.engine.open_checkpoint import find_checkpoint
             from coupalign.evaluation.evaluator import Stopped
             from coupalign.scoring.checkpoint import run_directory, score_checkpoint
+            from coupalign.scoring.publish import publish_scores_of
             from coupalign.scoring.splits import ScoreRequest
 
         try:
@@ -139,7 +143,9 @@ def run_eval(options: argparse.Namespace) -> Answer:
     if not scores:
         return Answer()
     values = _print_scores(scores)
-    _write_page(run_directory(find_checkpoint(options.run_path)))
+    run = run_directory(find_checkpoint(options.run_path))
+    _write_page(run)
+    publish_scores_of(run, options.overrides)
     return Answer(values)
 
 
@@ -385,21 +391,19 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_report(options: argparse.Namespace) -> Answer:
-    return Answer({"page": str(_write_page(options.run_path))})
+    from coupalign.scoring.publish import note_results
+
+    page = _write_page(options.run_path)
+    note_results(options.run_path)
+    return Answer({"page": str(page)})
 
 
 def _write_page(run: Path) -> Path:
-    """Write the page of a run. If the run is tracked, send page, scores and pictures to MLflow."""
-    from coupalign.config.load import read_stored_config
+    """Write the page of a run. Nothing is sent."""
     from coupalign.report import report_run
-    from coupalign.scoring.publish import publish_scores
 
     page = report_run(run)
     print(f"page: {page}")
-
-    if (run / "config.yaml").is_file():
-        config = read_stored_config(run / "config.yaml")
-        publish_scores(config.model_copy(update={"run_dir": run}))
     return page
 
 
@@ -408,6 +412,10 @@ def add_track(verbs: argparse._SubParsersAction) -> None:
         verbs, "track", run_track, "send an MLflow server what it has not received from a run yet"
     )
     parser.add_argument("run_path", type=Path, help="run directory")
+    parser.add_argument(
+        "--tracking-uri",
+        help="MLflow server; default: $MLFLOW_TRACKING_URI, else mlflow.db next to the run",
+    )
 
 
 def run_track(options: argparse.Namespace) -> Answer:
@@ -415,7 +423,7 @@ def run_track(options: argparse.Namespace) -> Answer:
 
     from coupalign.tracking import sync
 
-    result = sync(options.run_path)
+    result = sync(options.run_path, options.tracking_uri)
     print(
         f"{result.uri}, run {result.run_id}: "
         f"{result.rows} rows and {result.artifacts} artifacts sent; "
