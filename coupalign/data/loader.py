@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from coupalign.config.schema import DataConfig
 from coupalign.data.batch import Batch
 from coupalign.data.datasets import EvalSamples, TrainSamples
-from coupalign.data.leak import Photo, TrainedOn, photos_of
+from coupalign.data.leak import TrainedOn, photos_of
 from coupalign.data.order import EpochOrders
+from coupalign.data.photos import Photos
 from coupalign.data.samples import BadSample, Key
 from coupalign.data.table import Rule
 from coupalign.data.workers import (
@@ -183,6 +184,7 @@ class EvalLoader:
     Attributes:
         samples: number of samples, over all ranks.
         fingerprint: SHA-256 of the shards and of what is read from them.
+        shards: name and first digits of the fingerprint of each index, to print with a score.
         members: for each sentence rule, the numbers of its samples.
     """
 
@@ -198,6 +200,9 @@ class EvalLoader:
     ) -> None:
         self.samples = len(dataset.reader.table)
         self.fingerprint = fingerprint
+        self.shards = ", ".join(
+            f"{index.name} {index.fingerprint[:8]}" for index in dataset.reader.table.indexes
+        )
         self.members = members
         self._dataset = dataset
         self._batches = batches
@@ -217,7 +222,7 @@ class EvalLoader:
             end_workers(items)
 
     @property
-    def photos(self) -> set[Photo]:
+    def photos(self) -> Photos:
         """The photographs of all ranks' samples."""
         return photos_of(self._dataset.reader.table)
 

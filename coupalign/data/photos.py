@@ -34,6 +34,7 @@ from coupalign.data.pictures import (
     orientation_of,
     turn,
 )
+from coupalign.errors import quoted
 
 COCO = ("refcoco", "refcoco+", "refcocog")
 NO_NUMBER = -1
@@ -79,10 +80,10 @@ class PhotoMark:
         """
         number, sha256, look = value
         if number is not None and not (type(number) is int and 0 <= number < 10**12):
-            raise ValueError(f"{number!r:.40} is not the number of a COCO photograph")
+            raise ValueError(f"{quoted(number)} is not the number of a COCO photograph")
         for text, pattern in ((sha256, _DIGEST), (look, _LOOK)):
             if not (type(text) is str and pattern.fullmatch(text)):
-                raise ValueError(f"{text!r:.40} is not the hash of a photograph")
+                raise ValueError(f"{quoted(text)} is not the hash of a photograph")
         return cls(number, sha256, look)
 
 

@@ -154,7 +154,7 @@ def _load_pretrained(
     )
     if world.is_main:
         print("\n".join([*(report.text() for report in reports), *loader.leaks]), flush=True)
-        seen_before = len(trained_on.photos - loader.trained_on.photos)
+        seen_before = len(trained_on.photos) - len(loader.trained_on.photos)
         if seen_before:
             print(
                 f"the encoders come from an earlier run that trained on {seen_before:,} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from coupalign.data.leak import (
     photos_of,
     read_trained_on,
 )
+from coupalign.data.photos import PhotoMark, Photos, distinct_photos
 from coupalign.data.table import build_table
 from coupalign.errors import InputError
 from tests.unit.data.batches import evaluate, train
@@ -161,32 +163,44 @@ def test_leak_message_counts_the_shared_photographs(packed: Path) -> None:
     assert loader.trained_on.leak_message(other) == "none: no scored photograph was trained on"
 
 
-def test_leak_message_names_leaky_weights() -> None:
-    seen = TrainedOn(frozenset(), None, ("the encoder has seen COCO",))
+def photos(*numbers: int) -> Photos:
+    """Photographs of COCO with these numbers, whose hashes are as different."""
+    marks = [PhotoMark(number, f"{number + 1:016x}", f"{number:064x}") for number in numbers]
+    found, _ = distinct_photos([(mark, "refcoco", mark.number, 1) for mark in marks])
+    return found
 
-    assert seen.leak_message([]).endswith("; the encoder has seen COCO")
+
+def test_leak_message_names_leaky_weights() -> None:
+    seen = TrainedOn(photos(), None, ("the encoder has seen COCO",))
+
+    message = seen.leak_message(photos(1))
+
+    assert message.startswith("none:") and message.endswith("; the encoder has seen COCO")
 
 
 def test_trained_on_is_read_as_it_was_written(tmp_path: Path) -> None:
-    photos = {("coco", 9, 0), ("coco", 25, 0), ("shapes", 9, 1234)}
-    seen = TrainedOn(frozenset(photos), "leaky", ("a sentence",))
+    old, _ = distinct_photos([(None, "shapes", 9, 1234), (None, "refcoco", 9, 1)])
+    seen = TrainedOn(Photos.join([photos(9, 25), old]), "leaky", ("a sentence",))
 
     seen.write(tmp_path)
 
-    assert read_trained_on(tmp_path) == seen
+    again = read_trained_on(tmp_path)
+    assert again.photos.to_json() == seen.photos.to_json()
+    assert (again.mix, again.weights) == ("leaky", ("a sentence",))
+    assert again.photos.hashed.tolist() == [True, True, False, False]
     assert read_trained_on(tmp_path / "nowhere") is None
 
 
 def test_trained_on_includes_what_the_initial_weights_have_seen(tmp_path: Path) -> None:
-    earlier = TrainedOn(frozenset({("coco", 9, 0)}), "leaky")
-    earlier.write(tmp_path)
-    now = TrainedOn(frozenset({("coco", 25, 0)}), None, ("b",))
+    TrainedOn(photos(9, 25), "leaky").write(tmp_path)
+    now = TrainedOn(photos(25, 72), None, ("b",))
 
     started = now.including(
         [tmp_path / "weights.safetensors", tmp_path / "nowhere" / "swin.pth"], ["a", "b"]
     )
 
-    assert started == TrainedOn(earlier.photos | now.photos, "leaky", ("b", "a"))
+    assert sorted(started.photos.number.tolist()) == [9, 25, 72]
+    assert (started.mix, started.weights) == ("leaky", ("b", "a"))
 
 
 def test_damaged_trained_on_is_refused(tmp_path: Path) -> None:
@@ -195,6 +209,33 @@ def test_damaged_trained_on_is_refused(tmp_path: Path) -> None:
         read_trained_on(tmp_path)
 
     (tmp_path / "trained_on.json").write_text("{}")
+    with pytest.raises(InputError, match="trained_on.json: damaged .*another checkpoint"):
+        read_trained_on(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(format=3),
+        lambda record: record.update(format=1),
+        lambda record: record.update(mix="x"),
+        lambda record: record.update(weights=[5]),
+        lambda record: record["photos"].pop("look"),
+        lambda record: record["photos"].update(coco=[9]),
+        lambda record: record["photos"].update(coco=[9, -2]),
+        lambda record: record["photos"].update(coco=[9, 10**30]),
+        lambda record: record["photos"].update(sha256="0" * 31),
+        lambda record: record["photos"].update(sha256="x" * 32),
+        lambda record: record["photos"].update(look=None),
+    ],
+)
+def test_every_damaged_field_of_trained_on_is_refused(tmp_path: Path, change) -> None:
+    TrainedOn(photos(9, 25)).write(tmp_path)
+    file = tmp_path / "trained_on.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+
     with pytest.raises(InputError, match="trained_on.json: damaged .*another checkpoint"):
         read_trained_on(tmp_path)
 
@@ -220,7 +261,7 @@ def test_table_of_overlaps_shows_what_a_train_split_leaks_into(packed: Path) -> 
     row = next(line for line in table.splitlines() if line.startswith("refcoco/unc train  "))
     assert "8 photographs" in row
     assert any(
-        line.split() == ["refcoco/unc", "train", "refcocog/umd", "val", "1", "100.0%"]
+        line.split() == "refcoco/unc train refcocog/umd val 1 100.0% 9 = 9".split()
         for line in table.splitlines()
     )
 
@@ -229,27 +270,7 @@ def test_table_without_overlaps_says_so() -> None:
     assert "no photograph of a train split is in another split" in count_overlaps([]).table()
 
 
-def test_photographs_of_other_collections_differ_by_file_length(packed: Path) -> None:
-    """Two RefShapes of different seeds number their scenes alike, but share none."""
+def test_overlap_of_a_set_with_itself_counts_each_photograph_once(packed: Path) -> None:
     index = read_index(packed)
 
-    def renamed(name: str, split: str, longer: int) -> ShardIndex:
-        images = []
-        for image in index.images:
-            offset, length = image.jpg
-            refs = tuple(replace(ref, set=f"{name}/all", split=split) for ref in image.refs)
-            images.append(replace(image, jpg=(offset, length + longer), refs=refs))
-        return replace(index, images=tuple(images))
-
-    shapes = [
-        renamed("shapes", "train", 0),
-        renamed("shapes", "val", 0),
-        renamed("shapes", "test", 1),
-    ]
-    found = count_overlaps(shapes)
-    assert found.shared["shapes/all train", "shapes/all val"] == len(IMAGE_IDS)
-    assert ("shapes/all train", "shapes/all test") not in found.shared
-
-    # A COCO photograph may be stored in other bytes.
-    coco = count_overlaps([renamed("refcoco", "train", 0), renamed("refcocog", "val", 1)])
-    assert coco.shared["refcoco/all train", "refcocog/all val"] == len(IMAGE_IDS)
+    assert count_overlaps([index, index]) == count_overlaps([index])
