@@ -317,11 +317,12 @@ def count_overlaps(indexes: Sequence[ShardIndex]) -> Overlaps:
     names = sorted({_split_name(ref) for image in images for ref in image.refs})
     number_of = {name: number for number, name in enumerate(names)}
     member = np.zeros((len(photos), len(names)), bool)
-    image_ids = np.zeros(len(photos), np.int64)
+    image_ids = np.zeros(member.shape, np.int64)
     for row, image in zip(which, images):
-        image_ids[row] = image.image_id
         for ref in image.refs:
-            member[row, number_of[_split_name(ref)]] = True
+            split = number_of[_split_name(ref)]
+            member[row, split] = True
+            image_ids[row, split] = image.image_id
 
     # For each photograph, the splits in which it is seen, and in which row.
     seen = member.copy()
@@ -339,8 +340,11 @@ def count_overlaps(indexes: Sequence[ShardIndex]) -> Overlaps:
             both = np.flatnonzero(member[:, other_no] & seen[:, one_no])
             if one != other and len(both):
                 shared[one, other] = len(both)
-                first = seen_as[both[0], one_no]
-                examples[one, other] = (int(image_ids[first]), int(image_ids[both[0]]))
+                seen_in_one = seen_as[both[0], one_no]
+                examples[one, other] = (
+                    int(image_ids[seen_in_one, one_no]),
+                    int(image_ids[both[0], other_no]),
+                )
 
     unhashed = (member & ~photos.hashed[:, None]).sum(0)
     return Overlaps(
