@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class ImageEntry:
     refs: tuple[RefEntry, ...]
     # What the photograph is recognized by. None: packed by an early version.
     photo: PhotoMark | None = None
+    # CRC-32 of the bytes at `jpg` and at `json`. None: packed by an early version.
+    crc: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,8 @@ def image_to_json(image: ImageEntry) -> dict[str, Any]:
     }
     if image.photo is not None:
         record["photo"] = image.photo.to_json()
+    if image.crc is not None:
+        record["crc"] = list(image.crc)
     return record
 
 
@@ -208,6 +213,7 @@ def image_from_json(record: Mapping[str, Any]) -> ImageEntry:
         json=_span(record["json"]),
         refs=refs,
         photo=None if "photo" not in record else PhotoMark.from_json(record["photo"]),
+        crc=None if "crc" not in record else _crcs(record["crc"]),
     )
 
     # A record holds its sentences, so it cannot have fewer bytes than they need.
@@ -217,6 +223,24 @@ def image_from_json(record: Mapping[str, Any]) -> ImageEntry:
             f"image {image.image_id} has {sentences} sentences in a record of {image.json[1]} bytes"
         )
     return image
+
+
+def _crcs(values: Any) -> tuple[int, int]:
+    of_jpg, of_json = (_whole_number("crc", value) for value in values)
+    return of_jpg, of_json
+
+
+def check_bytes(image: ImageEntry, *, jpg: bytes | None = None, text: bytes | None = None) -> None:
+    """Compare bytes of a shard with their checksums in the index, if it has them.
+
+    Raises:
+        ValueError: they are not those that were packed.
+    """
+    if image.crc is None:
+        return
+    for data, crc in zip((jpg, text), image.crc):
+        if data is not None and zlib.crc32(data) != crc:
+            raise ValueError("its bytes are not those that were packed: the shard is damaged")
 
 
 def _ref_from_json(name: Any, split: Any, ref_id: Any, sentences: Any) -> RefEntry:

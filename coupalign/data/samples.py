@@ -24,7 +24,7 @@ from torch.utils.data import get_worker_info
 from coupalign.config.schema import DataConfig
 from coupalign.data import masks, transforms
 from coupalign.data.batch import Batch, Frame, SampleInfo
-from coupalign.data.index import ImageEntry, sample_key
+from coupalign.data.index import ImageEntry, check_bytes, sample_key
 from coupalign.data.records import UNKNOWN, check_ref, read_record
 from coupalign.data.shards import ShardStore
 from coupalign.data.table import ALL, RANDOM, SampleTable
@@ -217,7 +217,9 @@ class SampleReader:
         entry = image.refs[self.table.ref[number]]
 
         with self._bad_sample_if_wrong(number, "json"):
-            record = read_record(store.read(image.shard, *image.json), image)
+            text = store.read(image.shard, *image.json)
+            check_bytes(image, text=text)
+            record = read_record(text, image)
             height, width = record["height"], record["width"]
             ref = record["refs"][self.table.ref[number]]
             check_ref(ref, entry, height, width)
@@ -232,7 +234,9 @@ class SampleReader:
 
     def _read_jpeg(self, number: int) -> bytes:
         store, image = self._locate(number)
-        return store.read(image.shard, *image.jpg)
+        jpg = store.read(image.shard, *image.jpg)
+        check_bytes(image, jpg=jpg)
+        return jpg
 
     def _draft(self, number: int, record: RefRecord, generator: np.random.Generator) -> _Draft:
         """Draw the sentence of a training sample, and its augmentation."""

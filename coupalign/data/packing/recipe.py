@@ -12,7 +12,7 @@ from coupalign.config.load import read_section
 from coupalign.config.schema import Section
 
 HomePath = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
-Name = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
+Name = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]{0,99}$")]
 
 
 class AnnotationSet(Section):

@@ -38,7 +38,7 @@ from coupalign.files import parse_strict_json
 NO_TARGET = -1  # in gRefCOCO's lists of ann_ids
 
 # Files and options are named after splits.
-_SPLIT = re.compile(r"[\w+-][\w.+-]*")
+_SPLIT = re.compile(r"[\w+-][\w.+-]{0,99}")
 
 # The field names of Sentence and Referral are part of the source fingerprint of a shard set.
 
@@ -295,7 +295,9 @@ def _match(ref: Mapping[str, Any], dataset: str, split_by: str, instances: Insta
     for ann_id, annotation in zip(ann_ids, annotations):
         on_image = read_number(annotation["image_id"], "image_id")
         if on_image != image_id:
-            raise ValueError(f"its annotation {ann_id} is on image {on_image}, the ref on {image_id}")
+            raise ValueError(
+                f"its annotation {ann_id} is on image {on_image}, the ref on {image_id}"
+            )
         category_id = read_number(annotation["category_id"], "category_id")
         if category_id not in instances.categories:
             raise ValueError(f"category_id {category_id} is not in instances.json")

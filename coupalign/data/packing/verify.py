@@ -15,6 +15,7 @@ from coupalign.data.index import (
     ImageEntry,
     Shard,
     ShardIndex,
+    check_bytes,
     read_index,
     sample_key,
     tar_spans,
@@ -205,6 +206,9 @@ def _check_sample(jpg: bytes, text: bytes, image: ImageEntry) -> None:
     check_jpeg(jpg, height, width)
     if image.photo is not None:
         _check_mark(image.photo, mark_photo(jpg, record["file_name"]))
+
+    # Last, because the others say what is wrong.
+    check_bytes(image, jpg=jpg, text=text)
 
 
 def _check_mark(indexed: PhotoMark, found: PhotoMark) -> None:

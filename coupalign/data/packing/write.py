@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from coupalign.data.packing.output import receipt_path
 from coupalign.data.packing.refer import Referral
 from coupalign.data.photos import PhotoMark, mark_photo
 from coupalign.errors import InputError
-from coupalign.files import sha256_of, whole_file, write_json
+from coupalign.files import parse_strict_json, sha256_of, whole_file, write_json
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
 
     turnings: dict[str, Turning] = {}
     marks: list[PhotoMark] = []
+    crcs: list[tuple[int, int]] = []
     # Owner, mode and time are fixed, so that the same input gives the same bytes.
     with whole_file(file) as stream:
         with TarWriter(
@@ -120,7 +123,9 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
                 if turning is not None:
                     turnings[sample.image.path.name] = turning
                 marks.append(mark_photo(jpg, sample.referrals[0].file_name))
-                tar.write({"__key__": key, "jpg": jpg, "json": _sample_json(sample)})
+                record = _sample_json(sample)
+                crcs.append((zlib.crc32(jpg), zlib.crc32(record)))
+                tar.write({"__key__": key, "jpg": jpg, "json": record})
         stream.flush()
 
         partial = Path(stream.name)
@@ -133,36 +138,46 @@ def _write_shard(number: int, layout: ShardLayout, out: Path) -> WrittenShard:
         )
 
     images = tuple(
-        _image_entry(sample, number, mark=mark, jpg=jpg, text=text)
-        for sample, mark, jpg, text in zip(
-            layout.samples, marks, spans[::2], spans[1::2], strict=True
+        _image_entry(sample, number, mark=mark, crc=crc, jpg=jpg, text=text)
+        for sample, mark, crc, jpg, text in zip(
+            layout.samples, marks, crcs, spans[::2], spans[1::2], strict=True
         )
     )
-    records = [image_to_json(image) for image in images]
-    write_json(
-        receipt,
-        {
-            "plan": fingerprint,
-            "shard": vars(shard),
-            "images": records,
-            "turnings": turnings,
-        },
-    )
+    proof = {
+        "plan": fingerprint,
+        "shard": vars(shard),
+        "images": [image_to_json(image) for image in images],
+        "turnings": turnings,
+    }
+    write_json(receipt, {**proof, "digest": _digest_of(proof)})
     return WrittenShard(shard, images, reused=False, turnings=turnings)
 
 
 def _read_finished(file: Path, receipt: Path, fingerprint: str) -> WrittenShard | None:
-    """Return the finished shard that the receipt proves; None if it does not prove any."""
+    """Return the finished shard that the receipt proves; None if it does not prove any.
+
+    A receipt that is damaged, or was written by an earlier version, proves nothing.
+    """
     if not receipt.is_file() or not file.is_file():
         return None
-    record = json.loads(receipt.read_text(encoding="utf-8"))
-    if record["plan"] != fingerprint or record["shard"]["sha256"] != sha256_of(file):
+    try:
+        proof = parse_strict_json(receipt.read_bytes())
+        if proof.pop("digest") != _digest_of(proof):
+            return None
+        if proof["plan"] != fingerprint or proof["shard"]["sha256"] != sha256_of(file):
+            return None
+        images = tuple(image_from_json(image) for image in proof["images"])
+        shard = Shard(**proof["shard"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    images = tuple(image_from_json(image) for image in record["images"])
-    if any(image.photo is None for image in images):  # written by an early version
+
+    if any(image.photo is None or image.crc is None for image in images):
         return None
-    shard = Shard(**record["shard"])
-    return WrittenShard(shard, images, reused=True, turnings=record.get("turnings", {}))
+    return WrittenShard(shard, images, reused=True, turnings=proof["turnings"])
+
+
+def _digest_of(proof: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(proof, sort_keys=True).encode()).hexdigest()
 
 
 def _image_entry(
@@ -170,6 +185,7 @@ def _image_entry(
     shard_number: int,
     *,
     mark: PhotoMark,
+    crc: tuple[int, int],
     jpg: tuple[int, int],
     text: tuple[int, int],
 ) -> ImageEntry:
@@ -183,7 +199,13 @@ def _image_entry(
         for referral in sample.referrals
     )
     return ImageEntry(
-        image_id=sample.image_id, shard=shard_number, jpg=jpg, json=text, refs=refs, photo=mark
+        image_id=sample.image_id,
+        shard=shard_number,
+        jpg=jpg,
+        json=text,
+        refs=refs,
+        photo=mark,
+        crc=crc,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from coupalign.data.build import build_eval_loader, build_train_loader, open_tok
 from coupalign.data.index import read_index
 from coupalign.data.loader import EvalLoader, TrainLoader
 from coupalign.distributed.world import World
+from tests.unit.data.conftest import change_index
 
 
 class Row(NamedTuple):
@@ -120,7 +122,10 @@ def steps_of(loader: TrainLoader, first: int, count: int) -> list[list[Row]]:
 
 
 def damage(packed: Path, image_id: int, file: str, change: Callable[[bytes], bytes]) -> None:
-    """Change the bytes of a file ("jpg" or "json") inside its shard, but not their number."""
+    """Change the bytes of a file ("jpg" or "json") inside its shard, but not their number.
+
+    The index gets their checksum, so that only their meaning gives the damage away.
+    """
     index = read_index(packed)
     entry = next(image for image in index.images if image.image_id == image_id)
     offset, length = getattr(entry, file)
@@ -131,6 +136,12 @@ def damage(packed: Path, image_id: int, file: str, change: Callable[[bytes], byt
         assert len(data) == length
         stream.seek(offset)
         stream.write(data)
+
+    def update_checksum(tree: dict) -> None:
+        record = next(image for image in tree["images"] if image["id"] == image_id)
+        record["crc"][["jpg", "json"].index(file)] = zlib.crc32(data)
+
+    change_index(packed, update_checksum)
 
 
 def cut_in_half(data: bytes) -> bytes:

@@ -31,7 +31,7 @@ def break_json(data: bytes) -> bytes:
     "file, change, reason",
     [
         ("jpg", cut_in_half, ""),
-        ("jpg", blank, "cannot identify image"),
+        ("jpg", blank, "beginning is damaged"),
         ("json", break_json, "Expecting value"),
     ],
 )
@@ -53,9 +53,9 @@ def test_bad_sample_ends_the_run_with_its_name(
 @pytest.mark.parametrize(
     "old, new, reason",
     [
-        (b'"rle"', b'"rlx"', "KeyError 'rle'"),
-        (b'"image_id":72', b'"image_id":73', "not the one that its index describes"),
-        (b'"height":', b'"heighx":', "KeyError 'height'"),
+        (b'"rle"', b'"rlx"', "it has no field 'rle'"),
+        (b'"image_id":72', b'"image_id":73', "the record is of image 73"),
+        (b'"height":', b'"heighx":', "height is None, not a number of pixels"),
     ],
 )
 def test_record_that_parses_may_be_bad_too(packed: Path, old: bytes, new: bytes, reason: str):

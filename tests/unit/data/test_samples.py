@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from coupalign.config.schema import Augmentation, DataConfig, Source
 from coupalign.data import masks, transforms
 from coupalign.data.batch import SampleInfo
 from coupalign.data.build import open_tokenizer
-from coupalign.data.samples import SampleReader
+from coupalign.data.index import read_index
+from coupalign.data.samples import BadSample, SampleReader
 from coupalign.data.shards import open_index
 from coupalign.data.table import build_table
 from tests.unit.data.batches import config_of, evaluate, steps_of, train
+from tests.unit.data.conftest import change_index
 
 
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
@@ -128,3 +131,90 @@ def test_sentences_about_an_image_share_its_decoding_and_nothing_else(
         assert np.array_equal(info.image, alone.image)
         assert np.array_equal(info.truth, alone.truth)
         assert replace(info, image=None, truth=None) == replace(alone, image=None, truth=None)
+
+
+# ------------------------------------------------------------------------------- Damaged shards
+
+
+def read_all(packed: Path, split: str = "train") -> list[str]:
+    """Read every training and evaluation sample; returns the messages about bad ones."""
+    source = Source(index=str(packed), dataset="refcoco", split=split)
+    config = DataConfig(train=[source], image_size=32)
+    table = build_table(config.train, [open_index(str(packed))], "sentence")
+    reader = SampleReader(config, table, open_tokenizer(config))
+    image, target = np.empty((1, 32, 32, 3), np.uint8), np.empty((1, 32, 32), bool)
+
+    messages = []
+    for number in range(len(table)):
+        try:
+            reader.read_train_samples(0, [(0, number)], image, target)
+        except BadSample as error:
+            messages.append(str(error))
+        try:
+            reader.read_eval_sample(number, None, with_image=False, square=image[0])
+        except BadSample as error:
+            messages.append(str(error))
+    return messages
+
+
+def flip(packed: Path, at: int, bit: int) -> None:
+    tar = packed / "shard-000000.tar"
+    with open(tar, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0] ^ 1 << bit
+        file.seek(at)
+        file.write(bytes([byte]))
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_wrong_bit_in_a_record_is_refused_and_named(packed: Path, with_checksums: bool):
+    """Shards of early versions have no checksums: there, a letter of a text may be wrong."""
+    if not with_checksums:
+        change_index(packed, lambda tree: [image.pop("crc") for image in tree["images"]])
+    image = read_index(packed).images[0]
+    text = (packed / "shard-000000.tar").read_bytes()[image.json[0] : sum(image.json)]
+    assert read_all(packed) == []
+
+    counts = text.index(b'"counts":"') + len(b'"counts":"')
+    places = {"run lengths": counts + 1, "area": text.index(b'"area":') + 7, "sent": -12}
+    for field, place in places.items():
+        flip(packed, image.json[0] + place % len(text), 0)
+        messages = read_all(packed)
+        flip(packed, image.json[0] + place % len(text), 0)
+
+        if field == "sent" and not with_checksums:
+            continue
+        assert messages, field
+        for message in messages:
+            assert re.match(
+                r"refcoco/unc/[01]: 000000000009.json \(image 9\) in .*shard-000000.tar: ", message
+            )
+
+
+def test_every_wrong_bit_in_run_lengths_is_refused_without_checksums(packed: Path):
+    change_index(packed, lambda tree: [image.pop("crc") for image in tree["images"]])
+    source = Source(index=str(packed), dataset="refcoco", split="train")
+    config = DataConfig(train=[source], image_size=32)
+    table = build_table(config.train, [open_index(str(packed))], "ref")
+    reader = SampleReader(config, table, open_tokenizer(config))
+    square = np.empty((32, 32, 3), np.uint8)
+
+    _, record = reader.read_stored(0)
+    image = read_index(packed).images[0]
+    text = (packed / "shard-000000.tar").read_bytes()[image.json[0] : sum(image.json)]
+    first = image.json[0] + text.index(record["rle"]["counts"].encode())
+    for at in range(first, first + len(record["rle"]["counts"])):
+        for bit in range(8):
+            flip(packed, at, bit)
+            with pytest.raises(BadSample, match="refcoco/unc/0: 000000000009.json"):
+                reader.read_eval_sample(0, None, with_image=False, square=square)
+            flip(packed, at, bit)
+
+
+def test_wrong_bit_in_a_photograph_is_refused(packed: Path):
+    image = read_index(packed).images[0]
+
+    flip(packed, image.jpg[0] + image.jpg[1] // 2, 3)
+
+    messages = read_all(packed)
+    assert messages and all("000000000009.jpg" in message for message in messages)

@@ -165,6 +165,34 @@ def test_restart_keeps_finished_shards_and_rewrites_doubtful_ones(
     assert contents(out) == {**contents(packed), "notes.txt": b"mine"}
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit", "other JSON", "deep"])
+def test_damaged_receipt_proves_nothing(
+    refer_root: Path, packed: Path, tmp_path: Path, damage: str
+) -> None:
+    recipe, out = recipe_of(refer_root), tmp_path / "out"
+    calls = 0
+    while not (out / ".shard-000000.tar.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        assert pack_until_call(calls, recipe, out)
+        calls += 1
+
+    receipt = out / ".shard-000000.tar.json"
+    text = receipt.read_text()
+    offset = text.index('"jpg": [') + text[text.index('"jpg": [') :].index("512")
+    changed = {
+        "cut": text[:100],
+        "empty": "",
+        "bit": text[:offset] + "513" + text[offset + 3 :],
+        "other JSON": "[1]",
+        "deep": "[" * 100_000,
+    }
+    receipt.write_text(changed[damage])
+    report = pack_quietly(recipe, out)
+
+    assert report.reused == 0
+    assert contents(out) == contents(packed)
+
+
 # ------------------------------------------------------------------------------------ Bad sources
 
 
