@@ -6,6 +6,7 @@ Verbs import what they need in their bodies, so that `coupalign --help` is fast.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows `coupalign`; None takes them from the process.
     """
+    _print_any_text()
     options = parse_arguments(arguments)
 
     logging.basicConfig(
@@ -46,8 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitStatus.NO
 
     if options.json and answer.value is not None:
-        print(json.dumps(answer.value, ensure_ascii=False), flush=True)
+        is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(answer.value, ensure_ascii=not is_unicode), flush=True)
     return answer.status
+
+
+def _print_any_text() -> None:
+    """Let the terminal escape what it cannot show: other alphabets in Latin-1, odd file names."""
+    for stream in (sys.stdout, sys.stderr):
+        # Tests and notebooks replace them by streams that take everything.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -79,6 +79,11 @@ def add_eval(verbs: argparse._SubParsersAction) -> None:
         help="split to score; repeat it for several; default: those of the configuration",
     )
     parser.add_argument("--index", help="another shard directory to take the splits from")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for scores, rows, pictures and the page; default: the run directory",
+    )
 
     # How to score it.
     parser.add_argument(
@@ -123,6 +128,7 @@ def run_eval(options: argparse.Namespace) -> Answer:
                 options.overrides,
                 splits=options.split or (),
                 index=options.index,
+                out=options.out,
                 request=ScoreRequest.from_names(
                     options.protocol,
                     options.sentences,
@@ -130,6 +136,7 @@ def run_eval(options: argparse.Namespace) -> Answer:
                     pictures=options.pictures,
                 ),
                 stop=stop,
+                announce=_print_scores,
             )
         except Stopped:
             stopper = stop.name or "another rank"
@@ -142,28 +149,29 @@ def run_eval(options: argparse.Namespace) -> Answer:
     # Scores are empty on all ranks but the first.
     if not scores:
         return Answer()
-    values = _print_scores(scores)
     run = run_directory(find_checkpoint(options.run_path))
-    _write_page(run)
-    publish_scores_of(run, options.overrides)
-    return Answer(values)
+    _write_page(options.out or run)
+    if options.out is None:
+        publish_scores_of(run, options.overrides)
+    return Answer(_scores_to_json(scores))
 
 
-def _print_scores(scores: Mapping[str, Mapping[tuple[str, str], Score]]) -> dict[str, Any]:
-    """Print the scores by split and, within it, by (protocol, sentence rule), next to each other.
-
-    Returns:
-        the scores as JSON, by "<split> <protocol> <sentence rule>". Protocol and rule are left out
-        of the names where all scores of a split have the same.
-    """
+def _print_scores(name: str, scores: Mapping[tuple[str, str], Score]) -> None:
+    """Print the scores of one set, by (protocol, sentence rule), next to each other."""
     from coupalign.evaluation.metrics import side_by_side
 
+    first = next(iter(scores.values()))
+    table = side_by_side(scores) if len(scores) > 1 else first.table()
+    print(f"\n{name}\n{table}", flush=True)
+
+
+def _scores_to_json(scores: Mapping[str, Mapping[tuple[str, str], Score]]) -> dict[str, Any]:
+    """Return the scores of all sets as JSON, by "<name> <protocol> <sentence rule>".
+
+    Protocol and rule are left out where all scores of a set have the same.
+    """
     values: dict[str, Any] = {}
     for split, by_column in scores.items():
-        first = next(iter(by_column.values()))
-        table = side_by_side(by_column) if len(by_column) > 1 else first.table()
-        print(f"\n{split}\n{table}")
-
         protocols, rules = ({*names} for names in zip(*by_column))
         for (protocol, rule), score in by_column.items():
             name = split
@@ -388,13 +396,19 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
         verbs, "report", run_report, "write the HTML page of a run: scores, curves, pictures"
     )
     parser.add_argument("run_path", type=Path, help="run directory")
+    parser.add_argument(
+        "--out", type=Path, help="file of the page; default: report.html in the run directory"
+    )
 
 
 def run_report(options: argparse.Namespace) -> Answer:
+    from coupalign.report import report_run
     from coupalign.scoring.publish import note_results
 
-    page = _write_page(options.run_path)
-    note_results(options.run_path)
+    page = report_run(options.run_path, options.out)
+    print(f"page: {page}")
+    if options.out is None:
+        note_results(options.run_path)
     return Answer({"page": str(page)})
 
 

@@ -19,10 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from tabulate import tabulate
+
+from coupalign.errors import quoted
+
+T = TypeVar("T")
 
 THRESHOLD_TENTHS = (5, 6, 7, 8, 9)
 METRICS = ("oIoU", "mIoU", *(f"P@0.{tenth}" for tenth in THRESHOLD_TENTHS), "bIoU")
@@ -178,19 +182,38 @@ class Score:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Score:
-        """Read what `to_json` returned."""
-        blind = value.get("language_blind")
+        """Read what `to_json` returned.
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: a field is not what `to_json` writes; names it.
+        """
+        intervals = {}
+        for name, pair in _field(value, "intervals", dict).items():
+            if name not in METRICS or not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"intervals: {quoted(name)}: {quoted(pair)} is no interval")
+            low, high = (_share(bound, f"intervals: {name}") for bound in pair)
+            intervals[name] = (low, high)
+
+        conditions = _field(value, "conditions", dict)
+        for heading, text in conditions.items():
+            if not isinstance(text, str):
+                raise ValueError(f"conditions: {quoted(heading)}: {quoted(text)} is no text")
+
+        blind = None
+        if value.get("language_blind") is not None:
+            blind = cls.from_json({**_field(value, "language_blind", dict), "language_blind": None})
         return cls(
-            protocol=value["protocol"],
-            metrics={name: value[name] for name in METRICS},
-            samples=value["samples"],
-            images=value["images"],
-            intervals={name: (low, high) for name, (low, high) in value["intervals"].items()},
-            conditions=value["conditions"],
-            fingerprint=value["data_fingerprint"],
-            leak=value["leak"],
-            language_blind=None if blind is None else cls.from_json(blind),
-            sentences=value["sentences"],
+            protocol=_field(value, "protocol", str),
+            metrics={name: _share(value[name], name) for name in METRICS},
+            samples=_field(value, "samples", int),
+            images=_field(value, "images", int),
+            intervals=intervals,
+            conditions=conditions,
+            fingerprint=_field(value, "data_fingerprint", str),
+            leak=_field(value, "leak", str),
+            language_blind=blind,
+            sentences=_field(value, "sentences", str),
         )
 
     def facts(self) -> dict[str, str]:
@@ -222,6 +245,22 @@ class Score:
         numbers = _format_columns(rows, headers)
         facts = _format_facts(self.facts().items())
         return f"{numbers}\n\n{facts}"
+
+
+def _field(value: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """Return a field of a JSON object, which must be of a type."""
+    found = value[name]
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ValueError(f"{name}: expected {kind.__name__}, found {quoted(found)}")
+    return found
+
+
+def _share(value: Any, name: str) -> float:
+    """Return a number of a JSON file that must be from 0 to 1."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, found {quoted(value)}")
+    return float(value)
 
 
 # A column of a comparison: protocol and sentence rule.

@@ -263,6 +263,7 @@ def describe_conditions(
     data: DataConfig,
     sources: Sequence[Source],
     *,
+    shards: str = "",
     limit: int | None = None,
     rule: Rule = "each",
 ) -> dict[str, str]:
@@ -270,6 +271,9 @@ def describe_conditions(
 
     You may score a model under a protocol whose authors feed the image in another way. The text
     under "input" then says so, because such a number is not comparable with theirs.
+
+    Args:
+        shards: name and fingerprint of the indexes that the sources are read from.
     """
     # Say how the image enters the model, and whether the protocol's authors do the same.
     fitted = "squashed to" if data.resize == "squash" else "letterboxed into"
@@ -288,7 +292,7 @@ def describe_conditions(
     rule_text = _RULE_DESCRIPTIONS[rule]
     empty_iou = "1" if protocol.empty == "one" else "0"
     conditions = {
-        "sets": ", ".join(sorted(sets)),
+        "sets": ", ".join(sorted(sets)) + (f"; shards {shards}" if shards else ""),
         "input": f"{fitted} {data.image_size}x{data.image_size}{warning}",
         "truth": protocol.truth,
         "prediction": protocol.prediction,

@@ -15,18 +15,23 @@ The columns, and one line of the file (wrapped here):
 truth) and `pixels` (of the image) are at the original one. `same_class` is the number of other
 objects of the category in the image, -1 if the shard does not know it. `sentence` is the text that
 the model read.
+
+A spreadsheet runs a cell that begins with = or + as a formula. So an apostrophe is written before
+such a text, and before one that begins with apostrophes and then = or +. Reading takes it away.
 """
 
 from __future__ import annotations
 
 import csv
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 from coupalign.evaluation.metrics import EmptyUnion, ious
 from coupalign.files import whole_file
 
@@ -43,6 +48,9 @@ COLUMNS = (
     "same_class",
     "sentence",
 )
+
+# What makes a formula of a cell: these characters (and their wide forms) at its start.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 
 # Integers of a row: number, I, U, bI, bU, image id, area, pixels, same class.
 ROW_WIDTH = 9
@@ -121,10 +129,12 @@ def write_rows(path: Path, rows: Rows, empty: EmptyUnion = "one") -> None:
     )
 
     with whole_file(Path(path), "w") as file:
-        table = csv.writer(file, lineterminator="\n")
+        # Only \r\n in the terminator makes the writer quote a text with a lone carriage return.
+        table = csv.writer(file, lineterminator="\r\n")
         table.writerow(COLUMNS)
         for name, sentence, iou, (intersection, union, *others) in samples:
-            table.writerow((name, intersection, union, f"{iou:.6f}", *others, sentence))
+            cells = (intersection, union, f"{iou:.6f}", *others)
+            table.writerow((_to_cell(name), *cells, _to_cell(sentence)))
 
 
 def read_rows(path: Path) -> Rows:
@@ -133,31 +143,60 @@ def read_rows(path: Path) -> Rows:
     Raises:
         InputError: the file is missing, or is not such a file; names file and line.
     """
+    # The joined sentences of a ref may be longer than the usual limit.
+    limit = csv.field_size_limit(sys.maxsize)
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+            reader = csv.reader(file, strict=True)
+            # A text may itself have several lines.
+            lines = [(line, reader.line_num) for line in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if not lines or tuple(lines[0]) != COLUMNS:
+    finally:
+        csv.field_size_limit(limit)
+    if not lines or tuple(lines[0][0]) != COLUMNS:
         raise InputError(
             f"{path}: line 1: expected the columns {','.join(COLUMNS)}. "
             "A file of an earlier version has fewer: score again with `coupalign eval`"
         )
 
     integers, texts = [], []
-    for number, line in enumerate(lines[1:]):
+    for number, (line, last_line) in enumerate(lines[1:]):
         try:
             # The IoU is computed from the counts again.
             name, intersection, union, _iou, *others, sentence = line
             row = [number, *map(int, (intersection, union, *others))]
-            if len(row) != ROW_WIDTH:
-                raise ValueError("too few or too many columns")
-        except ValueError:
+            _check_integers(row)
+        except ValueError as error:
             raise InputError(
-                f"{path}: line {number + 2}: expected {','.join(COLUMNS)}, found {','.join(line)!r}"
+                f"{path}: line {last_line}: {error}; expected {','.join(COLUMNS)}, found "
+                f"{quoted(','.join(line))}. Score again with `coupalign eval`"
             ) from None
         integers.append(row)
-        texts.append((name, sentence))
+        texts.append((_from_cell(name), _from_cell(sentence)))
 
     table = np.asarray(integers, dtype=np.int64).reshape(-1, ROW_WIDTH)
     return Rows.from_integers(table, texts)
+
+
+def _to_cell(text: str) -> str:
+    """Return a text as a cell that no spreadsheet runs, with \\u… for half of a character."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def _from_cell(cell: str) -> str:
+    """Return the text of a cell that `_to_cell` made."""
+    is_escaped = cell.startswith("'") and _FORMULA.match(cell)
+    return cell[1:] if is_escaped else cell
+
+
+def _check_integers(row: Sequence[int]) -> None:
+    """Raise ValueError if the integers of a row cannot be counts of one sample."""
+    if len(row) != ROW_WIDTH:
+        raise ValueError("too few or too many columns")
+    _, inside, union, band_inside, band_union, image_id, area, pixels, _ = row
+    if not (0 <= inside <= union and 0 <= band_inside <= band_union and 0 <= area <= pixels):
+        raise ValueError("a part is larger than the whole")
+    if max(union, band_union, pixels, abs(row[-1])) >= 2**53 or abs(image_id) >= 2**63:
+        raise ValueError("a number is too large")

@@ -22,10 +22,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from coupalign.errors import InputError, RunError
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import find_protocol
 from coupalign.evaluation.rows import Rows, read_rows, rows_path
-from coupalign.files import whole_file
+from coupalign.files import require_writable, whole_file
 from coupalign.report.charts import Points, curve_section, read_curves
 from coupalign.report.gallery import picture_section
 from coupalign.report.groups import group_section
@@ -33,12 +34,23 @@ from coupalign.report.scores import name_scores, page_header, read_scores, score
 from coupalign.tracking.journal import JOURNAL
 
 
-def report_run(run: Path) -> Path:
-    """Write <run>/report.html from the files of a run directory; returns its path.
+def report_run(run: Path, out: Path | None = None) -> Path:
+    """Write the page of a run from the files of its directory; returns its path.
+
+    Args:
+        out: the file to write. Default: <run>/report.html.
 
     Raises:
-        InputError: the directory has no score, or a file is damaged.
+        InputError: the directory has no score, a file is damaged, or `out` cannot be written.
+        RunError: writing failed, for example on a full disk.
     """
+    page = out or run / "report.html"
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run directory")
+    if page.is_dir():
+        raise InputError(f"{page}: is a folder; name the file of the page")
+    require_writable(page.parent, "the page", "Name another file with `coupalign report --out`")
+
     scores = read_scores(run)
     names = name_scores(scores)
 
@@ -48,16 +60,31 @@ def report_run(run: Path) -> Path:
         if path.is_file():
             rows[name] = read_rows(path)
 
-    config = run / "config.yaml"
-    return write_report(
-        run / "report.html",
-        run.resolve().name,
-        scores={names[key]: score for key, score in scores.items()},
-        curves=read_curves(run / JOURNAL),
-        pictures={folder.name: folder for folder in sorted((run / "pictures").glob("*/"))},
-        config=config.read_text(encoding="utf-8") if config.is_file() else None,
-        rows=rows,
-    )
+    try:
+        return write_report(
+            page,
+            run.resolve().name,
+            scores={names[key]: score for key, score in scores.items()},
+            curves=read_curves(run / JOURNAL),
+            pictures={folder.name: folder for folder in sorted((run / "pictures").glob("*/"))},
+            config=_read_config(run / "config.yaml"),
+            rows=rows,
+        )
+    except OSError as error:
+        raise InputError(f"{run}: cannot be read ({error})") from error
+
+
+def _read_config(file: Path) -> str | None:
+    """Return the text of a run's configuration; None if the directory has none."""
+    if not file.is_file():
+        return None
+    # In a foreign run directory it may be a link to any file of this machine.
+    if not file.resolve().is_relative_to(file.parent.resolve()):
+        raise InputError(f"{file}: is a link to a file outside of the run; replace it by a copy")
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
 
 
 def write_report(
@@ -94,7 +121,11 @@ def write_report(
 
 
 def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
-    """Write sections of HTML as a page in our style that runs no script but ours."""
+    """Write sections of HTML as a page in our style that runs no script but ours.
+
+    Raises:
+        RunError: the file cannot be written, for example on a full disk.
+    """
     script = _read_asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = _PAGE.format(
@@ -104,8 +135,16 @@ def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
         script=script,
         digest=digest,
     )
-    with whole_file(path, "w") as file:
-        file.write(page)
+    # Half of a character, from a foreign file, has no place in UTF-8.
+    page = page.encode("utf-8", "backslashreplace").decode()
+    try:
+        with whole_file(path, "w") as file:
+            file.write(page)
+    except OSError as error:
+        raise RunError(
+            f"{path}: the page could not be written ({error}). Free some space, then run the same "
+            "command again"
+        ) from error
     return path
 
 

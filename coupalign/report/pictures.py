@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from coupalign.data.pictures import load_pixels, open_picture
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 from coupalign.evaluation.protocols import boundary
 from coupalign.evaluation.shelf import Picture, choose_pictures
 from coupalign.files import read_json, whole_directory, write_json
@@ -94,7 +94,7 @@ def read_pictures(folder: Path) -> dict[str, list[SavedPicture]]:
     Empty if there is no such folder.
 
     Raises:
-        InputError: the list is damaged, or a file of it is missing.
+        InputError: the list is damaged, or a file of it is missing or outside of the folder.
     """
     path = folder / LIST_NAME
     if not path.is_file():
@@ -106,17 +106,29 @@ def read_pictures(folder: Path) -> dict[str, list[SavedPicture]]:
         for entry in entries:
             saved = _parse_entry(entry)
             groups.setdefault(saved.group, []).append(saved)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error}); score with --pictures again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: damaged ({quoted(str(error))}); score with --pictures again"
+        ) from None
 
     for pictures in groups.values():
         for file in _files_of(pictures):
-            if not (folder / file).is_file():
-                raise InputError(
-                    f"{folder / file}: missing, though {LIST_NAME} lists it; "
-                    "score with --pictures again"
-                )
+            _check_inside(folder, file)
     return groups
+
+
+def _check_inside(folder: Path, file: str) -> None:
+    """Raise InputError unless `file`, which may be foreign text, is a file of the folder itself."""
+    is_plain = Path(file).name == file and "\0" not in file
+    if not is_plain or (folder / file).is_symlink():
+        raise InputError(
+            f"{folder / LIST_NAME}: file {quoted(file)} is not in the same folder, so it is not "
+            "shown; score with --pictures again"
+        )
+    if not (folder / file).is_file():
+        raise InputError(
+            f"{folder / file}: missing, though {LIST_NAME} lists it; score with --pictures again"
+        )
 
 
 def read_strip(file: Path) -> Image.Image:
@@ -193,6 +205,9 @@ def _files_of(pictures: Iterable[SavedPicture]) -> list[str]:
 def _parse_entry(entry: dict[str, Any]) -> SavedPicture:
     """Parse one entry of the list. Lists of older versions lack the later fields."""
     boundary_iou = entry.get("boundary")
+    area, pixels = int(entry.get("area", 0)), int(entry.get("pixels", 0))
+    if not 0 <= area <= pixels < 2**53:
+        raise ValueError(f"area {area:.3g} of {pixels:.3g} pixels")
     return SavedPicture(
         group=str(entry["group"]),
         file=str(entry["file"]),
@@ -200,9 +215,9 @@ def _parse_entry(entry: dict[str, Any]) -> SavedPicture:
         sentence=str(entry["sentence"]),
         iou=float(entry["iou"]),
         boundary=None if boundary_iou is None else float(boundary_iou),
-        area=int(entry.get("area", 0)),
-        pixels=int(entry.get("pixels", 0)),
+        area=area,
+        pixels=pixels,
         same_class=int(entry.get("same_class", -1)),
-        heading=int(entry.get("heading", 0)),
+        heading=max(0, int(entry.get("heading", 0))),
         why=str(entry.get("why", "")),
     )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from coupalign.errors import InputError
+from coupalign.data.table import RULES
+from coupalign.errors import InputError, quoted
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.evaluation.rows import rows_path
 from coupalign.files import read_json
 
-ScoreKey = tuple[str, str, str]  # split, protocol, sentence rule
+ScoreKey = tuple[str, str, str]  # name of the set, protocol, sentence rule
+
+_PLAIN_NAME = re.compile(r"\w[\w+.-]*")
 
 
 def read_scores(run: Path) -> dict[ScoreKey, Score]:
@@ -37,22 +42,36 @@ def read_scores(run: Path) -> dict[ScoreKey, Score]:
             raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
         try:
             score = Score.from_json(value)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            # An old score of training does not matter once the split has been scored again.
-            if any(split == file.stem for split, _, _ in scores):
+            protocol, rule = score.protocol, score.sentences
+            if protocol not in PROTOCOLS or rule not in RULES:
+                raise ValueError(f"protocol {quoted(protocol)}, sentences {quoted(rule)}: unknown")
+        except (KeyError, ValueError) as error:
+            # An old score of training does not matter once the set has been scored again.
+            if any(name == file.stem for name, _, _ in scores):
                 continue
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(
-                f"{file}: not a score of this version ({error!r}); run `coupalign eval` again"
+                f"{file}: not a score of this version ({reason}); run `coupalign eval` again"
             ) from None
 
-        protocol, rule = score.protocol, score.sentences
-        suffix = rows_path(run, "", protocol, rule).stem
-        split = str(value.get("split") or file.stem.removesuffix(suffix))
-        scores.setdefault((split, protocol, rule), score)
+        scores.setdefault((_set_name(file, value, score), protocol, rule), score)
 
     if not scores:
         raise InputError(f"{run}: no scores here; run `coupalign eval {run}` first")
     return {key: scores[key] for key in sorted(scores, key=_report_order)}
+
+
+def _set_name(file: Path, value: Mapping[str, Any], score: Score) -> str:
+    """Return the name of the evaluation set of a score, from the name of its file."""
+    if file.parent.name == "scores":
+        # Of val-ris-v1.json; that of training is val.json.
+        suffix = rows_path(Path(), "", score.protocol, score.sentences).stem
+        return file.stem.removesuffix(suffix)
+
+    # In score.json alone, where the name is foreign text.
+    name = value.get("name") or value.get("split")
+    is_plain = isinstance(name, str) and _PLAIN_NAME.fullmatch(name)
+    return name if is_plain else "score"
 
 
 def name_scores(keys: Iterable[ScoreKey]) -> dict[ScoreKey, str]:

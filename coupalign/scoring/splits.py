@@ -1,20 +1,31 @@
-"""Score a model on evaluation splits over all ranks, and keep every sample's counts as files."""
+"""Score a model on evaluation sets over all ranks, and file the scores with every sample's counts.
+
+    <run>/scores/val.json            the score that training took last
+    <run>/scores/val-ris-v1.json     that of `coupalign eval`
+    <run>/scores/val-ris-v1.csv      the rows of the newest of the two, see `evaluation.rows`
+
+"val" is the name of the set, see `scoring.sets`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import Batch
 from coupalign.data.build import build_eval_loader
-from coupalign.data.leak import read_trained_on
+from coupalign.data.leak import TrainedOn, read_trained_on
 from coupalign.data.loader import EvalLoader
 from coupalign.data.table import RULES, Rule
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.distributed.world import World
+from coupalign.distributed.world import World, on_main
+from coupalign.errors import RunError
 from coupalign.evaluation.evaluator import Evaluation, evaluate, with_language_blind
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import (
@@ -24,7 +35,9 @@ from coupalign.evaluation.protocols import (
     find_protocol,
 )
 from coupalign.evaluation.rows import Rows, rows_path, write_rows
+from coupalign.files import write_json
 from coupalign.report.pictures import save_pictures
+from coupalign.scoring.sets import name_own_sets
 
 Infer = Callable[[Batch], Tensor]
 """Maps a batch on the rank's device to logits, float [B, S, S]."""
@@ -68,79 +81,138 @@ class ScoreRequest:
         )
 
 
+@dataclass(frozen=True)
+class ScoredSet:
+    """The scoring of one evaluation set.
+
+    Attributes:
+        name: of the set, see `scoring.sets`.
+        evaluations: in the order of the protocols and rules. Only rank 0 has scores.
+        loader: knows the names and sentences of the samples.
+    """
+
+    name: str
+    source: Source
+    evaluations: Evaluations
+    loader: EvalLoader
+
+    @property
+    def scores(self) -> dict[tuple[str, Rule], Score]:
+        """The scores by (protocol name, sentence rule); empty on all ranks but rank 0."""
+        return {
+            key: evaluation.score
+            for key, evaluation in self.evaluations.items()
+            if evaluation.score is not None
+        }
+
+    def score_json(self, score: Score, **facts: Any) -> dict[str, Any]:
+        """Return a score as JSON that says which set it is of, after other `facts`."""
+        return {**facts, "name": self.name, "split": self.source.split, **score.to_json()}
+
+    def write_rows(self, run: Path) -> None:
+        """Write the rows of each score to <run>/scores/. Call it on rank 0."""
+        for (protocol, rule), evaluation in self.evaluations.items():
+            rows = Rows.from_integers(evaluation.rows, self.loader.names_and_sentences)
+            path = rows_path(run, self.name, protocol, rule)
+            write_rows(path, rows, find_protocol(protocol).empty)
+
+
 def score_splits(
     infer: Infer,
     config: Config,
     *,
+    step: int | None = None,
     tokenizer: Tokenizer,
     world: World,
     pictures: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:
-    """Score each source of data.evaluate under the config's protocol; collective.
+    """Score each source of data.evaluate under the config's protocol, and file it; collective.
 
     Args:
+        step: of the training, after which the model is scored; written with each score. None: write
+            rows and pictures only.
         pictures: samples per group of which rank 0 draws pictures.
         stopped: asked before each batch; must return the same on every rank.
 
     Returns:
-        scores by split, on rank 0; empty elsewhere.
+        scores by the name of the set, on rank 0; empty elsewhere.
 
     Raises:
         Stopped: on every rank, once `stopped` returned true.
+        RunError: on every rank. The model gave NaN or infinity, or a file could not be written.
     """
-    request = ScoreRequest(pictures=pictures)
-    scores = {}
-    for split, source in name_splits(config.data.evaluate).items():
-        evaluations = score_split(
+    scores: dict[str, Score] = {}
+    for name, source in name_own_sets(config.data.evaluate).items():
+        scored = score_set(
             infer,
             config,
-            split,
+            name,
             source,
             tokenizer=tokenizer,
             world=world,
-            request=request,
+            request=ScoreRequest(pictures=pictures),
             stopped=stopped,
         )
-        [evaluation] = evaluations.values()
-        if evaluation.score is not None:
-            scores[split] = evaluation.score
-            if pictures:
-                save_pictures(config.directory / "pictures" / split, evaluation, pictures)
+
+        def file_score(scored: ScoredSet = scored) -> None:
+            run = config.directory
+            [(key, evaluation)] = scored.evaluations.items()
+            with writing_scores(run):
+                scored.write_rows(run)
+                if step is not None:
+                    value = scored.score_json(scored.scores[key], step=step)
+                    write_json(run / "scores" / f"{scored.name}.json", value)
+                if pictures:
+                    save_pictures(run / "pictures" / scored.name, evaluation, pictures)
+
+        on_main(file_score, world)
+        for score in scored.scores.values():
+            scores[name] = score
     return scores
 
 
-def score_split(
+@contextmanager
+def writing_scores(run: Path) -> Iterator[None]:
+    """Turn the OSError of a full or failing disk into a RunError that names the run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{run}: the scores could not be written ({error}). Free some space, then run the same "
+            "command again"
+        ) from error
+
+
+def score_set(
     infer: Infer,
     config: Config,
-    split: str,
+    name: str,
     source: Source,
     *,
     tokenizer: Tokenizer,
     world: World,
     request: ScoreRequest,
+    trained_on: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
-) -> Evaluations:
-    """Score one source and write its rows (see `evaluation.rows`) to <run>/scores/; collective.
+) -> ScoredSet:
+    """Score one source; collective. Writes nothing.
 
     All protocols and sentence rules share one pass over the model.
 
     Args:
-        split: short name of the source, as in `name_splits`.
+        name: of the set, see `scoring.sets`.
+        trained_on: folder with the list of the photographs that the model has seen. Default: the
+            run directory.
         stopped: see `score_splits`.
-
-    Returns:
-        Evaluations in the order of the protocols and rules. Only rank 0 has scores.
 
     Raises:
         Stopped: on every rank, once `stopped` returned true.
+        RunError: on every rank, if the model gave NaN or infinity.
     """
+    # Read it first: a damaged list must not cost the work of a scoring.
+    seen = on_main(lambda: read_trained_on(trained_on or config.directory), world)
     protocols = [find_protocol(name) for name in request.protocols or [config.evaluate.protocol]]
-
-    def conditions(protocol: Protocol, rule: Rule) -> Mapping[str, str]:
-        return describe_conditions(
-            protocol, config.data, [source], limit=config.evaluate.limit, rule=rule
-        )
 
     def run_pass(*, shuffled: bool, pictures: int) -> tuple[EvalLoader, Evaluations]:
         loader = build_eval_loader(
@@ -154,6 +226,17 @@ def score_split(
             images=pictures > 0,
             rules=request.rules,
         )
+
+        def conditions(protocol: Protocol, rule: Rule) -> Mapping[str, str]:
+            return describe_conditions(
+                protocol,
+                config.data,
+                [source],
+                shards=loader.shards,
+                limit=config.evaluate.limit,
+                rule=rule,
+            )
+
         evaluations = evaluate(
             lambda batch: infer(batch.to(world.device)),
             loader,
@@ -162,54 +245,29 @@ def score_split(
             bootstrap=config.evaluate.bootstrap,
             pictures=pictures,
             conditions=conditions,
-            title=f"scoring {split} (sentences shuffled)" if shuffled else f"scoring {split}",
+            title=f"scoring {name} (sentences shuffled)" if shuffled else f"scoring {name}",
             stopped=stopped,
         )
         return loader, evaluations
 
     loader, evaluations = run_pass(shuffled=False, pictures=request.pictures)
-    if world.is_main:
-        _write_rows(config, split, evaluations, loader)
-    evaluations = _add_leak_message(evaluations, config, loader)
+    evaluations = _add_leak_message(evaluations, seen, loader)
 
     # The control: the same samples with other sentences. A model that reads must score less.
     if request.language_blind:
-        loader, blind = run_pass(shuffled=True, pictures=0)
-        blind = _add_leak_message(blind, config, loader)
+        _, blind = run_pass(shuffled=True, pictures=0)
+        blind = _add_leak_message(blind, seen, loader)
         evaluations = _attach_language_blind(evaluations, blind)
-    return evaluations
+    return ScoredSet(name, source, evaluations, loader)
 
 
-def name_splits(sources: Sequence[Source]) -> dict[str, Source]:
-    """Give each source a short name: its split.
-
-    If two sources share a split, the data set comes first: "refcoco-unc-val".
-    """
-    splits = [source.split for source in sources]
-    names = {}
-    for source in sources:
-        name = source.split
-        if splits.count(name) > 1:
-            name = f"{source.dataset}-{source.split_by}-{source.split}"
-        assert name not in names, f"the same source twice: {name}"
-        names[name] = source
-    return names
-
-
-def _write_rows(config: Config, split: str, evaluations: Evaluations, loader: EvalLoader) -> None:
-    for (protocol, rule), evaluation in evaluations.items():
-        rows = Rows.from_integers(evaluation.rows, loader.names_and_sentences)
-        path = rows_path(config.directory, split, protocol, rule)
-        write_rows(path, rows, find_protocol(protocol).empty)
-
-
-def _add_leak_message(evaluations: Evaluations, config: Config, loader: EvalLoader) -> Evaluations:
+def _add_leak_message(
+    evaluations: Evaluations, trained_on: TrainedOn | None, loader: EvalLoader
+) -> Evaluations:
     """Say with each score how many of its photographs were trained on, if that is known."""
     # Scores exist on rank 0 only.
-    if not any(evaluation.score for evaluation in evaluations.values()):
-        return evaluations
-    trained_on = read_trained_on(config.directory)
-    if trained_on is None:
+    has_scores = any(evaluation.score for evaluation in evaluations.values())
+    if trained_on is None or not has_scores:
         return evaluations
 
     message = trained_on.leak_message(loader.photos)

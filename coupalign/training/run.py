@@ -23,6 +23,7 @@ from coupalign.kernels import describe_choice
 from coupalign.model.base import ReferringModel
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import load_pretrained
+from coupalign.scoring.sets import name_own_sets
 from coupalign.training.schedule import steps_per_epoch, total_steps
 from coupalign.version import __version__, git_revision
 
@@ -90,6 +91,7 @@ class Run:
 def prepare_run(config: Config, world: World) -> Run:
     """Build everything that a run needs, so that wrong input fails before the first step."""
     doing("opening the data", alone=True)
+    name_own_sets(config.data.evaluate)  # refuses a set that is listed twice
     torch.manual_seed(config.seed)
     tokenizer = open_tokenizer(config.data)
     loader = build_train_loader(

@@ -17,7 +17,7 @@ from coupalign.distributed.world import World
 from coupalign.engine.base import MixedPrecision, infer_logits
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.model.build import build_model
-from coupalign.scoring.splits import ScoreRequest, score_split
+from coupalign.scoring.splits import ScoreRequest, score_set
 from tests.distributed.jobs import TINY
 from tests.distributed.ranks import run_ranks
 
@@ -36,7 +36,7 @@ def score_untrained_model(world: World, config: Config, shards: Path) -> dict[An
         # An untrained model predicts nothing without the offset.
         return infer_logits(net, batch) + 2.0
 
-    evaluations = score_split(
+    scored = score_set(
         infer,
         config,
         "val",
@@ -45,9 +45,11 @@ def score_untrained_model(world: World, config: Config, shards: Path) -> dict[An
         world=world,
         request=ScoreRequest(protocols=list(PROTOCOLS), rules=RULES),
     )
+    if world.is_main:
+        scored.write_rows(config.directory)
     return {
         key: (evaluation.rows.tolist(), evaluation.score and evaluation.score.to_json())
-        for key, evaluation in evaluations.items()
+        for key, evaluation in scored.evaluations.items()
     }
 
 

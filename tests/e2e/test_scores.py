@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -114,8 +115,10 @@ def test_score_is_of_the_data_that_the_run_names(
 
     assert main(["eval", str(run), "data.evaluate.0.dataset=refshapes", "--json"]) == 0
 
-    score = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
-    assert score["conditions"]["sets"] == "refshapes/all val"
+    [(name, score)] = json.loads(capsys.readouterr().out.splitlines()[-1]).items()
+    assert score["conditions"]["sets"].startswith("refshapes/all val; shards ")
+    # Another selection than that of the run, so it has a name of its own.
+    assert re.fullmatch(r"\w+-[0-9a-f]{8}-refshapes-val", name)
     config = config_of(run, "data.evaluate.0.dataset=refshapes")
     assert score["data_fingerprint"] == eval_loader_of(config).fingerprint
     assert score["data_fingerprint"] != eval_loader_of(config, split="testA").fingerprint

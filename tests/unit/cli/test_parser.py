@@ -27,7 +27,15 @@ FLAGS = {
     "config": {"--deepspeed", "--ranks"},
     "plan": {"--gpu", "--nodes", "--ranks-per-node", "--network"},
     "train": set(),
-    "eval": {"--split", "--index", "--protocol", "--sentences", "--language-blind", "--pictures"},
+    "eval": {
+        "--split",
+        "--index",
+        "--out",
+        "--protocol",
+        "--sentences",
+        "--language-blind",
+        "--pictures",
+    },
     "compare": {"--split", "--protocol", "--tracking-uri"},
     "predict": {"--out", "--batch", "--device"},
     "reproduce": {
@@ -39,8 +47,8 @@ FLAGS = {
         "--slurm",
         "--only-print",
     },
-    "report": set(),
-    "track": set(),
+    "report": {"--out"},
+    "track": {"--tracking-uri"},
     "bench": {
         "--batch",
         "--steps",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coupalign.errors import InputError
 from coupalign.evaluation.evaluator import evaluate
@@ -35,6 +39,35 @@ def test_rows_come_back_from_file(tmp_path: Path, rows: Rows):
     for field in FIELDS:
         assert getattr(again, field).tolist() == getattr(rows, field).tolist(), field
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.csv"]
+
+
+ANY_TEXT = st.text() | st.text(alphabet="=+-@\t\r\n'\",＝ a\0\x0b\u2028")
+
+
+@given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=5))
+def test_any_text_comes_back_from_file_and_is_no_formula(texts: list[tuple[str, str]]):
+    integers = np.asarray([[number, 1, 2, 1, 2, 9, 5, 100, 1] for number in range(len(texts))])
+    rows = Rows.from_integers(integers, texts)
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.csv"
+        write_rows(path, rows)
+        again = read_rows(path)
+        with open(path, encoding="utf-8", newline="") as file:
+            cells = [line[column] for line in csv.reader(file) for column in (0, -1)]
+
+    assert list(zip(again.names, again.sentences)) == texts
+    assert not any(cell.startswith(tuple("=+-@\t\r\n＝＋－＠")) for cell in cells)
+
+
+@pytest.mark.parametrize("sentence", ["x" * 300_000, "\udce9 half", "'quoted' apostrophe", ""])
+def test_strange_sentence_never_makes_the_file_unreadable(tmp_path: Path, sentence: str):
+    rows = Rows.from_integers(np.asarray([[0, 1, 2, 1, 2, 9, 5, 100, 1]]), [("a/b/1/2", sentence)])
+
+    write_rows(tmp_path / "rows.csv", rows)
+
+    assert read_rows(tmp_path / "rows.csv").sentences == (sentence.replace("\udce9", "\\udce9"),)
+    assert csv.field_size_limit() == 131072
 
 
 def test_file_has_documented_columns_and_ious(tmp_path: Path, rows: Rows):
@@ -89,6 +122,10 @@ def test_failed_write_keeps_old_file(tmp_path: Path, rows: Rows):
         (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,the one\ny,1\n", "line 3"),
         (f"{HEAD}x,one,2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
         (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,7,the one\n", "line 2"),
+        (f'{HEAD}x,1,2,0.5,1,2,9,1,4,-1,"a\nb"\ny,3,2,0.5,1,2,9,1,4,-1,c\n', "line 4: a part is"),
+        (f"{HEAD}x,1,2,0.5,1,2,{2**63},1,4,-1,the one\n", "line 2: a number is too large"),
+        (f"{HEAD}x,{'9' * 5000},2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
+        (f'{HEAD}x,1,2,0.5,1,2,9,1,4,-1,"the one\n', "cannot be read"),
         (
             "sample_id,intersection,union,iou\nx,1,2,0.5\n",
             "line 1: .*earlier version.*coupalign eval",

@@ -49,13 +49,55 @@ def test_score_json_is_read_if_there_is_no_other(tmp_path: Path):
     assert list(read_scores(tmp_path)) == [("testA", "ris-v1", "each")]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"protocol": "ris-v1"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"protocol": "ris-v1"}', "\udcff", "9" * 5000])
 def test_damaged_score_is_named(tmp_path: Path, text: str):
     (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "val.json").write_text(text)
+    (tmp_path / "scores" / "val.json").write_bytes(text.encode("utf-8", "surrogateescape"))
 
     with pytest.raises(InputError, match=r"val\.json"):
         report_run(tmp_path)
+
+
+FOREIGN_VALUES = [
+    ("oIoU", "<b>"),
+    ("oIoU", 73.7),
+    ("mIoU", float("nan")),
+    ("P@0.5", True),
+    ("samples", "many"),
+    ("images", None),
+    ("intervals", {"oIoU": [0.1, "<b>"]}),
+    ("intervals", {"oIoU": 3}),
+    ("intervals", {"<b>": [0.1, 0.2]}),
+    ("intervals", []),
+    ("conditions", {"truth": ["a"]}),
+    ("conditions", "a"),
+    ("leak", 7),
+    ("data_fingerprint", {}),
+    ("language_blind", {"oIoU": 1}),
+    ("language_blind", "a"),
+    ("protocol", "../../../etc/passwd"),
+    ("protocol", 3),
+    ("sentences", "x" * 10_000),
+]
+
+
+@pytest.mark.parametrize("name, value", FOREIGN_VALUES)
+def test_value_of_a_foreign_score_is_refused_in_one_line(tmp_path: Path, name: str, value: object):
+    (tmp_path / "scores").mkdir()
+    write_json(tmp_path / "scores" / "val.json", {**score_of().to_json(), name: value})
+
+    with pytest.raises(InputError, match=r"val\.json: not a score of this version") as error:
+        report_run(tmp_path)
+
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../../other", "", 7, "a\nb"])
+def test_set_name_of_a_foreign_score_json_is_no_path(tmp_path: Path, name: object):
+    write_json(tmp_path / "score.json", {"name": name, **score_of().to_json()})
+
+    assert list(read_scores(tmp_path)) == [("score", "ris-v1", "each")]
 
 
 def test_run_without_scores_says_how_to_get_them(tmp_path: Path):
