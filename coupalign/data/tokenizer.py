@@ -7,10 +7,11 @@ packed sentences (see `data/packing/vocabulary.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -53,6 +54,7 @@ class Tokenizer:
         self.source = source
         self._backend = backend
         self._pad = backend.token_to_id("[PAD]")
+        self._unknown = backend.token_to_id("[UNK]")
         self._start = backend.token_to_id("[CLS]")
         self._end = backend.token_to_id("[SEP]")
 
@@ -111,6 +113,19 @@ class Tokenizer:
         mask = torch.arange(max_tokens) < torch.tensor(lengths, dtype=torch.int64)[:, None]
         return words, mask, cut
 
+    def unknown(self, words: torch.Tensor) -> list[bool]:
+        """Tell for each sentence whether none of its tokens is in the vocabulary.
+
+        All such sentences are the same to the model.
+
+        Args:
+            words: int64 [B, T], of `encode`.
+        """
+        import torch
+
+        without_meaning = torch.tensor([self._pad, self._start, self._end, self._unknown])
+        return torch.isin(words, without_meaning).all(dim=1).tolist()
+
     def tokens(self, sentence: str) -> list[str]:
         """Split a sentence into tokens, without [CLS] and [SEP]."""
         return self._backend.encode(sentence, add_special_tokens=False).tokens
@@ -131,6 +146,31 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary in the order of its numbers, in hex."""
         return hashlib.sha256("\n".join(self.vocabulary).encode()).hexdigest()
+
+    def first_difference(self, other: Tokenizer) -> str | None:
+        """Say how `other` differs from this tokenizer, for people. None: it gives equal tokens."""
+        before, after = self._backend.get_vocab(), other._backend.get_vocab()
+        changed = before.items() ^ after.items()
+        if changed:
+            number = min(number for _, number in changed)
+            was, now = (
+                next(
+                    (token for token, its_number in vocabulary.items() if its_number == number), ""
+                )
+                for vocabulary in (before, after)
+            )
+            return f"token {number} was {was[:40]!r}, is {now[:40]!r}"
+
+        if self._rules() != other._rules():
+            return "its vocabulary is the same, but it splits sentences in another way"
+        return None
+
+    def _rules(self) -> list[Any]:
+        """What decides, besides the vocabulary, how a sentence becomes tokens."""
+        definition = json.loads(self._backend.to_str())
+        model = {key: value for key, value in definition["model"].items() if key != "vocab"}
+        names = ("normalizer", "pre_tokenizer", "added_tokens")
+        return [model, *(definition[name] for name in names)]
 
     def save(self, folder: Path) -> None:
         """Write a folder that `open` and `transformers` both read.

@@ -19,6 +19,7 @@ from coupalign.data.batch import Batch
 from coupalign.distributed.world import World, gather_on_device, sum_over_ranks
 from coupalign.engine.ema import Ema
 from coupalign.engine.optimizer_state import OptimizerState, load_whole_state, open_optimizer_state
+from coupalign.errors import InputError
 from coupalign.model.weights.load import load_model_weights, read_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,8 @@ class TrainState:
         best_step: the step with that score.
         evaluated: the step after which the scores were last taken. An evaluation that was
             interrupted does not count.
+        best_of: what `best` was measured on: split, data, protocol. Scores on anything else are
+            not compared with it. None: an earlier version did not say.
     """
 
     step: int = 0
@@ -44,9 +47,10 @@ class TrainState:
     best: float | None = None
     best_step: int | None = None
     evaluated: int | None = None
+    best_of: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as plain numbers, as state.json stores them."""
+        """Return the fields as plain values, as state.json stores them."""
         return asdict(self)
 
 
@@ -230,7 +234,8 @@ class EngineBase:
     def _clip_gradients(self) -> Tensor:
         """Undo the loss scale, then clip; returns the gradients' norm before clipping, 0-dim."""
         if self.loss_scale.scale != 1.0:
-            torch._foreach_div_([p.grad for p in self.parameters], self.loss_scale.scale)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_(gradients, self.loss_scale.scale)
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
 
     def _end_step(self, micro_losses: Sequence[dict[str, Tensor]]) -> StepStats:
@@ -279,10 +284,18 @@ class EngineBase:
     def _load_ema(self, directory: Path) -> None:
         if self.ema is None:
             return
-        averages = read_weights(directory / "ema.safetensors")
-        self.ema.restore(
-            {name: self._own_share(averages[name], live) for name, live in self.ema.live.items()}
-        )
+        file = directory / "ema.safetensors"
+        averages = read_weights(file)
+        shares = {}
+        for name, live in self.ema.live.items():
+            if name not in averages:
+                raise InputError(f"{file}: {name} is missing. Take another checkpoint of this run")
+            shares[name] = self._own_share(averages[name], live)
+            if shares[name].shape != live.shape:
+                raise InputError(
+                    f"{file}: {name} is that of another model. Take another checkpoint of this run"
+                )
+        self.ema.restore(shares)
 
     def _own_share(self, whole: Tensor, share: Tensor) -> Tensor:
         """Cut this rank's share out of a whole tensor; here it is the whole tensor."""

@@ -9,7 +9,18 @@ import torch
 from coupalign.config.load import override, read_stored_config
 from coupalign.config.schema import BertText, Config, CoupAlignConfig
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.engine.manifest import find_file_damage
+from coupalign.engine.layout import (
+    AVERAGES,
+    BEST,
+    CONFIG,
+    TEXT,
+    TOKENIZER,
+    WEIGHTS,
+    finished_checkpoints,
+    is_model_part,
+    missing_model_parts,
+)
+from coupalign.engine.manifest import MANIFEST, find_damage_of, read_manifest
 from coupalign.errors import InputError
 from coupalign.model.base import ReferringModel
 from coupalign.model.build import build_model
@@ -23,30 +34,32 @@ def open_checkpoint(
 ) -> tuple[Config, ReferringModel, Tokenizer]:
     """Read the configuration, model and tokenizer of a run or checkpoint directory.
 
-    The model gets the averaged weights if the checkpoint has them.
+    Every file that is used is compared with the manifest first. The model gets the averaged weights
+    if the run kept an average.
 
     Raises:
         InputError: there is no checkpoint, a part of it is missing or damaged, or the weights
             belong to another model.
     """
     folder = find_checkpoint(Path(path))
-    config = _make_portable(read_stored_config(folder / "config.yaml"), folder)
-    tokenizer = Tokenizer.open(str(folder / "tokenizer"))
+    _refuse_damage(folder, find_damage_of(folder, is_model_part))
+    names = {*read_manifest(folder)}
+    _refuse_missing(folder, missing_model_parts(names))
 
-    weights_file, ema_file = folder / "weights.safetensors", folder / "ema.safetensors"
-    for file in (weights_file, ema_file):
-        problem = find_file_damage(folder, file.name) if file.is_file() else None
-        if problem:
-            raise InputError(
-                f"{problem}: the file is damaged. Give another checkpoint of this run, such as "
-                f"{folder.parent}/step-…"
-            )
+    stored = read_stored_config(folder / CONFIG)
+    if stored.train.ema is not None and AVERAGES not in names:
+        _refuse_missing(folder, [AVERAGES])
+    if isinstance(stored.model.text, BertText) and not (folder / TEXT).is_dir():
+        _refuse_missing(folder, [f"{TEXT}/"])
+    config = _make_portable(stored, folder)
+    tokenizer = Tokenizer.open(folder / TOKENIZER)
 
     # The average leaves out frozen weights, so it goes on top of the others.
-    weights, source = read_weights(weights_file), weights_file
-    if ema_file.is_file():
-        weights |= read_weights(ema_file)
-        source = ema_file
+    source = folder / WEIGHTS
+    weights = read_weights(source)
+    if AVERAGES in names:
+        source = folder / AVERAGES
+        weights |= read_weights(source)
 
     model = build_model(config.model, len(tokenizer), config.data.image_size)
     load_model_weights(model, weights, str(source))
@@ -67,9 +80,9 @@ def find_checkpoint(path: Path) -> Path:
 
     candidates = [path]
     for parent in (path / "checkpoints", path):
-        candidates += [parent / "best", *sorted(parent.glob("step-*"), reverse=True)]
+        candidates += [parent / BEST, *reversed(finished_checkpoints(parent))]
     for folder in candidates:
-        if (folder / "weights.safetensors").is_file() and (folder / "config.yaml").is_file():
+        if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
             return folder
 
     entries = sorted(entry.name for entry in path.iterdir())
@@ -77,6 +90,18 @@ def find_checkpoint(path: Path) -> Path:
         f"{path}: no checkpoint here. Expected config.yaml and weights.safetensors, or a folder "
         f"checkpoints/ with them; found {', '.join(entries[:_MAX_ENTRIES_LISTED]) or 'nothing'}"
     )
+
+
+def _refuse_missing(folder: Path, missing: list[str]) -> None:
+    _refuse_damage(folder, [f"{name} is not in {MANIFEST}" for name in missing])
+
+
+def _refuse_damage(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise InputError(
+            f"{folder}: {problems[0]}: the checkpoint is damaged. Give another checkpoint of this "
+            f"run, such as {folder.parent}/step-…, or copy this one again"
+        )
 
 
 def _make_portable(config: Config, folder: Path) -> Config:

@@ -17,12 +17,14 @@ import io
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coupalign.compat import package_hidden
 from coupalign.distributed.world import World
+from coupalign.engine.layout import WHOLE_STATE
 from coupalign.engine.manifest import find_damage, write_manifest
 from coupalign.engine.shares import (
     SHARES_FOLDER,
@@ -38,7 +40,6 @@ OptimizerState = Callable[[str], dict[str, Tensor] | None]
 and padded at the end. None: the parameter never had a gradient."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE_FILE = "optimizer.pt"
 UNIVERSAL_FOLDER = "universal"
 
 # engine.base.MixedPrecision, which DeepSpeed wraps, puts this in front of a parameter's name.
@@ -52,7 +53,7 @@ def write_whole_state(directory: Path, model: nn.Module, optimizer: torch.optim.
         if parameter in optimizer.state:
             state = optimizer.state[parameter]
             states[name] = {moment: state[moment] for moment in MOMENTS}
-    torch.save(states, directory / STATE_FILE)
+    torch.save(states, directory / WHOLE_STATE)
 
 
 def load_whole_state(
@@ -61,7 +62,11 @@ def load_whole_state(
     optimizer: torch.optim.Optimizer,
     steps: int,
 ) -> None:
-    """Fill an optimizer that holds whole parameters with their moments after `steps` updates."""
+    """Fill an optimizer that holds whole parameters with their moments after `steps` updates.
+
+    Raises:
+        InputError: the moments are those of another model.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -70,13 +75,28 @@ def load_whole_state(
             continue
         optimizer.state[parameter] = zero_state(parameter, steps)
         for moment in MOMENTS:
-            unpadded = moments[moment].flatten()[: parameter.numel()]
-            optimizer.state[parameter][moment].copy_(unpadded.view_as(parameter))
+            whole = cut_padding(moments[moment], parameter.shape, name)
+            optimizer.state[parameter][moment].copy_(whole)
 
     # NVIDIA's apex counts steps per group.
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = steps
+
+
+def cut_padding(moment: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Give a moment, which may be flat and padded at the end, the shape of its parameter.
+
+    Raises:
+        InputError: it is too short, or has another shape.
+    """
+    is_flat = moment.dim() == 1 and moment.numel() >= shape.numel()
+    if moment.shape != shape and not is_flat:
+        raise InputError(
+            f"the optimizer state of {name} has the shape {tuple(moment.shape)} instead of "
+            f"{tuple(shape)}: it is that of another model. Take another checkpoint of this run"
+        )
+    return moment.flatten()[: shape.numel()].view(shape)
 
 
 def zero_state(parameter: Tensor, steps: int) -> dict[str, Tensor]:
@@ -91,18 +111,23 @@ def open_optimizer_state(checkpoint: Path) -> OptimizerState:
     """Open the moments of whole parameters in a checkpoint.
 
     DDP and ZeRO 0 write them. For ZeRO 1 to 3, call `make_universal` first.
+
+    Raises:
+        InputError: there are none, or the file holds anything else.
     """
-    if (checkpoint / STATE_FILE).is_file():
-        states = torch.load(
-            checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=True
-        )
-        return states.get
+    if (checkpoint / WHOLE_STATE).is_file():
+        return _read_whole_state(checkpoint / WHOLE_STATE).get
 
     folder = checkpoint / UNIVERSAL_FOLDER / "zero"
+    if not folder.is_dir():
+        raise InputError(
+            f"{checkpoint}: there is neither {WHOLE_STATE} nor {UNIVERSAL_FOLDER}/zero. Take "
+            "another checkpoint of this run"
+        )
 
     def read(name: str) -> dict[str, Tensor] | None:
         files = {moment: folder / f"{_NAME_PREFIX}{name}" / f"{moment}.pt" for moment in MOMENTS}
-        if not all(file.is_file() for file in files.values()):
+        if not any(file.is_file() for file in files.values()):
             return None
         return {moment: _read_tensor(file) for moment, file in files.items()}
 
@@ -124,9 +149,9 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
     """
     alone = World(0, 1, 0, 1, torch.device("cpu"))
     universal, shares = checkpoint / UNIVERSAL_FOLDER, checkpoint / SHARES_FOLDER
-    if (checkpoint / STATE_FILE).is_file():
+    if (checkpoint / WHOLE_STATE).is_file():
         return
-    if universal.is_dir() and not find_damage(universal, alone):
+    if universal.is_dir() and not find_damage(universal, alone, uses=lambda name: True):
         return
 
     check_shares(shares)
@@ -166,6 +191,41 @@ def make_universal(checkpoint: Path, report: Callable[[str], None]) -> None:
         ) from error
 
 
+def _read_whole_state(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Read what `write_whole_state` wrote."""
+    states = _load(file)
+    if not isinstance(states, dict):
+        raise _not_ours(file, f"it holds a {type(states).__name__}")
+    for name, moments in states.items():
+        is_ours = isinstance(moments, dict) and moments.keys() == {*MOMENTS}
+        if not is_ours or not all(_is_moment(value) for value in moments.values()):
+            raise _not_ours(file, f"it does not hold the moments of {str(name)[:80]!r}")
+    return states
+
+
 def _read_tensor(file: Path) -> Tensor:
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return content["param"] if isinstance(content, dict) else content
+    """Read a file that DeepSpeed's converter wrote."""
+    content = _load(file)
+    value = content.get("param") if isinstance(content, dict) else content
+    if not _is_moment(value):
+        raise _not_ours(file, "it holds no tensor")
+    return value
+
+
+def _load(file: Path) -> Any:
+    """Load tensors and containers; nothing else, and no code, comes from the file."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damaged pickles raise almost any type
+        raise _not_ours(file, describe_error(error)) from error
+
+
+def _is_moment(value: Any) -> bool:
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_dense and value.dtype == torch.float32
+
+
+def _not_ours(file: Path, reason: str) -> InputError:
+    return InputError(
+        f"{file}: cannot be read as optimizer state: {reason}. Take another checkpoint of this run"
+    )

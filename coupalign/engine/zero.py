@@ -25,7 +25,12 @@ from coupalign.data.batch import Batch
 from coupalign.data.order import micro_batches
 from coupalign.distributed.world import World, is_lost_rank
 from coupalign.engine.base import EngineBase, MixedPrecision, StepStats, backward_loss
-from coupalign.engine.optimizer_state import OptimizerState, write_whole_state, zero_state
+from coupalign.engine.optimizer_state import (
+    OptimizerState,
+    cut_padding,
+    write_whole_state,
+    zero_state,
+)
 from coupalign.engine.shares import SHARES_FOLDER, describe_error, restricted_loading
 from coupalign.errors import InputError
 from coupalign.model.weights.load import load_model_weights
@@ -187,7 +192,7 @@ class Zero(EngineBase):
         if self.stage == 0:
             super()._adopt_weights(weights, optimizer_state, source)
         elif self.stage == 3:
-            self._adopt_shares(weights, optimizer_state)
+            self._adopt_shares(weights, optimizer_state, source)
         else:
             load_model_weights(self.model, weights, source)
             self._adopt_fragments(weights, optimizer_state)
@@ -211,16 +216,30 @@ class Zero(EngineBase):
                 continue
             whole = weights[name].to(parameter.device)
             self.deepspeed.utils.safe_set_full_fp32_param(parameter, whole)
-            for moment, value in (optimizer_state(name) or {}).items():
+            for moment, padded in (optimizer_state(name) or {}).items():
+                value = cut_padding(padded, parameter.shape, name)
                 self.deepspeed.utils.safe_set_full_optimizer_state(
                     parameter, value.to(parameter.device), moment
                 )
 
-    def _adopt_shares(self, weights: dict[str, Tensor], optimizer_state: OptimizerState) -> None:
+    def _adopt_shares(
+        self, weights: dict[str, Tensor], optimizer_state: OptimizerState, source: str
+    ) -> None:
         """Load whole weights and moments at stage 3.
 
         There, a rank keeps its share of each parameter, of the fp32 copy and of the moments.
         """
+        # A buffer that is not persistent is in no checkpoint.
+        saved = self.model.state_dict().keys()
+        shapes = {name: buffer.shape for name, buffer in self.model.named_buffers()}
+        shapes |= {name: p.ds_shape for name, p in self.model.named_parameters()}
+        for name, shape in shapes.items():
+            if name in saved and (name not in weights or weights[name].shape != shape):
+                raise InputError(
+                    f"{source}: {name} is missing or has another shape: these weights belong to "
+                    "another model. Take another checkpoint of this run"
+                )
+
         zero = self.engine.optimizer
         self._forget_gathered_weights()
         steps = int(self.loss_scale.applied_steps)
@@ -237,9 +256,9 @@ class Zero(EngineBase):
             if not parameter.requires_grad:
                 continue
             self.deepspeed.utils.safe_set_local_fp32_param(parameter, share.to(self.device))
-            for moment, value in (optimizer_state(name) or {}).items():
-                unpadded = value.flatten()[: parameter.ds_numel]
-                share = self._own_share(unpadded, parameter.ds_tensor)
+            for moment, padded in (optimizer_state(name) or {}).items():
+                value = cut_padding(padded, parameter.ds_shape, name)
+                share = self._own_share(value, parameter.ds_tensor)
                 self.deepspeed.utils.safe_set_local_optimizer_state(
                     parameter, share.to(self.device), moment
                 )
@@ -250,6 +269,11 @@ class Zero(EngineBase):
             return whole
         size = share.numel()
         padding = size * self.world.size - whole.numel()
+        if not 0 <= padding < self.world.size:
+            raise InputError(
+                f"a tensor of {whole.numel():,} values cannot be shared as {self.world.size} x "
+                f"{size:,}: it is that of another model. Take another checkpoint of this run"
+            )
         flat = torch.nn.functional.pad(whole.flatten(), (0, padding))
         return flat[self.world.rank * size : (self.world.rank + 1) * size]
 

@@ -73,7 +73,7 @@ def train(config: Config, stop: StopRequest) -> Outcome:
     ):
         run = prepare_run(config, world)
         try:
-            state = run.checkpoints.resume(run.engine) or TrainState()
+            state = run.checkpoints.resume(run.engine, run.tokenizer) or TrainState()
             is_complete = state.step >= run.total_steps
             needed = 0 if is_complete else run.least_checkpoint_bytes()
             on_main(lambda: claim_directory(config, run.trained_on, needed), world)
@@ -102,7 +102,7 @@ def train_until_done(run: Run, state: TrainState, tracker: Tracker, stop: StopRe
     # Catch up: a checkpoint may be older than its scores, and a finished run shows them again.
     if run.evaluation_overdue(state) or run.final_scores_due(state):
         state = session.evaluate(state)
-        if run.save_due(state.step):
+        if run.save_due(state.step) or _is_new_best(state):
             session.save(state)
 
     while state.step < run.total_steps and not session.stopping:
@@ -114,7 +114,7 @@ def train_until_done(run: Run, state: TrainState, tracker: Tracker, stop: StopRe
         session.agree_whether_to_stop(state)
         if run.evaluation_due(state.step):
             state = session.evaluate(state)
-        if run.save_due(state.step) or session.stopping:
+        if run.save_due(state.step) or _is_new_best(state) or session.stopping:
             session.save(state)
 
     return session.end(state)
@@ -225,11 +225,10 @@ class Session:
         self._publish_scores(state)
 
         # The first split decides which checkpoint is the best.
-        first = next((score.metrics["oIoU"] for score in self.scores.values()), None)
-        first = from_main(first, self.run.world)
+        first, best_of = from_main(_first_score(self.scores), self.run.world)
         state = replace(state, evaluated=state.step)
-        if state.best is None or (first is not None and first > state.best):
-            state = replace(state, best=first, best_step=state.step)
+        if first is not None:
+            state = self._compare_with_best(state, first, best_of)
         self.meter.restart()
         return state
 
@@ -265,6 +264,23 @@ class Session:
                 f"the same command resumes from {run.checkpoints.folder}"
             )
         return Outcome(state, finished, run.world.is_main, self.scores)
+
+    def _compare_with_best(self, state: TrainState, score: float, best_of: str) -> TrainState:
+        """Return the state after a score; `best_of` says what it was measured on."""
+        if state.best is not None and state.best_of not in (None, best_of):
+            if self.run.world.is_main:
+                logger.warning(
+                    "step %d: the best score until now, %.4f after step %d, was measured on %s, "
+                    "this one on %s: they are not compared, and this checkpoint is the best",
+                    state.step,
+                    state.best,
+                    state.best_step,
+                    state.best_of,
+                    best_of,
+                )
+        elif state.best is not None and score <= state.best:
+            return state
+        return replace(state, best=score, best_step=state.step, best_of=best_of)
 
     def _train_step(self, step: int) -> StepStats:
         run = self.run
@@ -331,6 +347,21 @@ class Session:
     def _print(self, text: str) -> None:
         if self.run.world.is_main:
             print(text, flush=True)
+
+
+def _is_new_best(state: TrainState) -> bool:
+    """Whether the scores after this step were the best: its weights are saved, due or not."""
+    return state.best_step == state.step > 0
+
+
+def _first_score(scores: dict[str, Score]) -> tuple[float | None, str]:
+    """Return the score on the first split and what it was measured on, for `TrainState`."""
+    for split, score in scores.items():
+        best_of = f"{split}, {score.protocol}, {score.sentences}, {score.samples} samples"
+        if score.fingerprint:
+            best_of += f", data {score.fingerprint[:16]}"
+        return score.metrics["oIoU"], best_of
+    return None, ""
 
 
 def _count_step(state: TrainState, stats: StepStats, config: Config) -> TrainState:

@@ -35,7 +35,8 @@ def test_resume_loads_the_weights(scored_run: Path) -> None:
     before = engine.export()
     assert not all(torch.equal(before[name], saved[name]) for name in saved)
 
-    state = Checkpoints(config, ALONE, train_loader_of(config).fingerprint).resume(engine)
+    checkpoints = Checkpoints(config, ALONE, train_loader_of(config).fingerprint)
+    state = checkpoints.resume(engine, open_tokenizer(config.data))
 
     after = engine.export()
     assert state.step == 6

@@ -149,3 +149,33 @@ def test_broken_tokenizer_files_are_refused(vocabulary: Path):
     (vocabulary.parent / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="tokenizer.json cannot be read"):
         Tokenizer.open(vocabulary.parent)
+
+
+def test_first_difference_names_the_first_other_token(vocabulary: Path, tmp_path: Path):
+    tokenizer = Tokenizer.open(vocabulary)
+    words = list(tokenizer.vocabulary)
+    tokenizer.save(tmp_path / "saved")
+
+    # The same one, however it was written.
+    assert tokenizer.first_difference(Tokenizer.open(tmp_path / "saved")) is None
+
+    number = words.index("right")
+    words[number] = "rigHt"
+    (tmp_path / "other.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    difference = tokenizer.first_difference(Tokenizer.open(tmp_path / "other.txt"))
+    assert difference == f"token {number} was 'right', is 'rigHt'"
+
+    (tmp_path / "shorter.txt").write_text(
+        "".join(f"{word}\n" for word in tokenizer.vocabulary[:-1]), encoding="utf-8"
+    )
+    difference = tokenizer.first_difference(Tokenizer.open(tmp_path / "shorter.txt"))
+    assert difference.startswith(f"token {len(words) - 1} was ") and difference.endswith("is ''")
+
+
+def test_first_difference_notices_another_treatment_of_capitals(vocabulary: Path, tmp_path: Path):
+    tokenizer = Tokenizer.open(vocabulary)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+
+    difference = tokenizer.first_difference(Tokenizer.open(vocabulary))
+
+    assert difference == "its vocabulary is the same, but it splits sentences in another way"

@@ -13,10 +13,13 @@ from coupalign.config.load import dump
 from coupalign.config.schema import Config
 from coupalign.data.packing.vocabulary import train_vocabulary
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.distributed.world import World
+from coupalign.engine.manifest import write_manifest
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import write_weights
 from coupalign.predict.predictor import Predictor
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 SENTENCES = ["small red star", "the blue square on the left", "second circle from the right"]
 
 # Name, shape and mode.
@@ -70,6 +73,7 @@ def write_checkpoint(
             name: value * average for name, value in state.items() if value.is_floating_point()
         }
         write_weights(folder / "ema.safetensors", averaged)
+    write_manifest(folder, ALONE)
     return folder
 
 

@@ -31,7 +31,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class FakeScore:
-    protocol, samples = "ris-v1", 10
+    protocol, sentences, samples, fingerprint = "ris-v1", "each", 10, "0123456789abcdef0"
 
     def __init__(self, oiou: float) -> None:
         self.metrics = {"oIoU": oiou, "mIoU": oiou, "P@0.5": oiou}
@@ -72,6 +72,40 @@ def test_run_scores_and_saves_at_its_interval_and_at_the_end(
     assert all(state.evaluated == state.step for state in run.checkpoints.saved)
     assert (outcome.state.best, outcome.state.best_step) == (0.5, 8)
     assert outcome.scores["val"].metrics["oIoU"] == 0.4
+
+
+def test_new_best_is_saved_although_no_checkpoint_is_due(tmp_path: Path, scored: list[int]) -> None:
+    """Otherwise a score would be remembered as the best whose weights nobody has."""
+    run = fake_run(tmp_path, "train.save_every=5", total_steps=15)
+
+    train(run)
+
+    # Scores after 4 (the first), 8 (the best), 12 and 15; checkpoints are due after 5, 10, 15.
+    assert saved_steps(run) == [4, 5, 8, 10, 15]
+    assert run.checkpoints.saved[-1].best_step == 8
+
+
+def test_best_of_another_protocol_is_not_compared(
+    tmp_path: Path, scored: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = fake_run(tmp_path, total_steps=4)
+    before = TrainState(step=3, evaluated=3, best=0.9, best_step=3, best_of="val, cris, each")
+
+    state = train(run, before).state
+
+    assert (state.best, state.best_step) == (0.4, 4)
+    assert state.best_of == "val, ris-v1, each, 10 samples, data 0123456789abcdef"
+    assert "was measured on val, cris, each" in caplog.text
+
+
+def test_best_of_the_same_protocol_stays(tmp_path: Path, scored: list[int]) -> None:
+    run = fake_run(tmp_path, total_steps=4)
+    best_of = "val, ris-v1, each, 10 samples, data 0123456789abcdef"
+
+    for said in (best_of, None):
+        before = TrainState(step=3, evaluated=3, best=0.9, best_step=3, best_of=said)
+        state = train(run, before).state
+        assert (state.best, state.best_step, state.best_of) == (0.9, 3, said)
 
 
 def test_stop_saves_and_leaves_the_evaluation_due(
