@@ -9,6 +9,9 @@ import multiprocessing
 import signal
 from multiprocessing import forkserver, resource_tracker
 
+from coupalign.errors import InputError
+from coupalign.limits import explain_shortage
+
 # Signals for the run. The rank answers them; the server and the workers do not.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -25,7 +28,20 @@ def fork_server() -> multiprocessing.context.BaseContext:
     progress bar). If one of them holds a lock of the interpreter at the moment of the fork, the
     child waits for this lock forever. (Seen on CPython 3.11, in a worker that was forked right
     after a collective.)
+
+    Raises:
+        InputError: the system allows no more open files, processes or memory.
     """
+    try:
+        return _ensure_running()
+    except (OSError, MemoryError) as error:
+        shortage = explain_shortage(error)
+        if shortage is None:
+            raise
+        raise InputError(f"the worker processes cannot be started: {shortage}") from error
+
+
+def _ensure_running() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
 

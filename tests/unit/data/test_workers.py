@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,8 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from coupalign.bench.machine import resident_gigabytes
+from coupalign.data import workers as room
+from coupalign.data.workers import end_workers, open_data_loader, start_iteration, unwrap
+from coupalign.errors import InputError, RunError
 from tests.unit.data.batches import config_of, evaluate, rows_of, steps_of, train
 
 OPEN_LOADERS = """
@@ -106,3 +112,67 @@ def test_memory_of_a_worker_stays_flat(packed: Path):
     loader.close()
 
     assert held[299] - held[99] < 0.004, held
+
+
+class Wrong(Dataset):
+    """Fails in a worker process, as its key says."""
+
+    def __getitem__(self, key: str) -> object:
+        if key == "cannot be sent":
+            return lambda: None
+        if key == "has no memory":
+            return torch.empty(10**15)
+        if key == "is a bug":
+            raise RuntimeError("a bug")
+        os.kill(os.getpid(), signal.Signals[key])
+        raise AssertionError
+
+
+def read_wrong(key: str, workers: int = 1) -> object:
+    loader = open_data_loader(Wrong(), [key], workers, persistent=False)
+    items = start_iteration(loader)
+    try:
+        return unwrap(next(items))
+    finally:
+        end_workers(items)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "words"),
+    [
+        ("cannot be sent", InputError, "a data worker cannot send a batch: .*pickle"),
+        ("has no memory", InputError, "out of memory.*lower train.max_micro_batch"),
+        ("SIGBUS", InputError, "ended with a bus error: too little shared memory.*--shm-size"),
+        ("SIGKILL", RunError, r"was killed \(SIGKILL\), as the system does when memory is short"),
+        ("SIGSEGV", RunError, "ended with SIGSEGV; its own output says why"),
+        ("is a bug", RuntimeError, "a bug"),
+    ],
+)
+def test_end_of_a_worker_is_said_in_words(key: str, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        read_wrong(key)
+
+
+def test_shortage_without_workers_is_said_in_words() -> None:
+    with pytest.raises(InputError, match="out of memory"):
+        read_wrong("has no memory", workers=0)
+
+
+def test_worker_that_cannot_be_started_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+
+    with pytest.raises(InputError, match="data.workers=1: the worker processes.*ulimit -n"):
+        read_wrong("SIGBUS")
+
+
+def test_batches_must_fit_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_shared_memory", lambda: 64_000_000)
+
+    room.require_shared_memory(1_000_000, workers=32)
+    with pytest.raises(
+        InputError, match="data.workers=33: 33 x 2 batches of 1.0 MB do not fit: too"
+    ):
+        room.require_shared_memory(1_000_000, workers=33)
