@@ -30,6 +30,7 @@ from coupalign.data.samples import SampleReader
 from coupalign.data.shards import is_remote, open_index, open_vocabulary
 from coupalign.data.table import Rule, SampleTable, build_table, evaluation_table, sentence_donors
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.data.workers import require_shared_memory
 from coupalign.distributed.world import World
 from coupalign.errors import InputError
 
@@ -91,7 +92,8 @@ def build_train_loader(
     _warn_of_small_cache(config, table, parts_read)
     layout = ShardLayout.from_samples(table.shard)
     orders = EpochOrders(layout, seed, config.shuffle_window, config.canonical_nodes)
-    accumulation, _ = micro_batches(global_batch, max_micro_batch, world.size)
+    accumulation, micro_batch = micro_batches(global_batch, max_micro_batch, world.size)
+    require_shared_memory(train_bytes(config, micro_batch), config.workers)
     keys = MicroBatchKeys(
         orders, global_batch=global_batch, positions=positions, accumulation=accumulation
     )
@@ -148,6 +150,8 @@ def build_eval_loader(
     table, members = evaluation_table(sources, indexes, rules, limit)
     donors = sentence_donors(table) if shuffle_sentences else None
     batches, spare = eval_batches(len(table), batch, world)
+    largest = max((len(numbers) for numbers in batches), default=0)
+    require_shared_memory(evaluation_bytes(config, largest), min(config.workers, len(batches)))
 
     return EvalLoader(
         EvalSamples(SampleReader(config, table, tokenizer), donors, images),
@@ -157,6 +161,16 @@ def build_eval_loader(
         members=members,
         spare=spare,
     )
+
+
+def train_bytes(config: DataConfig, samples: int) -> int:
+    """The bytes of a training batch in shared memory: photographs and masks."""
+    return 4 * config.image_size**2 * samples
+
+
+def evaluation_bytes(config: DataConfig, samples: int) -> int:
+    """The bytes of an evaluation batch in shared memory: photographs."""
+    return 3 * config.image_size**2 * samples
 
 
 def _open_indexes(sources: Sequence[Source]) -> list[ShardIndex]:

@@ -9,10 +9,11 @@ import torch
 
 from coupalign.compat import garbage_collection_paused
 from coupalign.config.schema import Config, CoupAlignConfig
-from coupalign.data.build import build_train_loader, open_tokenizer
+from coupalign.data.build import build_train_loader, evaluation_bytes, open_tokenizer
 from coupalign.data.leak import TrainedOn, read_trained_on
 from coupalign.data.loader import TrainLoader
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.data.workers import require_shared_memory
 from coupalign.distributed.watchdog import doing
 from coupalign.distributed.world import World
 from coupalign.engine.base import Engine, TrainState
@@ -102,6 +103,13 @@ def prepare_run(config: Config, world: World) -> Run:
         world=world,
         tokenizer=tokenizer,
     )
+    # The evaluation comes after hours of training.
+    if config.data.evaluate:
+        evaluation_batch = min(
+            config.evaluate.batch, config.evaluate.limit or config.evaluate.batch
+        )
+        needed = evaluation_bytes(config.data, evaluation_batch)
+        require_shared_memory(needed, config.data.workers)
 
     doing("building the model", alone=True)
     model = build_model(config.model, len(tokenizer), config.data.image_size).to(world.device)

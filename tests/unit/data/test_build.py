@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from coupalign.config.schema import DataConfig, Source
-from coupalign.data import build
+from coupalign.data import build, workers
 from coupalign.data.build import build_eval_loader, open_tokenizer
 from coupalign.data.index import read_index
 from coupalign.errors import InputError
-from tests.unit.data.batches import config_of, train, world_of
+from tests.unit.data.batches import config_of, evaluate, train, world_of
 
 
 def test_batch_that_cannot_be_shared_is_refused(packed: Path):
@@ -81,3 +82,14 @@ def test_small_cache_is_warned_of(
         train(config, global_batch=2)
 
         assert ("is less than the" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("open_loader", [train, evaluate])
+def test_batches_that_do_not_fit_into_shared_memory_are_refused(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, open_loader: Callable
+) -> None:
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 20_000)
+
+    open_loader(config_of(packed))
+    with pytest.raises(InputError, match="data.workers=2: 2 x 2 batches .* --shm-size"):
+        open_loader(config_of(packed, workers=2))
