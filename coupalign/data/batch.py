@@ -50,6 +50,7 @@ class SampleInfo:
         truth: bool [H, W], the mask at the original resolution. In evaluation only.
         image: uint8 [H, W, 3], the original image. Only if the loader was asked for images.
         cut: whether the sentence was longer than the token limit.
+        unknown: whether none of its tokens is in the vocabulary.
     """
 
     number: int
@@ -62,6 +63,7 @@ class SampleInfo:
     truth: np.ndarray | None = None
     image: np.ndarray | None = None
     cut: bool = False
+    unknown: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

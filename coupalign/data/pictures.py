@@ -139,6 +139,8 @@ def decode_picture(image: Image.Image) -> DecodedPicture:
     upright = to_rgb(image)
     if not turns_itself:
         upright = turn(upright, orientation)
+    # Whoever opens the result must not turn it again.
+    upright.info = {}
     return DecodedPicture(image=upright, orientation=orientation, doubt=doubt)
 
 

@@ -199,7 +199,11 @@ class SampleReader:
         """
         sentences = [info.sentence for info in infos]
         words, word_mask, cut = self._tokenizer.encode(sentences, self.config.max_tokens)
-        infos = [replace(info, cut=was_cut) for info, was_cut in zip(infos, cut)]
+        unknown = self._tokenizer.unknown(words)
+        infos = [
+            replace(info, cut=was_cut, unknown=is_unknown)
+            for info, was_cut, is_unknown in zip(infos, cut, unknown)
+        ]
 
         return Batch(
             image=buffers.image.permute(0, 3, 1, 2),

@@ -13,9 +13,13 @@ folder gets
                          the files, or an `error`
 
 <name> is <image stem>-<n> for the n-th pair of a file, counted from 1, and <image stem> in a
-folder. While the model works, threads open the images of the next batch and write the files of the
-previous one. In a file of pairs, an unreadable image is an error, and no results.jsonl is written.
-In a folder it is skipped, with a warning and its error in results.jsonl."""
+folder. The end of a long name is a digest. A byte of a file name that is not UTF-8 is written as
+\\udcXX, so that `os.fsencode` gives the name back.
+
+A photograph is what a viewer shows, see `data/pictures.py`. While the model works, threads open the
+images of the next batch and write the files of the previous one. In a file of pairs, an unreadable
+image is an error, and no results.jsonl is written. In a folder it is skipped, with a warning and
+its error in results.jsonl."""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,21 +37,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from coupalign.config.schema import Config
 from coupalign.data.batch import Frame
+from coupalign.data.pictures import DecodedPicture, decode_picture, read_picture
 from coupalign.data.tokenizer import Tokenizer
-from coupalign.data.transforms import frame_of, image_to_square
+from coupalign.data.transforms import decode_image, frame_of, image_to_square, reduction
 from coupalign.engine.base import MixedPrecision
 from coupalign.engine.open_checkpoint import open_checkpoint
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError, quoted
 from coupalign.evaluation.protocols import logits_at_original_size
 from coupalign.evaluation.transfer import PendingCopy, start_copy
-from coupalign.files import whole_file
+from coupalign.files import require_writable, whole_file
 from coupalign.model.base import ReferringModel
-from coupalign.predict.requests import Request, folder_requests, normalize_sentence, read_requests
+from coupalign.predict.requests import (
+    Request,
+    folder_requests,
+    normalize_sentence,
+    read_requests,
+    short_name,
+)
 from coupalign.report.drawing import overlay, save_png
 
 log = logging.getLogger(__name__)
@@ -67,6 +79,10 @@ class Prediction:
         area: number of pixels in the mask.
         score: mean probability inside the mask, 0 for an empty mask. Not calibrated.
         cut: whether the sentence exceeded the model's token limit, so that its end was not read.
+        unknown: whether no word of the sentence is in the vocabulary, so that the mask does not
+            depend on it.
+        turned: whether the photograph was turned as its EXIF orientation says. The mask is turned
+            like it.
     """
 
     sentence: str
@@ -76,6 +92,8 @@ class Prediction:
     area: int
     score: float
     cut: bool
+    unknown: bool
+    turned: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return the prediction without its pixels."""
@@ -89,6 +107,8 @@ class Prediction:
             "height": height,
             "width": width,
             "cut": self.cut,
+            "unknown": self.unknown,
+            "turned": self.turned,
         }
 
 
@@ -96,11 +116,15 @@ class Prediction:
 class _ModelInput:
     """An opened image and its sentence.
 
-    `square` is the image as the model sees it, uint8 [3, S, S].
+    Attributes:
+        text: the sentence as the tokenizer gets it.
+        square: the image as the model sees it, uint8 [3, S, S].
     """
 
     image: Image.Image
+    turned: bool
     sentence: str
+    text: str
     frame: Frame
     square: np.ndarray
 
@@ -113,6 +137,7 @@ class _PendingPrediction:
     mask: PendingCopy
     probability: PendingCopy
     cut: bool
+    unknown: bool
 
     def result(self) -> Prediction:
         """Wait for the pixels."""
@@ -133,6 +158,8 @@ class _PendingPrediction:
             area=int(mask.sum()),
             score=score,
             cut=self.cut,
+            unknown=self.unknown,
+            turned=self.source.turned,
         )
 
 
@@ -140,7 +167,13 @@ class Predictor:
     """A model in evaluation mode with its tokenizer.
 
     It runs in the precision of its configuration, in which it was trained and scored: `precision:
-    bf16` means autocast, on a CPU as on a GPU. So its masks are those that were scored.
+    bf16` means autocast, on a CPU as on a GPU. It decodes a JPEG as the evaluation does, and gives
+    the tokenizer what the evaluation gives it. So the mask of a packed photograph and its packed
+    sentence (`sent`, or `raw` with `data.sentence: raw`) is the mask that was scored.
+
+    Two things are done for what people give, and not in evaluation. A photograph with an EXIF
+    orientation is turned. With `data.sentence: cleaned`, final punctuation after a word is removed.
+    The further cleaning of the data sets' makers, such as "grey" to "gray", is not repeated.
     """
 
     def __init__(
@@ -170,8 +203,8 @@ class Predictor:
         """Segment the object that `sentence` refers to in `image`.
 
         Args:
-            image: a path, a PIL image, or uint8 [H, W, 3] (RGB) or [H, W] (gray). A file's EXIF
-                orientation is applied.
+            image: a path, a PIL image, or uint8 [H, W, 3] (RGB) or [H, W] (gray). The EXIF
+                orientation of a file or PIL image is applied.
 
         Raises:
             InputError: no such image, not an image, or no words in the sentence.
@@ -197,14 +230,18 @@ class Predictor:
         Returns:
             what a line of results.jsonl would hold.
         """
-        [pending] = self._start_batch([self._prepare(image, sentence)])
         request = Request(
             source=str(image),
             given=str(image),
             image=Path(image),
             sentence=sentence,
-            name=Path(image).stem,
+            name=short_name(Path(image).stem),
         )
+        source = self._prepare(image, sentence)
+        _require_place(output)
+        self._warn_of_sentences([request])
+
+        [pending] = self._start_batch([source])
         return _write_result(request, pending, Path(output))
 
     def predict_file(self, pairs: Path, output: Path, batch: int = 8) -> list[dict[str, Any]]:
@@ -231,18 +268,20 @@ class Predictor:
 
         Returns:
             the lines of results.jsonl, sorted by image name. An unreadable image has an "error" and
-            no files.
+            no files. A warning names the files that are no images.
 
         Raises:
             InputError: no images there, no words in the sentence, or `output` is the folder itself.
         """
         folder, output = Path(folder), Path(output)
-        requests = folder_requests(folder, sentence)
+        requests, left_out = folder_requests(folder, sentence)
         if output.resolve() == folder.resolve():
             raise InputError(
                 f"{output}: masks among the images would be taken for images the next time; "
                 "give another folder with --out"
             )
+        if left_out:
+            log.warning("%s: left out what is no image: %s", folder, _listed(left_out))
         return self._predict_all(requests, output, batch, self._prepare_or_skip)
 
     def _predict_all(
@@ -252,6 +291,9 @@ class Predictor:
         batch: int,
         prepare: Callable[[Request], _ModelInput | InputError],
     ) -> list[dict[str, Any]]:
+        _require_place(output)
+        self._warn_of_sentences(requests)
+
         with ThreadPoolExecutor(_threads()) as pool:
             # A pipeline: threads prepare inputs, this thread runs the model, threads write results.
             inputs = in_order(pool, prepare, requests, batch)
@@ -264,17 +306,59 @@ class Predictor:
             )
             results = list(progress)
 
-        with whole_file(output / "results.jsonl", "w") as file:
-            file.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
+        with _saving(output), whole_file(output / "results.jsonl", "w") as file:
+            file.writelines(json_line(result) + "\n" for result in results)
         return results
 
     def _prepare(self, image: Picture, sentence: str) -> _ModelInput:
         """Open an image and bring it into the model's square."""
-        upright = open_image(image)
+        picture = open_picture(image)
+        height, width = picture.image.height, picture.image.width
         data = self.config.data
-        frame = frame_of(upright.height, upright.width, data.image_size, data.resize)
-        square = image_to_square(np.asarray(upright), frame).transpose(2, 0, 1)
-        return _ModelInput(upright, sentence, frame, square)
+        frame = frame_of(height, width, data.image_size, data.resize)
+
+        # Evaluation decodes a large JPEG smaller than it is.
+        pixels = np.asarray(picture.image)
+        if picture.jpeg is not None and reduction(height, width, frame) > 1:
+            pixels = decode_image(picture.jpeg, frame)
+        square = image_to_square(pixels, frame).transpose(2, 0, 1)
+
+        return _ModelInput(
+            image=picture.image,
+            turned=picture.orientation > 1,
+            sentence=sentence,
+            text=self._text_of(sentence),
+            frame=frame,
+            square=square,
+        )
+
+    def _text_of(self, sentence: str) -> str:
+        """Return what the tokenizer gets, as in evaluation: a raw sentence as it was typed."""
+        cleaned = normalize_sentence(sentence)
+        return cleaned if self.config.data.sentence == "cleaned" else sentence
+
+    def _warn_of_sentences(self, requests: list[Request]) -> None:
+        """Warn of sentences that the model does not read, or not to their end."""
+        sources: dict[str, str] = {}
+        for request in requests:
+            sources.setdefault(request.sentence, request.source)
+        sentences = list(sources)
+        words, _, cut = self.tokenizer.encode(
+            [self._text_of(sentence) for sentence in sentences], self.config.data.max_tokens
+        )
+
+        facts = {
+            "none of its words is in the model's vocabulary, so the mask does not depend on it": (
+                self.tokenizer.unknown(words)
+            ),
+            f"it is longer than {self.config.data.max_tokens} tokens, so its end is not read": cut,
+        }
+        for fact, holds in facts.items():
+            named = [sentence for sentence, holds_here in zip(sentences, holds) if holds_here]
+            if named:
+                others = f" (and {len(named) - 1:,} more)" if len(named) > 1 else ""
+                source, first = sources[named[0]], quoted(named[0])
+                log.warning("%s: sentence %s%s: %s", source, first, others, fact)
 
     def _prepare_line(self, request: Request) -> _ModelInput:
         """Prepare a request of a file of pairs, whose errors name the line."""
@@ -307,8 +391,9 @@ class Predictor:
         if not inputs:
             return []
 
-        sentences = [normalize_sentence(item.sentence) for item in inputs]
-        words, word_mask, cut = self.tokenizer.encode(sentences, self.config.data.max_tokens)
+        texts = [item.text for item in inputs]
+        words, word_mask, cut = self.tokenizer.encode(texts, self.config.data.max_tokens)
+        unknown = self.tokenizer.unknown(words)
         squares = np.stack([item.square for item in inputs])
 
         on_host = (squares, words.numpy(), word_mask.numpy())
@@ -316,11 +401,16 @@ class Predictor:
         logits = self._net(*on_device).float()
 
         pending = []
-        for item, square_logits, was_cut in zip(inputs, logits, cut):
+        for item, square_logits, was_cut, is_unknown in zip(inputs, logits, cut, unknown):
             full_size = logits_at_original_size(square_logits, item.frame)
-            mask = PendingCopy(full_size > 0)
-            probability = PendingCopy(torch.sigmoid(full_size))
-            pending.append(_PendingPrediction(item, mask, probability, was_cut))
+            prediction = _PendingPrediction(
+                source=item,
+                mask=PendingCopy(full_size > 0),
+                probability=PendingCopy(torch.sigmoid(full_size)),
+                cut=was_cut,
+                unknown=is_unknown,
+            )
+            pending.append(prediction)
         return pending
 
 
@@ -351,20 +441,23 @@ def write_prediction(
     save_png(folder / files["mask"], mask)
 
     # A photograph hardly shrinks any further: level 6 takes 2.4 times as long for 4 % less.
-    on_photograph = overlay(np.asarray(open_image(image)), prediction.mask)
+    on_photograph = overlay(np.asarray(open_picture(image).image), prediction.mask)
     save_png(folder / files["overlay"], Image.fromarray(on_photograph), level=1)
     return files
 
 
-def open_image(image: Picture) -> Image.Image:
-    """Open any kind of `Picture` as an upright RGB image.
+def open_picture(image: Picture) -> DecodedPicture:
+    """Open any kind of `Picture`.
 
     Raises:
         InputError: no such file, not an image, or an array of another type or shape.
     """
     match image:
         case Image.Image():
-            return ImageOps.exif_transpose(image).convert("RGB")
+            try:
+                picture = decode_picture(image)
+            except ValueError as error:
+                raise InputError(f"image of mode {image.mode}: {error}") from None
         case np.ndarray():
             gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
             if image.dtype != np.uint8 or not image.size or not gray_or_rgb:
@@ -372,12 +465,27 @@ def open_image(image: Picture) -> Image.Image:
                     f"image array {image.dtype} {list(image.shape)}: "
                     "uint8 [H, W, 3] (RGB) or [H, W] (gray) is expected"
                 )
-            return Image.fromarray(image).convert("RGB")
+            picture = decode_picture(Image.fromarray(image))
+        case _:
+            picture = read_picture(Path(image))
 
+    if picture.doubt:
+        name = "image" if isinstance(image, Image.Image) else image
+        log.warning("%s: %s; it is taken as it is stored", name, picture.doubt)
+    return picture
+
+
+def json_line(value: Any) -> str:
+    """Return a value as JSON in one line.
+
+    What cannot be written in UTF-8, as a byte of a file name that is not UTF-8, becomes \\udcXX.
+    """
+    line = json.dumps(value, ensure_ascii=False)
     try:
-        return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image}: cannot be read as an image: {error}") from None
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    return line
 
 
 def _write_result(
@@ -388,8 +496,30 @@ def _write_result(
         return {"image": request.given, "sentence": request.sentence, "error": str(pending)}
 
     prediction = pending.result()
-    files = write_prediction(output, request.name, pending.source.image, prediction)
+    with _saving(output):
+        files = write_prediction(output, request.name, pending.source.image, prediction)
     return {"image": request.given, **prediction.to_json(), **files}
+
+
+def _require_place(output: Path) -> None:
+    require_writable(output, "masks and results", "Give another folder with --out")
+
+
+@contextmanager
+def _saving(output: Path) -> Iterator[None]:
+    """Turn an error of the disk into a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{output}: masks and results cannot be written ({error}); "
+            "free some space or give another folder with --out, then repeat the command"
+        ) from error
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f", … ({len(names):,} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _threads() -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +22,15 @@ from coupalign.cli.parser import main
 from coupalign.config.schema import Config, Source
 from coupalign.data.batch import SampleInfo
 from coupalign.data.build import build_eval_loader
+from coupalign.data.packing.pack import pack
+from coupalign.data.packing.recipe import Recipe
 from coupalign.data.tokenizer import Tokenizer
+from coupalign.data.transforms import reduction
 from coupalign.distributed.world import World
 from coupalign.errors import InputError
 from coupalign.evaluation.rows import read_rows
 from coupalign.predict import predictor as predictor_module
-from coupalign.predict.predictor import Prediction, Predictor, in_order, open_image
+from coupalign.predict.predictor import Prediction, Predictor, in_order, open_picture
 from coupalign.scoring.checkpoint import score_checkpoint
 from coupalign.scoring.splits import ScoreRequest
 from tests.unit.predict.conftest import PHOTOS, SENTENCES, tiny_config, write_checkpoint
@@ -224,6 +230,139 @@ def test_masks_are_those_that_were_scored(shards: Path, tmp_path: Path, precisio
     assert all(equal_to_fp32) is (precision == "fp32")
 
 
+def pack_large_photographs(folder: Path) -> Path:
+    """Pack photographs that evaluation decodes at half their size, with odd sentences."""
+    random = np.random.default_rng(0)
+    sentences = ["the red star .", "Red, RED star", "star ' 2 '.", " left\tstar", "star!"]
+    images, annotations, refs = [], [], []
+    (folder / "images" / "train2014").mkdir(parents=True)
+    for number, sentence in enumerate(sentences, 1):
+        name = f"photo-{number}.jpg"
+        coarse = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+        coarse.resize((480, 360), Image.Resampling.BICUBIC).save(
+            folder / "images" / "train2014" / name
+        )
+        images.append({"id": number, "file_name": name, "height": 360, "width": 480})
+        annotations.append(
+            {
+                "id": number,
+                "image_id": number,
+                "category_id": 1,
+                "segmentation": [[20, 20, 200, 20, 200, 160, 20, 160]],
+                "area": 180 * 140,
+                "bbox": [20, 20, 180, 140],
+                "iscrowd": 0,
+            }
+        )
+        texts = {"sent_id": number, "sent": sentence.lower(), "raw": sentence, "tokens": []}
+        refs.append(
+            {
+                "ref_id": number,
+                "ann_id": number,
+                "image_id": number,
+                "category_id": 1,
+                "split": "val",
+                "sent_ids": [number],
+                "sentences": [texts],
+            }
+        )
+
+    categories = [{"id": 1, "name": "star"}]
+    tree = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "own").mkdir()
+    (folder / "own" / "instances.json").write_text(json.dumps(tree))
+    (folder / "own" / "refs(all).json").write_text(json.dumps(refs))
+    recipe = {"name": "own", "root": folder, "sets": [{"dataset": "own", "split_by": "all"}]}
+    pack(
+        Recipe.model_validate(recipe | {"vocabulary_size": 100}), folder / "shards", progress=False
+    )
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("field", ["sent", "raw"])
+def test_packed_photograph_and_sentence_give_the_mask_that_was_scored(
+    tmp_path: Path, field: str
+) -> None:
+    source = Source(index=str(pack_large_photographs(tmp_path)), split="val")
+    config = tiny_config()
+    sentence = {"sent": "cleaned", "raw": "raw"}[field]
+    changes = {"evaluate": (source,), "workers": 0, "sentence": sentence}
+    data = config.data.model_copy(update=changes)
+    evaluate = config.evaluate.model_copy(update={"batch": 1, "bootstrap": 0})
+    config = config.model_copy(update={"data": data, "evaluate": evaluate})
+    run = tmp_path / "run"
+    write_checkpoint(run / "checkpoints" / "best", config)
+    score_checkpoint(run, request=ScoreRequest(protocols=["ris-v1"]))
+    [rows_file] = (run / "scores").glob("*.csv")
+    scored = read_rows(rows_file).counts[:, 1:3].tolist()
+
+    # Predict the packed files with the packed sentences.
+    for tar in (tmp_path / "shards").glob("*.tar"):
+        with tarfile.open(tar) as opened:
+            opened.extractall(tmp_path / "files", filter="data")
+    predictor = Predictor.from_checkpoint(run, "cpu")
+    predicted = []
+    for info in read_samples(config, predictor.tokenizer):
+        file = tmp_path / "files" / f"{info.image_id:012d}.jpg"
+        record = json.loads(file.with_suffix(".json").read_text())
+        mask = predictor.predict(file, record["refs"][0]["sentences"][0][field]).mask
+        predicted.append([(mask & info.truth).sum(), (mask | info.truth).sum()])
+        assert reduction(*mask.shape, info.frame) > 1
+
+    # With `cleaned`, predicting drops an exclamation mark that somebody typed after a word.
+    differing = [4] if field == "sent" else []
+    equal = [number for number in range(5) if number not in differing]
+    assert [predicted[number] for number in equal] == [scored[number] for number in equal]
+
+
+def test_turned_photograph_gives_a_turned_mask_and_overlay(
+    predictor: Predictor, photos: Path, tmp_path: Path
+) -> None:
+    upright = Image.open(photos / "wide.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rotated = upright.transpose(Image.Transpose.ROTATE_90)
+    rotated.save(tmp_path / "phone.png", exif=exif)
+
+    result = predictor.predict_to(tmp_path / "phone.png", SENTENCES[0], tmp_path / "out")
+    plain = predictor.predict_to(photos / "wide.jpg", SENTENCES[0], tmp_path / "plain")
+
+    assert result["turned"]
+    assert not plain["turned"]
+    assert (result["height"], result["width"]) == (40, 90)
+    for kind in ("mask", "overlay"):
+        turned_pixels = np.asarray(Image.open(tmp_path / "out" / result[kind]))
+        assert np.array_equal(turned_pixels, Image.open(tmp_path / "plain" / plain[kind]))
+
+
+def test_sentence_without_a_known_word_is_said(
+    predictor: Predictor,
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    results = predictor.predict_folder(photos, "\u7ea2\u8272\u7684\u676f\u5b50", tmp_path / "out")
+
+    assert [result["unknown"] for result in results] == [True, True, True]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "none of its words is in the model's vocabulary" in message
+    assert not predictor.predict(photos / "wide.jpg", "\u7ea2\u8272 star").unknown
+
+
+def test_cut_sentences_of_a_file_are_named_once(
+    predictor: Predictor, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "photos").symlink_to(photos)
+    pairs = [("photos/gray.png", word * 30) for word in ("star ", "red ")]
+
+    predictor.predict_file(write_pairs(tmp_path / "pairs.jsonl", pairs), tmp_path / "out")
+
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "line 1" in message
+    assert "(and 1 more)" in message
+    assert "its end is not read" in message
+
+
 # --- Wrong arguments ---
 
 
@@ -241,7 +380,7 @@ def test_unreadable_image_file_is_refused(tmp_path: Path, photos: Path, name: st
     (tmp_path / "cut.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
 
     with pytest.raises(InputError, match="cannot be read as an image"):
-        open_image(tmp_path / name)
+        open_picture(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +394,7 @@ def test_unreadable_image_file_is_refused(tmp_path: Path, photos: Path, name: st
 )
 def test_array_that_is_no_image_is_refused(shape: tuple[int, ...], dtype: type) -> None:
     with pytest.raises(InputError, match="uint8"):
-        open_image(np.zeros(shape, dtype))
+        open_picture(np.zeros(shape, dtype))
 
 
 @pytest.mark.parametrize("device", ["gpu7", "cuda:63"])
@@ -378,8 +517,9 @@ def test_unreadable_image_of_a_folder_is_skipped_by_name(
     # Four images, one of them damaged, and three entries that are not images.
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
-    for name in ("a.png", "a.jpg", "c.JPG", ".hidden.png", "notes.txt"):
+    for name in ("a.png", "a.jpg", "c.JPG", ".hidden.png"):
         (folder / name).symlink_to(photos / "wide.jpg")
+    (folder / "notes.txt").write_text("by hand")
     (folder / "b.jpg").write_bytes((photos / "wide.jpg").read_bytes()[:600])
     (folder / "deeper.png").mkdir()
 
@@ -404,6 +544,55 @@ def test_unreadable_image_of_a_folder_is_skipped_by_name(
     [warning] = [message for message in messages if "skipped" in message]
     assert "b.jpg" in warning
     assert "repair or remove it" in warning
+    [left_out] = [message for message in messages if "left out" in message]
+    assert left_out.endswith("deeper.png/, notes.txt")
+
+
+def test_folder_with_odd_names_and_kinds_is_predicted_to_its_end(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    names = [b"a" * 249 + b".jpg", b"caf\xe9.jpg", b"x.jpg", b"x.jpg.jpg", "b\u00e9.gif".encode()]
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            Image.open(photos / "wide.jpg").save(file, "GIF" if name.endswith(b"gif") else "JPEG")
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    Image.open(photos / "wide.jpg").save(folder / "c.avif")
+    Image.fromarray(np.zeros((4, 4), np.int32)).save(folder / "deep.tif")
+
+    command = ["predict", str(run), str(folder), SENTENCES[0], "--device", "cpu"]
+    status = main([*command, "--out", str(out)])
+
+    assert status == 1
+    results = read_results(out)
+    assert len(results) == 8
+    errors = [result["image"] for result in results if "error" in result]
+    assert errors == ["IMG_1.HEIC", "deep.tif"]
+    read_back = {os.fsencode(result["image"]) for result in results}
+    assert read_back >= set(names)
+    masks = [out / result["mask"] for result in results if "mask" in result]
+    assert len({*masks}) == 6
+    assert all(mask.is_file() for mask in masks)
+
+
+@pytest.mark.parametrize("full", ["disk", "folder"])
+def test_output_that_cannot_be_written_is_said(
+    run: Path, photos: Path, tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    if full == "folder":
+        out.write_text("a file")
+    else:
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(predictor_module, "save_png", fail)
+    command = ["predict", str(run), str(photos), SENTENCES[0], "--out", str(out)]
+
+    assert main([*command, "--device", "cpu"]) == {"folder": 2, "disk": 3}[full]
+    assert not (out / "results.jsonl").exists()
 
 
 def test_masks_in_their_own_image_folder_are_refused(predictor: Predictor, photos: Path) -> None:
@@ -432,7 +621,7 @@ def test_images_are_read_ahead_and_files_written_while_the_model_works(
     opened: list[str] = []
     batches: list[int] = []
     overlapped: list[bool] = []
-    real_open, real_save = predictor_module.open_image, predictor_module.save_png
+    real_open, real_save = predictor_module.open_picture, predictor_module.save_png
 
     def open_and_signal(image: Any) -> Image.Image:
         opened.append(str(image))
@@ -455,7 +644,7 @@ def test_images_are_read_ahead_and_files_written_while_the_model_works(
     predictor = Predictor.from_checkpoint(run, "cpu")
     predictor.model.register_forward_hook(wait_in_forward)
     monkeypatch.setattr(predictor_module, "_threads", lambda: 2)
-    monkeypatch.setattr(predictor_module, "open_image", open_and_signal)
+    monkeypatch.setattr(predictor_module, "open_picture", open_and_signal)
     monkeypatch.setattr(predictor_module, "save_png", wait_then_save)
     predictor.predict_folder(photos, SENTENCES[0], tmp_path / "out", batch=1)
 
