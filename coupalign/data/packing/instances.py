@@ -57,12 +57,12 @@ def read_instances(file: Path, ann_ids: set[int]) -> Instances:
     try:
         return _read_tree(file, tree, ann_ids)
     except ValueError as error:
-        raise InputError(f"{file}: not a COCO instances file: {error}") from None
+        raise InputError(f"{file}: {error}") from None
 
 
 def _read_tree(file: Path, tree: Any, ann_ids: set[int]) -> Instances:
     if type(tree) is not dict:
-        raise ValueError(f"it holds {quoted(tree)}, not an object")
+        raise ValueError(f"not a COCO instances file: it holds {quoted(tree)}, not an object")
 
     annotations: dict[int, dict[str, Any]] = {}
     objects: Counter[tuple[int, int]] = Counter()
@@ -102,9 +102,11 @@ def _read_tree(file: Path, tree: Any, ann_ids: set[int]) -> Instances:
 
 def _numbered(tree: Mapping[str, Any], name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """List the records of a table as (id, place for messages, record). No id may occur twice."""
-    records = field(tree, name)
+    records = tree.get(name)
     if type(records) is not list:
-        raise ValueError(f"`{name}` is {quoted(records)}, not a list")
+        raise ValueError(
+            f"not a COCO instances file: `{name}` is {quoted(records)}, not a list of records"
+        )
 
     seen: set[int] = set()
     for number, record in enumerate(records):

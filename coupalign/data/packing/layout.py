@@ -98,7 +98,10 @@ def read_sources(recipe: Recipe, skip_missing: bool) -> Sources:
         missing_annotations += missing
 
     _refuse_shared_ids(recipe, referrals)
-    images, missing_images = find_images(recipe.root, referrals, recipe.images)
+    try:
+        images, missing_images = find_images(recipe.root, referrals, recipe.images)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     _refuse_shared_files(images)
     return Sources(
         referrals=tuple(referrals),

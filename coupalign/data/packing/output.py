@@ -2,6 +2,7 @@
 
 While a set is being packed, the directory contains:
 
+    .pack.lock                who is packing
     .pack.json                the journal: names of the files that are ours
     shard-000000.tar          a finished shard
     .shard-000000.tar.json    its receipt: digests that prove that the shard is finished
@@ -11,21 +12,22 @@ While a set is being packed, the directory contains:
 
 from __future__ import annotations
 
-import fcntl
-import json
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from coupalign.data.index import FORMAT, INDEX_NAME, read_index
 from coupalign.data.packing.layout import TOOL, PackingLayout
-from coupalign.errors import InputError
-from coupalign.files import write_json
+from coupalign.errors import InputError, RunError
+from coupalign.files import locked, parse_strict_json, require_writable, write_json
 
 VOCABULARY = "vocab.txt"
 JOURNAL = ".pack.json"
+LOCK = ".pack.lock"
 
 _OUTPUT = re.compile(r"shard-\d{6}\.tar|vocab\.txt|index\.json")
 _RECEIPT = r"\.shard-\d{6}\.tar\.json"
@@ -39,33 +41,48 @@ def receipt_path(out: Path, url: str) -> Path:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def writable(out: Path) -> Iterator[None]:
     """Create `out` and lock it, since two processes would remove each other's files.
 
     Raises:
-        InputError: `out` is a file, or another process is packing into it.
+        InputError: `out` is a file, cannot be written, or another process is packing into it.
+        RunError: the disk failed in the block: it is full, or was lost.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{out}: is a file; choose a directory for the shards") from None
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; choose a directory for the shards")
+    remedy = "choose another directory with --out"
+    require_writable(out, "the shards", remedy[0].upper() + remedy[1:])
 
-    # The lock goes away with the process, however it ends.
-    handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(
-            f"{out}: another process is packing into this directory; wait until it has finished"
-        ) from None
+        with locked(out / LOCK, "is being packed", f"Wait until it has finished, or {remedy}"):
+            yield
+    except BrokenPipeError:  # of the progress bar
+        raise
+    except OSError as error:
+        raise RunError(_describe_failure(out, error)) from error
+
+
+def _describe_failure(out: Path, error: OSError) -> str:
+    """Say which disk failed, what is kept, and what to do."""
+    cause = error.strerror or str(error)
+    if error.errno == errno.ENOSPC and _has_no_inodes(out):
+        cause = "no inodes are left: too many files are on this file system"
+    place = f" ({error.filename})" if error.filename else ""
+
+    finished = sum(1 for file in _leftovers(out) if re.fullmatch(_RECEIPT, file.name))
+    return (
+        f"{out}: packing stopped: {cause}{place}; {finished} finished shards are kept. Free "
+        "space or repair the disk, then start the same command again: it writes only what is "
+        "missing"
+    )
+
+
+def _has_no_inodes(folder: Path) -> bool:
+    try:
+        status = os.statvfs(folder)
     except OSError:
-        pass  # a file system without locks
-
-    try:
-        yield
-    finally:
-        os.close(handle)
+        return False
+    return status.f_files > 0 and status.f_favail == 0
 
 
 def has_finished_set(out: Path, layout: PackingLayout) -> bool:
@@ -74,8 +91,12 @@ def has_finished_set(out: Path, layout: PackingLayout) -> bool:
     Raises:
         InputError: `out` contains another finished set, or a shard of this one is damaged.
     """
-    if not (out / INDEX_NAME).exists():
+    try:
+        (out / INDEX_NAME).lstat()
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        raise InputError(f"{out}: cannot be read ({error}); choose another directory") from None
 
     # Another set is somebody's work: replace it only when asked.
     index = read_index(out)
@@ -128,6 +149,11 @@ def prepare(out: Path, layout: PackingLayout, with_vocabulary: bool) -> None:
             file.unlink()
 
 
+def has_leftovers(out: Path) -> bool:
+    """Return whether a process that packs, or was killed, has files of its work in `out`."""
+    return bool(_leftovers(out)) or any((out / name).exists() for name in (JOURNAL, LOCK))
+
+
 def remove_leftovers(out: Path) -> None:
     """Remove what only an unfinished run needs."""
     for file in _leftovers(out):
@@ -140,21 +166,33 @@ def _owned_names(out: Path) -> set[str]:
     owned: set[str] = set()
     journal = _read_if_ours(out / JOURNAL)
     if journal is not None:
-        owned |= set(journal.get("owned", ()))
+        owned |= _names(journal.get("owned"))
     index = _read_if_ours(out / INDEX_NAME)
     if index is not None:
-        owned |= {INDEX_NAME, VOCABULARY, *(shard["url"] for shard in index.get("shardlist", ()))}
+        shards = index.get("shardlist")
+        shards = shards if isinstance(shards, list) else []
+        urls = [shard.get("url") for shard in shards if isinstance(shard, dict)]
+        owned |= {INDEX_NAME, VOCABULARY, *_names(urls)}
     return {name for name in owned if _OUTPUT.fullmatch(name)}
+
+
+def _names(value: Any) -> set[str]:
+    """Return the texts in a list; a damaged file may hold anything."""
+    return {name for name in value if isinstance(name, str)} if isinstance(value, list) else set()
 
 
 def _read_if_ours(file: Path) -> dict | None:
     """Read a JSON file of this tool; None if there is none, or it is another tool's."""
     try:
-        tree = json.loads(file.read_bytes())
+        tree = parse_strict_json(file.read_bytes())
     except (OSError, ValueError):
         return None
     return tree if isinstance(tree, dict) and tree.get("format") == FORMAT else None
 
 
 def _leftovers(out: Path) -> list[Path]:
-    return [file for file in sorted(out.iterdir()) if _LEFTOVER.fullmatch(file.name)]
+    try:
+        files = sorted(out.iterdir())
+    except OSError:
+        return []
+    return [file for file in files if _LEFTOVER.fullmatch(file.name)]

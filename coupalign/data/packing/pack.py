@@ -91,8 +91,9 @@ def pack(
 
     Raises:
         InputError: images or annotations are missing (unless the recipe has `missing: skip`), an
-            image does not decode, or `out` contains another finished set, or files with the names
-            of ours that this tool did not write.
+            image does not decode, `out` contains another finished set, or files with the names of
+            ours that this tool did not write, or it cannot be written.
+        RunError: the disk is full or failed, or a process was killed. Finished shards are kept.
     """
     started, out = time.monotonic(), Path(out)
 
@@ -106,12 +107,14 @@ def pack(
 
     state = "already packed"
     written: list[WrittenShard] = []
-    with output.locked(out):
-        if overwrite or not output.has_finished_set(out, layout):
-            output.prepare(out, layout, with_vocabulary=recipe.vocabulary_size is not None)
-            written = _write_set(recipe, layout, out, workers=workers, progress=progress)
-            state = "packed"
-        output.remove_leftovers(out)
+    # A finished set is left alone, also where nothing can be written.
+    if overwrite or not output.has_finished_set(out, layout) or output.has_leftovers(out):
+        with output.writable(out):
+            if overwrite or not output.has_finished_set(out, layout):
+                output.prepare(out, layout, with_vocabulary=recipe.vocabulary_size is not None)
+                written = _write_set(recipe, layout, out, workers=workers, progress=progress)
+                state = "packed"
+            output.remove_leftovers(out)
 
     index = read_index(out)
     report = _report(recipe, sources, layout, started=started)

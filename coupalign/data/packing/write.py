@@ -10,6 +10,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from coupalign.data.packing.layout import PackingLayout, Sample, ShardLayout
 from coupalign.data.packing.output import receipt_path
 from coupalign.data.packing.refer import Referral
 from coupalign.data.photos import PhotoMark, mark_photo
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from coupalign.files import parse_strict_json, sha256_of, whole_file, write_json
 
 
@@ -81,6 +82,11 @@ def _write_in_any_order(
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
+        except BrokenProcessPool:
+            raise RunError(
+                f"{out}: a process of pack was killed, perhaps because memory ran out. Start the "
+                "same command again: it keeps the finished shards; --workers 1 needs least memory"
+            ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from coupalign.data.packing import output
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from tests.unit.data.packing.small_set import contents, pack_quietly, recipe_of
 
 
@@ -82,8 +84,102 @@ def test_index_of_another_version_needs_overwrite(refer_root: Path, packed: Path
 def test_only_one_process_packs_into_a_directory(refer_root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with output.locked(tmp_path / "out"):
-        with pytest.raises(InputError, match="another process is packing"):
+    with output.writable(tmp_path / "out"):
+        with pytest.raises(
+            InputError, match="out: is being packed by .*Wait until it has finished"
+        ):
             pack_quietly(recipe_of(refer_root), tmp_path / "out")
     with pytest.raises(InputError, match="is a file"):
         pack_quietly(recipe_of(refer_root), tmp_path / "file")
+
+
+# -------------------------------------------------------------------------------------- Bad disks
+
+
+def fail_from_call(number: int, code: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let flushing and renaming files fail from the n-th call on; returns the calls so far."""
+    calls = [0]
+
+    def failing(function):
+        def call(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] > number:
+                raise OSError(code, os.strerror(code))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    return calls
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
+def test_failing_disk_is_one_line_and_the_same_command_goes_on(
+    refer_root: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    recipe, number = recipe_of(refer_root), 0
+    while True:
+        out = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            calls = fail_from_call(number, code, patch)
+            try:
+                pack_quietly(recipe, out)
+            except RunError as error:
+                assert "\n" not in str(error)
+                assert f"{out}: packing stopped: {os.strerror(code)}" in str(error)
+                assert "start the same command again" in str(error)
+        if calls[0] <= number:
+            break
+
+        assert not (out / "index.json").exists()
+        pack_quietly(recipe, out)
+        assert contents(out) == contents(packed)
+        number += 3
+    assert number > 10
+
+
+def test_place_without_inodes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Status:
+        f_files, f_favail = 1000, 0
+
+    monkeypatch.setattr(os, "statvfs", lambda path: Status)
+
+    with pytest.raises(RunError, match="no inodes are left"):
+        with output.writable(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_place_that_cannot_be_written_is_refused_before_the_work(
+    refer_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out")
+
+    monkeypatch.setattr("coupalign.files.TemporaryFile", refuse)
+
+    with pytest.raises(InputError, match="out: the shards cannot be written there.*--out"):
+        pack_quietly(recipe_of(refer_root), tmp_path / "out")
+
+
+def test_finished_set_needs_no_writing(
+    refer_root: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "out")
+
+    monkeypatch.setattr("coupalign.files.TemporaryFile", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+
+    assert pack_quietly(recipe_of(refer_root), packed).state == "already packed"
+
+
+@pytest.mark.parametrize("journal", ["[1]", '{"format": "coupalign-shards", "owned": 5}', "{"])
+def test_damaged_journal_owns_nothing(refer_root: Path, tmp_path: Path, journal: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".pack.json").write_text(journal)
+    (out / "vocab.txt").write_text("mine")
+
+    with pytest.raises(InputError, match="vocab.txt.*did not write"):
+        pack_quietly(recipe_of(refer_root), out)
