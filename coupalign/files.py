@@ -15,6 +15,8 @@ import os
 import re
 import shutil
 import socket
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,8 +41,43 @@ logger = logging.getLogger("coupalign.files")
 
 
 def user_cache(name: str) -> Path:
-    """The folder `name` of this package in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coupalign" / name
+    """The folder `name` of this package in $XDG_CACHE_HOME, or in ~/.cache if that is not set.
+
+    A user without a home (a container with an unknown user id) has it in the folder for temporary
+    files.
+
+    Raises:
+        InputError: there is no home, and no safe folder for temporary files.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return _private_temporary_folder() / name
+    return Path(base) / "coupalign" / name
+
+
+def _private_temporary_folder() -> Path:
+    """Create this user's folder among the temporary files, which others cannot write to."""
+    try:
+        folder = Path(tempfile.gettempdir()) / f"coupalign-{os.geteuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise InputError(
+            f"there is no home directory, and no folder for temporary files ({error}). "
+            "Set HOME or XDG_CACHE_HOME to a folder that you can write to"
+        ) from None
+
+    # Anybody could have created it before.
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"{folder}: others can write to this folder, so it cannot be the cache. Remove it, or "
+            "set HOME or XDG_CACHE_HOME to a folder that only you can write to"
+        )
+    return folder
 
 
 @contextmanager

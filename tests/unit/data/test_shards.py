@@ -141,8 +141,8 @@ def test_truncated_local_shard_is_refused(packed: Path):
     index = open_index(str(packed))
     os.truncate(packed / "shard-000001.tar", 2000)
 
-    with pytest.raises(ValueError, match="cut short"):
-        ShardStore(index).read(1, 1990, 20)
+    with pytest.raises(InputError, match="shard-000001.tar has 2,000 bytes, its index says .* cut"):
+        ShardStore(index).read(1, 0, 20)
 
 
 # ------------------------------------------------------------------------------------ over HTTP
@@ -199,7 +199,7 @@ def test_server_error_that_stays_is_reported(site: Site):
     site.answer = lambda name, times, body: (503, b"", 0)
 
     with pytest.raises(InputError, match="tried 4 times: .*503"):
-        fetch(f"{site.url}/index.json")
+        fetch(f"{site.url}/index.json", 1000)
 
 
 def test_missing_server_is_reported(monkeypatch: pytest.MonkeyPatch):
@@ -254,6 +254,7 @@ def cut_a_block(body: bytes) -> bytes:
     [
         (flip_a_bit, "sha256 [0-9a-f]{64} instead of [0-9a-f]{64}"),
         (cut_a_block, "bytes instead of [0-9]+"),
+        (lambda body: body + bytes(512), "more than [0-9]+ bytes"),
     ],
 )
 def test_wrong_shard_is_fetched_twice_then_reported(
@@ -308,7 +309,7 @@ def test_cache_evicts_the_shard_unused_longest(site: Site, tmp_path: Path):
     limit = sum(shard.bytes for shard in index.shards) - 1
     for number in (0, 1):
         ShardStore(index, cache, limit).read(number, 0, 1)
-    os.utime(cache / f"{index.shards[1].sha256}.tar", (1, 1))
+    os.utime(cache / f"{index.shards[1].sha256}.checked", (1, 1))
     ShardStore(index, cache, limit).read(0, 0, 1)
 
     ShardStore(index, cache, limit).read(2, 0, 1)
@@ -322,7 +323,7 @@ def test_shard_in_use_is_not_evicted(site: Site, tmp_path: Path):
     size = max(shard.bytes for shard in index.shards)
     in_use = ShardStore(index, cache, 2 * size)
     in_use.read(0, 0, 1)
-    os.utime(cache / f"{sha256[0]}.tar", (1, 1))  # the oldest, and yet in use
+    os.utime(cache / f"{sha256[0]}.checked", (1, 1))  # the oldest, and yet in use
     other = ShardStore(index, cache, 2 * size)
     other.read(1, 0, 1)
 
