@@ -9,10 +9,12 @@ import argparse
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 import coupalign
+from coupalign.addresses import hide_secret
 from coupalign.cli import bench, data, inspect, run
 from coupalign.errors import ExitStatus, InputError, RunError
 
@@ -29,19 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_any_text()
     options = parse_arguments(arguments)
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(_MaskingFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     for library in _NOISY:
         logging.getLogger(library).setLevel(logging.WARNING)
 
     try:
         answer = options.run(options)
     except InputError as error:
-        print(f"coupalign: error: {error}", file=sys.stderr)
+        print(f"coupalign: error: {_masked(error)}", file=sys.stderr)
         return ExitStatus.INPUT_ERROR
     except RunError as error:
-        print(f"coupalign: the run failed: {error}", file=sys.stderr)
+        print(f"coupalign: the run failed: {_masked(error)}", file=sys.stderr)
         return ExitStatus.RUN_FAILED
     except BrokenPipeError:
         # The reader of the output, such as `head`, closed the pipe.
@@ -51,6 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
         print(json.dumps(answer.value, ensure_ascii=not is_unicode), flush=True)
     return answer.status
+
+
+class _MaskingFormatter(logging.Formatter):
+    """Masks the secrets of addresses in every log line, those of libraries as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _masked(super().format(record))
+
+
+def _masked(text: object) -> str:
+    return hide_secret(str(text), os.environ.get("MLFLOW_TRACKING_URI"))
 
 
 def _print_any_text() -> None:

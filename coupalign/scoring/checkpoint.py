@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from coupalign.config.load import override
+from coupalign.config.load import override, parse_section
 from coupalign.config.schema import Config, Source
 from coupalign.data.table import Rule
 from coupalign.distributed.stop import StopRequest
@@ -169,7 +169,8 @@ def _choose_sources(config: Config, splits: Sequence[str], index: str | None) ->
     if index is not None:
         if not splits:
             raise InputError("--index needs a --split")
-        return [Source(index=index, split=split) for split in splits]
+        trees = [{"index": index, "split": split} for split in splits]
+        return [parse_section(Source, tree, "--index") for tree in trees]
     if not splits:
         if not configured:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,8 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, result: Answer | Exception) -> 
         (Answer(status=ExitStatus.STOPPED), 75, ""),
         (InputError("x.yaml: no such file"), 2, "coupalign: error: x.yaml: no such file\n"),
         (RunError("disk full"), 3, "coupalign: the run failed: disk full\n"),
+        (InputError("http://u:hunter2@h/a"), 2, "coupalign: error: http://***@h/a\n"),
+        (RunError("hunter2 is wrong"), 3, "coupalign: the run failed: *** is wrong\n"),
         (BrokenPipeError(), 1, ""),
     ],
 )
@@ -175,6 +178,7 @@ def test_main_returns_the_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@host/db")
     answer_with(monkeypatch, result)
 
     assert main([]) == status
@@ -182,6 +186,13 @@ def test_main_returns_the_status(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == message
+
+
+def test_log_lines_show_no_secret() -> None:
+    masking = parser._MaskingFormatter("%(levelname)s: %(message)s")
+    record = logging.LogRecord("x", logging.INFO, "", 0, "open %s", ("s3://key:hunter2@b",), None)
+
+    assert masking.format(record) == "INFO: open s3://***@b"
 
 
 def test_main_prints_the_value_as_json_if_asked(
