@@ -27,14 +27,30 @@ from coupalign.distributed.launcher import (
 from coupalign.distributed.parent import stop_with_launcher
 from coupalign.distributed.watchdog import Watchdog, current_phase, doing
 from coupalign.errors import InputError, RunError
+from coupalign.limits import describe, explain_shortage
 
 T = TypeVar("T")
 
-# What gloo and NCCL say when another process went away.
+# What the libraries say when another process went away, in lower case.
 _LOST_RANK_MESSAGES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
+    # gloo
+    "connection closed by peer",
+    "connection reset by peer",
+    "socket closed",
+    "broken pipe",
+    "application timeout caused pair closure",
+    "for recv operation to complete",
+    "for send operation to complete",
+    "monitoredbarrier",
+    # the store of torch.distributed
+    "connection was likely closed",
+    "remote peer closed the connection",
+    # NCCL, and torch about it
     "remote process exited",
+    "ncclremoteerror",
+    "connection closed by remote peer",
+    "nccl communicator was aborted",
+    "watchdog caught collective operation timeout",
 )
 
 
@@ -74,7 +90,7 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
     Raises:
         InputError: the launcher's variables are incomplete or contradict each other, or there are
             more local ranks than GPUs.
-        RunError: another rank went away.
+        RunError: another rank went away, or this one ran out of memory or another resource.
     """
     stop_with_launcher()
     rank, size, local_rank, local_size = read_ranks(os.environ)
@@ -104,13 +120,11 @@ def rank_session(rendezvous: str = "env://", hang_minutes: float = 30.0) -> Iter
         # If the rank that holds the store left first, the others would fail while leaving.
         doing("leaving the job")
         wait_for_all(world)
-    except RuntimeError as error:
-        if not is_lost_rank(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        failure = None if isinstance(error, RunError) else _describe_failure(rank, error)
+        if failure is None:
             raise
-        raise RunError(
-            f"rank {rank} lost contact with another rank while {current_phase()!r} ({error}). That "
-            "rank's own output says why it ended. Run the same command to start again"
-        ) from error
+        raise RunError(failure) from error
     finally:
         td.destroy_process_group()
         watchdog.close()
@@ -242,8 +256,9 @@ def sum_over_ranks(tensor: torch.Tensor, world: World) -> None:
 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another process went away."""
+    text = str(error).lower()
     return isinstance(error, RuntimeError) and any(
-        message in str(error) for message in _LOST_RANK_MESSAGES
+        message in text for message in _LOST_RANK_MESSAGES
     )
 
 
@@ -261,6 +276,20 @@ def wait_for_all(world: World) -> None:
     """Return once every rank has called this."""
     if world.size > 1:
         td.barrier(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+
+
+def _describe_failure(rank: int, error: Exception) -> str | None:
+    """Say in words why this rank cannot continue; None for an error that is not of its place."""
+    if is_lost_rank(error):
+        return (
+            f"rank {rank} lost contact with another rank while {current_phase()!r} "
+            f"({describe(error)}). That rank's own output says why it ended. Run the same command "
+            "to start again"
+        )
+    shortage = explain_shortage(error)
+    if shortage is None:
+        return None
+    return f"rank {rank}, while {current_phase()!r}: {shortage}"
 
 
 def _choose_device(local_rank: int, local_size: int) -> torch.device:

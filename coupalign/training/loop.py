@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,10 +25,10 @@ from coupalign.distributed.world import (
     rank_session,
 )
 from coupalign.engine.base import StepStats, TrainState, average_norm_statistics, seed_step
-from coupalign.errors import RunError
+from coupalign.errors import InputError, RunError
 from coupalign.evaluation.evaluator import Stopped
 from coupalign.evaluation.metrics import Score
-from coupalign.files import write_json
+from coupalign.limits import explain_shortage
 from coupalign.model.compile import describe_compilation
 from coupalign.scoring.splits import score_splits
 from coupalign.tracking.journal import Tracker
@@ -97,6 +98,13 @@ def train(config: Config, stop: StopRequest) -> Outcome:
 def train_until_done(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> Outcome:
     """Train from `state` to the last step, or until any rank was asked to stop."""
     session = Session(run, state, tracker, stop)
+    # An error message begins on a line of its own.
+    with closing(session.bar):
+        return _train_until_done(session, state)
+
+
+def _train_until_done(session: Session, state: TrainState) -> Outcome:
+    run = session.run
     session.agree_whether_to_stop(state)
 
     # Catch up: a checkpoint may be older than its scores, and a finished run shows them again.
@@ -218,18 +226,18 @@ class Session:
         if self.stopping:
             return state
         try:
-            self.scores = self._score_splits(state)
+            with self.meter.pausing():
+                self.scores = self._score_splits(state)
+                self._publish_scores(state)
         except Stopped:
             self.stopping = True
             return state
-        self._publish_scores(state)
 
         # The first split decides which checkpoint is the best.
         first, best_of = from_main(_first_score(self.scores), self.run.world)
         state = replace(state, evaluated=state.step)
         if first is not None:
             state = self._compare_with_best(state, first, best_of)
-        self.meter.restart()
         return state
 
     def save(self, state: TrainState) -> None:
@@ -291,10 +299,16 @@ class Session:
 
         doing(f"step {step + 1}: forward, backward, update")
         seed_step(run.config.seed, step, run.world.rank)
-        stats = run.engine.train_step(
-            [batch.to(run.world.device) for batch in micro_batches],
-            lr_scale(step, run.total_steps, run.config.schedule),
-        )
+        try:
+            stats = run.engine.train_step(
+                [batch.to(run.world.device) for batch in micro_batches],
+                lr_scale(step, run.total_steps, run.config.schedule),
+            )
+        except (MemoryError, RuntimeError) as error:
+            shortage = explain_shortage(error)
+            if shortage is None:
+                raise
+            raise self._step_failure(step, shortage) from error
 
         global_batch = run.config.train.global_batch
         self.meter.add(global_batch, micro_batches, stats.seconds.get("forward", 0.0))
@@ -304,35 +318,25 @@ class Session:
     def _score_splits(self, state: TrainState) -> dict[str, Score]:
         run, config = self.run, self.run.config
         average_norm_statistics(run.engine.model, run.world)
-        try:
-            # Pictures are drawn once, after the last step.
-            with run.engine.averaged():
-                return score_splits(
-                    run.engine.infer,
-                    config,
-                    tokenizer=run.tokenizer,
-                    world=run.world,
-                    pictures=config.evaluate.pictures if state.step == run.total_steps else 0,
-                    stopped=AgreedFlag(lambda: self.stop.name is not None, run.world),
-                )
-        except OSError as error:
-            raise RunError(
-                f"{config.directory}: the scores after step {state.step} could not be written "
-                f"({error}). Free some space, then run the same command: it resumes from the "
-                "newest checkpoint"
-            ) from error
+        # Pictures are drawn once, after the last step.
+        with run.engine.averaged():
+            return score_splits(
+                run.engine.infer,
+                config,
+                step=state.step,
+                tokenizer=run.tokenizer,
+                world=run.world,
+                pictures=config.evaluate.pictures if state.step == run.total_steps else 0,
+                stopped=AgreedFlag(lambda: self.stop.name is not None, run.world),
+            )
 
     def _publish_scores(self, state: TrainState) -> None:
-        """Track, write and print the scores; on rank 0, the only one that has any."""
-        directory = self.run.config.directory
+        """Track and print the scores; on rank 0, the only one that has any."""
         for split, score in self.scores.items():
             metrics = {f"eval/{split}/{name}": value for name, value in score.metrics.items()}
             self.tracker.log(state.step, metrics)
             self.tracker.tag(
                 {f"protocol/{split}": score.protocol, f"samples/{split}": str(score.samples)}
-            )
-            write_json(
-                directory / "scores" / f"{split}.json", {"step": state.step, **score.to_json()}
             )
 
             percent = {name: 100 * score.metrics[name] for name in ("oIoU", "mIoU", "P@0.5")}
@@ -342,7 +346,14 @@ class Session:
                 f"({score.protocol}, {score.samples:,} samples)"
             )
         if self.scores:
-            self.tracker.artifact(directory / "scores", "scores")
+            self.tracker.artifact(self.run.config.directory / "scores", "scores")
+
+    def _step_failure(self, step: int, shortage: str) -> InputError | RunError:
+        """Say what was short in a step. In the first one of a session the input is at fault."""
+        what = f"step {step + 1}, rank {self.run.world.rank}: {shortage}"
+        if step == self.first_step:
+            return InputError(what)
+        return RunError(f"{what}. The same command resumes from the newest checkpoint")
 
     def _print(self, text: str) -> None:
         if self.run.world.is_main:

@@ -43,7 +43,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the time until now, because evaluating and saving are not training."""
+        """Begin to measure again, after what was measured has been logged."""
         self.last_step_s = self.step_seconds
         self.began = time.perf_counter()
         self.waited_s = self.forward_s = 0.0
@@ -72,14 +72,23 @@ class Meter:
         self.waited_s += time.perf_counter() - began
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Count what runs inside as saving a checkpoint."""
+    def pausing(self) -> Iterator[None]:
+        """Leave out the time inside, such as that of an evaluation: it is not training."""
         began = time.perf_counter()
-        yield
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Count what runs inside as saving a checkpoint, and leave it out like `pausing`."""
+        began = time.perf_counter()
+        with self.pausing():
+            yield
         self.last_save_s = time.perf_counter() - began
         self.saves += 1
         self.saving_s += self.last_save_s
-        self.restart()
 
     @property
     def saving_share(self) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from coupalign.distributed.stop import StopRequest
 from coupalign.engine.base import TrainState
-from coupalign.errors import RunError
+from coupalign.errors import InputError, RunError
 from coupalign.evaluation.evaluator import Stopped
 from coupalign.training import loop
 from coupalign.training.loop import Outcome, train_until_done
@@ -204,13 +206,50 @@ def test_too_many_refused_steps_in_a_row_end_the_run(tmp_path: Path, scored: lis
         train(run)
 
 
-def test_scores_that_cannot_be_written_are_a_failed_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def score_splits(*_: object, **__: object) -> dict:
-        raise OSError(28, "No space left on device")
+def test_first_step_without_memory_is_wrong_input(tmp_path: Path, scored: list[int]) -> None:
+    run = fake_run(tmp_path)
+    run.engine.train_step = fail_at(0, run, MemoryError())
+
+    with pytest.raises(InputError, match="step 1, rank 0: out of memory.*train.max_micro_batch"):
+        train(run)
+
+
+def test_later_step_without_memory_is_a_failed_run(tmp_path: Path, scored: list[int]) -> None:
+    run = fake_run(tmp_path)
+    run.engine.train_step = fail_at(5, run, torch.OutOfMemoryError("CUDA out of memory."))
+
+    with pytest.raises(RunError, match="step 6, rank 0: the GPU has too little.*resumes"):
+        train(run)
+
+
+def test_other_errors_of_a_step_are_not_explained(tmp_path: Path, scored: list[int]) -> None:
+    run = fake_run(tmp_path)
+    run.engine.train_step = fail_at(0, run, RuntimeError("a bug"))
+
+    with pytest.raises(RuntimeError, match="^a bug$"):
+        train(run)
+
+
+def fail_at(step: int, run: Run, error: Exception) -> Callable:
+    """A step of the engine that fails once `step` steps were done."""
+    train_step = run.engine.train_step
+
+    def train_step_or_fail(*arguments: object) -> object:
+        if run.engine.steps == step:
+            raise error
+        return train_step(*arguments)
+
+    return train_step_or_fail
+
+
+def test_scores_are_filed_with_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def score_splits(*_: object, step: int, **__: object) -> dict:
+        steps.append(step)
+        return {}
 
     monkeypatch.setattr(loop, "score_splits", score_splits)
+    train(fake_run(tmp_path))
 
-    with pytest.raises(RunError, match="scores after step 4 could not be written.*No space left"):
-        train(fake_run(tmp_path))
+    assert steps == [4, 8, 10]

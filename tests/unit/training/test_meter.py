@@ -43,17 +43,32 @@ def test_meter_counts_samples_waiting_and_forward_passes(clock: Clock) -> None:
     assert measured.step_seconds == 4.0
 
 
-def test_meter_leaves_out_saving_and_remembers_the_last_step_time(clock: Clock) -> None:
+def test_meter_leaves_out_saving_and_evaluating(clock: Clock) -> None:
     measured = Meter()
+    for _ in range(2):
+        clock.now += 2.0
+        measured.add(16, [], forward_s=0.0)
+        with measured.saving():
+            clock.now += 6.0
+        with measured.pausing():
+            clock.now += 24.0
+
+    assert (measured.saves, measured.saving_s, measured.last_save_s) == (2, 12.0, 6.0)
+    assert measured.saving_share == 12 / 64
+    assert measured.step_seconds == 2.0
+    assert measured.read()["train/samples_per_second"] == 8.0
+
+
+def test_meter_remembers_the_step_time_from_before_a_restart(clock: Clock) -> None:
+    measured = Meter()
+    assert measured.step_seconds == 0.0
     clock.now += 2.0
     measured.add(16, [], forward_s=0.0)
 
-    with measured.saving():
-        clock.now += 6.0
+    measured.restart()
+    clock.now += 100.0
 
-    assert (measured.saves, measured.saving_s, measured.last_save_s) == (1, 6.0, 6.0)
-    assert measured.saving_share == 0.75
-    assert measured.steps == 0 and measured.step_seconds == 8.0
+    assert measured.steps == 0 and measured.step_seconds == 2.0
 
 
 def test_rank_times_writes_all_and_warns_of_a_straggler_once(
