@@ -14,7 +14,7 @@ MAX_LISTED = 5  # refs in a warning
 # A mask agrees with the area that its annotation states if the smaller one is at least this share
 # of the larger one, and with its box if the two overlap (intersection over union) by as much.
 MIN_SHARE = 0.5
-MARGIN = 2  # pixels on each side, by which both are enlarged: pixels are coarse
+MARGIN = 2  # pixels on each side, by which both boxes are enlarged: pixels are coarse
 
 Box = tuple[float, float, float, float]  # x, y, width, height
 Kind = Literal["empty", "normalized", "different", "crowds", "wordless"]
@@ -89,7 +89,8 @@ def _areas_differ(pixels: int, box: Box, referral: Referral) -> bool:
     if stated_box and abs(stated - stated_box[2] * stated_box[3]) <= 0.01 * stated:
         return False
 
-    slack = 2 * MARGIN * (box[2] + box[3])
+    # The pixels along the outline may count or not.
+    slack = box[2] + box[3]
     return min(pixels, stated) + slack < MIN_SHARE * max(pixels, stated)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,22 +59,30 @@ def find_images(
     """
     folders = [Path(folder)] if folder else [Path(root) / name for name in IMAGE_FOLDERS]
     listings = {path: {entry.name for entry in path.iterdir()} for path in folders if path.is_dir()}
-    file_names = {referral.image_id: referral.file_name for referral in referrals}
-    base_names = Counter(PurePosixPath(name).name for name in file_names.values())
+    file_names: defaultdict[int, set[str]] = defaultdict(set)
+    for referral in referrals:
+        file_names[referral.image_id].add(referral.file_name)
+
+    # How many images have a name, whatever their folders are.
+    images_of_name: Counter[str] = Counter()
+    for names in file_names.values():
+        images_of_name.update({PurePosixPath(name).name for name in names})
 
     found: dict[int, ImageFile] = {}
     missing: dict[int, str] = {}
-    for image_id, file_name in sorted(file_names.items()):
-        names = [file_name]
-        base_name = PurePosixPath(file_name).name
-        if base_names[base_name] == 1:
-            names.append(base_name)
-        if is_coco_name(file_name, image_id):
-            names.append(f"{image_id:012d}.jpg")
+    for image_id in sorted(file_names):
+        expected = sorted(file_names[image_id])
+        candidates = list(expected)
+        for name in expected:
+            base_name = PurePosixPath(name).name
+            if images_of_name[base_name] == 1:
+                candidates.append(base_name)
+            if is_coco_name(name, image_id):
+                candidates.append(f"{image_id:012d}.jpg")
 
-        path = _find_file(names, listings)
+        path = _find_file(candidates, listings)
         if path is None:
-            missing[image_id] = file_name
+            missing[image_id] = expected[0]
         else:
             status = path.stat()
             found[image_id] = ImageFile(path, status.st_size, status.st_mtime_ns)

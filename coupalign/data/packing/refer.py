@@ -172,6 +172,8 @@ def read_refs_file(file: Path) -> list[Any]:
 
     if not isinstance(refs, list):
         raise InputError(f"{file}: contains a {type(refs).__name__}, not a list of refs")
+    if not refs:
+        raise InputError(f"{file}: the list of refs is empty")
     return refs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from coupalign.data.packing.images import find_images, read_photograph
-from coupalign.data.packing.refer import read_annotation_set
+from coupalign.data.packing.refer import Referral, read_annotation_set
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,53 @@ def test_images_are_found_in_customary_folders_under_both_names(
     for image in found.values():
         assert image.path.parent == folder
         assert image.bytes == image.path.stat().st_size
+
+
+def name_pictures(refer_root: Path, names: dict[int, str]) -> list[Referral]:
+    """Name some images of refcoco/unc in the annotations, and write one file for each name."""
+    referrals = read_annotation_set(refer_root, "refcoco", "unc")[0]
+    folder = refer_root / "images/train2014"
+    for image_id, name in names.items():
+        old = folder / f"COCO_train2014_{image_id:012d}.jpg"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(old.read_bytes())
+        old.unlink()
+    return [replace(ref, file_name=names.get(ref.image_id, ref.file_name)) for ref in referrals]
+
+
+def test_pictures_of_one_name_in_two_folders_are_kept_apart(refer_root: Path) -> None:
+    names = {9: "seqA/00000.jpg", 25: "seqB/00000.jpg"}
+    referrals = name_pictures(refer_root, names)
+
+    found, missing = find_images(refer_root, referrals)
+
+    assert not missing
+    folder = refer_root / "images/train2014"
+    assert {image_id: found[image_id].path for image_id in names} == {
+        9: folder / "seqA/00000.jpg",
+        25: folder / "seqB/00000.jpg",
+    }
+
+
+def test_folders_that_were_flattened_are_found_where_the_names_differ(refer_root: Path) -> None:
+    referrals = name_pictures(refer_root, {9: "a.jpg", 25: "00000.jpg"})
+    names = {9: "seqA/a.jpg", 25: "seqA/00000.jpg", 72: "seqB/00000.jpg"}
+    referrals = [replace(r, file_name=names.get(r.image_id, r.file_name)) for r in referrals]
+
+    found, missing = find_images(refer_root, referrals)
+
+    assert found[9].path.name == "a.jpg"
+    # Which of the two it was cannot be known.
+    assert missing == {25: "seqA/00000.jpg", 72: "seqB/00000.jpg"}
+
+
+def test_picture_of_coco_with_the_same_number_is_not_taken(refer_root: Path) -> None:
+    """Own pictures are numbered from 1 as well."""
+    referrals = name_pictures(refer_root, {9: "000000000009.jpg"})
+    own = [replace(r, file_name="kitchen.jpg") if r.image_id == 9 else r for r in referrals]
+
+    assert find_images(refer_root, referrals)[1] == {}
+    assert find_images(refer_root, own)[1] == {9: "kitchen.jpg"}
 
 
 def jpeg(width: int, height: int, orientation: int | None, mode: str = "RGB") -> bytes:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from coupalign.data.index import read_index
 from coupalign.data.packing.layout import lay_out, read_sources
 from coupalign.data.packing.verify import verify
+from coupalign.errors import InputError
 from tests.unit.data.packing.small_set import SETS, pack_quietly, recipe_of
 
 
@@ -33,6 +38,49 @@ def test_changed_sentence_changes_the_fingerprints(
     new, old = read_index(tmp_path / "out"), read_index(packed)
     assert new.source_fingerprint != old.source_fingerprint
     assert new.fingerprint != old.fingerprint
+
+
+def change_images(refer_root: Path, dataset: str, change: Callable[[dict], object]) -> None:
+    file = refer_root / dataset / "instances.json"
+    tree = json.loads(file.read_text())
+    for image in tree["images"]:
+        change(image)
+    file.write_text(json.dumps(tree))
+
+
+def test_sets_that_number_different_pictures_alike_are_refused(refer_root: Path) -> None:
+    change_images(
+        refer_root, "refcocog", lambda image: image.update(file_name=f"{image['id']}.jpg")
+    )
+
+    with pytest.raises(
+        InputError,
+        match="image_id 9 is 'COCO_train2014_000000000009.jpg' in refcoco/unc and '9.jpg' in "
+        "refcocog/umd; give different pictures different ids",
+    ):
+        read_sources(recipe_of(refer_root), skip_missing=False)
+
+
+def test_both_names_of_a_coco_picture_are_one_picture(refer_root: Path) -> None:
+    change_images(
+        refer_root, "refcocog", lambda image: image.update(file_name=f"{image['id']:012d}.jpg")
+    )
+
+    sources = read_sources(recipe_of(refer_root), skip_missing=False)
+
+    assert len(sources.images) == 12 and not sources.missing_images
+
+
+def test_one_file_under_two_image_ids_is_refused(refer_root: Path) -> None:
+    name = "COCO_train2014_000000000025.jpg"
+    change_images(
+        refer_root,
+        "refcoco",
+        lambda image: image.update(file_name=name) if image["id"] == 9 else None,
+    )
+
+    with pytest.raises(InputError, match=f"{name}: is the picture of image_id 9 and of image"):
+        read_sources(recipe_of(refer_root, sets=SETS[:1]), skip_missing=False)
 
 
 def test_shards_are_limited_by_bytes_and_by_images(refer_root: Path, tmp_path: Path) -> None:

@@ -11,9 +11,16 @@ from typing import Any
 
 import pytest
 
+from coupalign.data.masks import area, rle_from_segmentation
 from coupalign.data.packing.counts import count_refs
 from coupalign.data.packing.images import find_images
-from coupalign.data.packing.refer import read_annotation_set, read_refs_file
+from coupalign.data.packing.refer import (
+    Referral,
+    Sentence,
+    read_annotation_set,
+    read_refs_file,
+)
+from coupalign.data.records import UNKNOWN
 from coupalign.errors import InputError
 
 
@@ -152,6 +159,121 @@ def test_folder_can_differ_from_the_name_of_the_data_set(refer_root: Path) -> No
     assert len(referrals) == 24
 
 
+# ------------------------------------------------------------------------ Files of other makers
+
+
+def first_refs(refer_root: Path, change: Callable[[list], object]) -> list[Referral]:
+    edit(refer_root / "refcoco" / "refs(unc).p", change)
+    return read_annotation_set(refer_root, "refcoco", "unc")[0]
+
+
+def test_ref_about_several_objects_is_their_union(refer_root: Path) -> None:
+    """gRefCOCO has a list of ann_ids."""
+    one, two = first_refs(refer_root, lambda refs: refs[0].update(ann_id=[900, 901]))[:2]
+
+    alone = read_annotation_set(refer_root, "refcoco", "google")[0][0]
+    parts = (one.segmentation, two.segmentation, alone.segmentation)
+    union, second, first = (area(rle_from_segmentation(part, 48, 64)) for part in parts)
+    assert one.ann_id == (900, 901)
+    assert one.category == "person, bird"
+    assert one.same_class == 0
+    assert union == first + second
+
+
+def test_list_with_one_annotation_is_that_annotation(refer_root: Path) -> None:
+    before = read_annotation_set(refer_root, "refcoco", "unc")[0][0]
+
+    assert first_refs(refer_root, lambda refs: refs[0].update(ann_id=[900]))[0] == before
+
+
+@pytest.mark.parametrize("ann_id", [[-1], -1, "-1", []])
+def test_ref_without_a_target_is_refused_or_skipped(refer_root: Path, ann_id: object) -> None:
+    edit(refer_root / "refcoco" / "refs(unc).p", lambda refs: refs[3].update(ann_id=ann_id))
+
+    with pytest.raises(InputError, match="ref_id 3 .*no target.*remove it, or set `missing: skip`"):
+        read_annotation_set(refer_root, "refcoco", "unc")
+
+    referrals, skipped = read_annotation_set(refer_root, "refcoco", "unc", skip_missing=True)
+    assert len(referrals) == 23
+    assert "ref_id 3" in skipped[0] and "no target" in skipped[0]
+
+
+def test_sentences_may_be_plain_texts(refer_root: Path) -> None:
+    texts = ["the left thing", "Café"]
+
+    first = first_refs(refer_root, lambda refs: refs[0].update(sentences=texts))[0]
+
+    assert first.sentences == (
+        Sentence(0, "the left thing", "the left thing"),
+        Sentence(1, "Café", "Café"),
+    )
+
+
+def test_ids_may_be_texts_or_floats(refer_root: Path) -> None:
+    expected = read_annotation_set(refer_root, "refcoco", "unc")[0]
+
+    def as_texts(refs: list) -> None:
+        for ref in refs:
+            ref.update(ref_id=str(ref["ref_id"]), ann_id=str(ref["ann_id"]))
+            ref["image_id"] = float(ref["image_id"])
+
+    assert first_refs(refer_root, as_texts) == expected
+
+
+@pytest.mark.parametrize("as_written", [str, bool, float, lambda flag: ["false", "True"][flag]])
+def test_iscrowd_may_be_a_text(refer_root: Path, as_written: Callable[[int], object]) -> None:
+    expected = read_annotation_set(refer_root, "refcoco", "unc")[0]
+
+    def change(tree: dict) -> None:
+        for annotation in tree["annotations"]:
+            annotation["iscrowd"] = as_written(annotation["iscrowd"])
+
+    edit(refer_root / "refcoco" / "instances.json", change)
+
+    assert read_annotation_set(refer_root, "refcoco", "unc")[0] == expected
+
+
+def test_class_of_crowds_only_has_an_unknown_number_of_objects(refer_root: Path) -> None:
+    """CVAT marks every painted mask as a crowd."""
+
+    def change(tree: dict) -> None:
+        for annotation in tree["annotations"]:
+            annotation["iscrowd"] = int(annotation["category_id"] == 16)
+
+    edit(refer_root / "refcoco" / "instances.json", change)
+    referrals = read_annotation_set(refer_root, "refcoco", "unc")[0]
+
+    assert {ref.same_class for ref in referrals if ref.category == "bird"} == {UNKNOWN}
+    assert {ref.same_class for ref in referrals if ref.category == "person"} == {0}
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("seqA/00000.jpg", "seqA/00000.jpg"),
+        ("./seqA//00000.jpg", "seqA/00000.jpg"),
+        ("seqA\\00000.jpg", "seqA/00000.jpg"),
+        ("/home/someone/seqA/00000.jpg", "00000.jpg"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\photos\\1.jpg", "1.jpg"),
+    ],
+)
+def test_path_of_a_picture_stays_below_its_folder(refer_root: Path, name: str, kept: str) -> None:
+    edit(
+        refer_root / "refcoco" / "instances.json",
+        lambda tree: tree["images"][0].update(file_name=name),
+    )
+
+    assert read_annotation_set(refer_root, "refcoco", "unc")[0][0].file_name == kept
+
+
+def test_two_surrogates_are_joined_to_their_character(refer_root: Path) -> None:
+    def change(refs: list) -> None:
+        refs[0]["sentences"][0]["sent"] = "\ud83d\ude00 left"
+
+    assert first_refs(refer_root, change)[0].sentences[0].cleaned == "\U0001f600 left"
+
+
 # ---------------------------------------------------------------------------------- Broken files
 
 
@@ -222,6 +344,24 @@ def test_ref_without_its_image_record_is_refused_or_skipped(refer_root: Path) ->
         (lambda refs: refs[3].pop("ann_id"), "ref_id 3 .*no field 'ann_id'"),
         (lambda refs: refs.append(dict(refs[3])), "ref_id 3 is listed twice"),
         (lambda refs: refs.append(17), "ref 17"),
+        (lambda refs: refs[3].update(ann_id=None), "`ann_id` is None"),
+        (lambda refs: refs[3].update(ann_id=[2501, -1]), "`ann_id` is -1"),
+        (lambda refs: refs[3].update(ann_id=[[2501]]), "`ann_id` is .*, not a whole number"),
+        (lambda refs: refs[3].update(ref_id="x3"), "`ref_id` is 'x3', not a whole number"),
+        (lambda refs: refs[3].update(ref_id=True), "`ref_id` is True"),
+        (lambda refs: refs[3].update(ref_id=2**63), "`ref_id` is 9223372036854775808"),
+        (lambda refs: refs[3].update(image_id=10**400), "`image_id` is <a whole number of 1329"),
+        (lambda refs: refs[3].update(split="../val"), "`split` is '../val'"),
+        (lambda refs: refs[3].update(split=None), "`split` is None, not a text"),
+        (lambda refs: refs[3].update(split="x" * 200), "`split` is 'xxx"),
+        (lambda refs: refs[3].update(sentences="left"), "`sentences` is 'left', not a list"),
+        (lambda refs: refs[3].update(sentences=[3]), "a sentence is 3; expected a text, or"),
+        (lambda refs: refs[3]["sentences"][0].update(sent=None), "`sent` is None, not a text"),
+        (lambda refs: refs[3]["sentences"][1].update(sent_id=30), "sent_id 30 is listed twice"),
+        (
+            lambda refs: refs[3]["sentences"][0].update(sent="left \ud83d"),
+            r"`sent` is 'left \\ud83d', which holds half of a character",
+        ),
     ],
 )
 def test_malformed_ref_is_named(
@@ -255,6 +395,95 @@ def test_malformed_instances_file_is_named(refer_root: Path) -> None:
     file.unlink()
     with pytest.raises(InputError, match="instances.json: no such file"):
         read_annotation_set(refer_root, "refcoco", "unc")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tree: tree["annotations"].append(dict(tree["annotations"][3])), "is used twice"),
+        (lambda tree: tree["annotations"][-1].update(id=900), "id 900 is used twice"),
+        (lambda tree: tree["images"].append(dict(tree["images"][0])), "images.12.: id 9 is used"),
+        (lambda tree: tree["categories"].append({"id": 1, "name": "x"}), "categories.3.: id 1 is"),
+        (lambda tree: tree["annotations"][2].update(id="x"), "annotations.2.: `id` is 'x'"),
+        (lambda tree: tree["annotations"][2].pop("id"), "annotations.2.: no field 'id'"),
+        (lambda tree: tree["annotations"][2].update(iscrowd="no"), "`iscrowd` is 'no', neither"),
+        (lambda tree: tree["annotations"].append(5), r"annotations.25. is 5, not an object"),
+        (lambda tree: tree.update(images={}), "`images` is {}, not a list"),
+        (lambda tree: tree["categories"][0].update(name="\ud83d"), "half of a character"),
+        (lambda tree: tree["categories"][0].update(name=None), "`name` is None"),
+        (lambda tree: tree["images"][0].update(height=0), "ref_id 0 .*height is 0"),
+        (lambda tree: tree["images"][0].update(height=10**9), "height is 1000000000, not a number"),
+        (lambda tree: tree["images"][0].update(height=48.5), "`height` is 48.5"),
+        (lambda tree: tree["images"][0].update(file_name="\ud83d.jpg"), "`file_name`.* half"),
+        (lambda tree: tree["images"][0].update(file_name=""), "which names no file"),
+        (lambda tree: tree["annotations"][0].pop("segmentation"), "ref_id 0 .*'segmentation'"),
+        (lambda tree: tree["annotations"][0].update(segmentation=[]), "segmentation is empty"),
+        (lambda tree: tree["annotations"][0].update(segmentation=[[5, 5, 5e8, 5, 9, 9]]), "away"),
+        (lambda tree: tree["annotations"][0].update(image_id=25), "on image 25, the ref on 9"),
+    ],
+)
+def test_malformed_record_of_instances_is_named(
+    refer_root: Path, change: Callable[[dict], object], message: str
+) -> None:
+    edit(refer_root / "refcoco" / "instances.json", change)
+
+    with pytest.raises(InputError, match=message) as caught:
+        read_annotation_set(refer_root, "refcoco", "unc")
+    assert "refcoco/" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"images": [], "images": []}', "the key 'images' twice"),
+        ('{"images": [{"id": NaN}]}', "it holds NaN"),
+        ('{"images": [{"id": 1e999}], "annotations": [], "categories": []}', "`id` is inf"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"images": [' + "9" * 5000 + "]}", "digits"),
+        ("\ufeff" + '{"images": 1}', "`annotations` is None, not a list"),
+    ],
+    ids=["key twice", "NaN", "infinite", "deep", "long number", "byte order mark"],
+)
+def test_odd_json_is_refused_in_one_line(refer_root: Path, text: str, message: str) -> None:
+    (refer_root / "refcoco" / "instances.json").write_text(text, encoding="utf-8")
+
+    with pytest.raises(InputError, match=f"instances.json: .*{message}") as caught:
+        read_annotation_set(refer_root, "refcoco", "unc")
+    assert len(str(caught.value)) < 600
+
+
+def bomb() -> list:
+    """A list of 262 bytes as a pickle, whose repr has 2 ** 40 entries."""
+    value: list = ["x"]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (pickle.dumps([bomb()], protocol=4), "it is not an object with fields"),
+        (pickle.dumps([{"ann_id": bomb()}], protocol=4), "`ann_id` is"),
+        (pickle.dumps([{"ann_id": 900, "image_id": bomb()}], protocol=4), "`image_id` is"),
+        (b"\x80\x04\x8e" + (8 << 30).to_bytes(8, "little") + b"abc.", "not a readable refs file"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "the list of refs is empty"),
+        (b"\x80\x02}K\x01" + b"\x85" * 3_000_000 + b"K\x01s.", "which is no text"),
+        (b"\x80\x02]" + b"]" * 1_000_000 + b"a" * 1_000_000 + b".", "not an object"),
+        (pickle.dumps([{1, 2}], protocol=4), "holds a set"),
+        (b"\x80\x02\x82\x01.", "the extension 1"),
+        (b"Pabc\n.", "external object 'abc'"),
+        (b"I" + b"9" * 5000 + b"\n.", "not a readable refs file"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_pickle_bomb_is_refused_in_one_line(refer_root: Path, data: bytes, message: str) -> None:
+    (refer_root / "refcoco" / "refs(unc).p").write_bytes(data)
+
+    with pytest.raises(InputError, match=rf"refs\(unc\)\.p: .*{message}") as caught:
+        read_annotation_set(refer_root, "refcoco", "unc")
+    assert len(str(caught.value)) < 600
 
 
 def test_missing_refs_file_lists_the_existing_ones(refer_root: Path) -> None:
