@@ -13,7 +13,8 @@ from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 
-_SCHEME = r"[a-zA-Z][a-zA-Z0-9+.-]*://"
+# With one slash, it is an address that was taken for a path.
+_SCHEME = r"(?:[a-zA-Z][a-zA-Z0-9+.-]*://|(?:https?|s3|gs|ftps?|postgresql|mysql[+a-z]*):/(?!/))"
 
 # One address in a text. A quote, a bracket or white space ends it.
 _ADDRESS = re.compile(rf"(?P<scheme>{_SCHEME})(?P<rest>[^\s'\"`<>{{}}\\]*)")
@@ -69,7 +70,7 @@ def hide_secret(text: str, *known: str | None) -> str:
 def _secrets_in(text: str) -> Iterator[tuple[str, int, int]]:
     """Yield the kind, the start and the end of each secret in a text."""
     for address in _ADDRESS.finditer(text):
-        scheme = address["scheme"].removesuffix("://").lower()
+        scheme = address["scheme"].partition(":")[0].lower()
         rest, start = address["rest"], address.start("rest")
 
         end_of_login = _end_of_login(scheme, rest)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     model_validator,
@@ -58,7 +59,17 @@ def _without_secret(address: str) -> str:
 
 
 # A path, a hub name or an address; see the field.
-Address = Annotated[str, AfterValidator(_without_secret)]
+Address = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
+
+
+def _is_not_empty(path: Any) -> Any:
+    if path == "":
+        raise ValueError("an empty path; leave the key out, or write . for the working directory")
+    return path
+
+
+# A folder. Python takes the empty string for the working directory.
+Folder = Annotated[Path, BeforeValidator(_is_not_empty)]
 
 
 def _is_plain_name(name: str) -> str:
@@ -201,7 +212,7 @@ class DataConfig(Section):
         ge=0,
         le=1024,
     )
-    cache_dir: Path | None = setting(
+    cache_dir: Folder | None = setting(
         None, "Folder for copies of remote shards. Null: the user's cache folder.", numeric=False
     )
     cache_gb: float = setting(
@@ -668,14 +679,16 @@ class MlflowTracking(Section):
         "Tracking server or sqlite:///file, without a password. Null: $MLFLOW_TRACKING_URI if it "
         "is set, else mlflow.db next to the run directory.",
     )
-    experiment: str = setting("coupalign", "Name of the MLflow experiment.")
+    experiment: str = setting(
+        "coupalign", "Name of the MLflow experiment.", min_length=1, max_length=500
+    )
     system_metrics: bool = setting(False, "Also record CPU, memory, disk and GPU usage.")
 
 
 class EvalConfig(Section):
     """How a model is scored."""
 
-    protocol: Literal["ris-v1", "lavt", "cris"] = setting(
+    protocol: Literal["ris-v1", "lavt", "cris", "coupalign-author"] = setting(
         "ris-v1",
         "Resolution and threshold at which prediction and truth are compared; see docs/method.md.",
     )
@@ -704,7 +717,7 @@ class Config(Section):
     name: PlainName = setting(
         "coupalign", "Name of the run, and of its folder in runs/.", numeric=False
     )
-    run_dir: Path | None = setting(
+    run_dir: Folder | None = setting(
         None, "Folder for everything the run writes. Null: runs/<name>.", numeric=False
     )
     seed: int = setting(

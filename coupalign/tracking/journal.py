@@ -24,6 +24,11 @@ from typing import Literal, Protocol
 from coupalign.errors import InputError
 
 JOURNAL = "metrics.jsonl"
+
+# What MLflow stores: a step of 64 bits, and milliseconds since 1970.
+MAX_STEP = 1 << 62
+MAX_TIME_S = 1e11
+
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 
 logger = logging.getLogger("coupalign.tracking")
@@ -68,9 +73,11 @@ class Measurement:
         try:
             value = json.loads(line)
             metrics = {str(name): float(number) for name, number in value["metrics"].items()}
-            return cls(int(value["step"]), float(value["time"]), metrics)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            measurement = cls(int(value["step"]), float(value["time"]), metrics)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
+        is_possible = abs(measurement.step) < MAX_STEP and 0 <= measurement.time < MAX_TIME_S
+        return measurement if is_possible else None
 
     def line(self) -> bytes:
         """Format the measurement as a journal line."""

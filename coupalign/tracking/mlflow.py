@@ -48,6 +48,8 @@ _DEFAULTS = {
 # What one answer may take. The largest that we ask for is the list of a run's params.
 ANSWER_BYTES = 64 << 20
 ANSWER_S = 60.0
+# The rows of a split have some megabytes.
+DOWNLOAD_BYTES = 1 << 30
 
 # Variables whose value may come back in the text of an error.
 _SECRET_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -371,7 +373,12 @@ def _bound_answers() -> None:
         def send(self, request: Any, stream: bool = False, **options: Any) -> Any:
             response = super().send(request, stream=stream, **options)
             if stream:
-                return response  # a download, which MLflow writes to a file
+                # A download, which MLflow writes to a file.
+                pieces = response.iter_content
+                response.iter_content = lambda *args, **kwargs: _at_most(
+                    DOWNLOAD_BYTES, pieces(*args, **kwargs)
+                )
+                return response
 
             content, deadline = bytearray(), time.monotonic() + ANSWER_S
             while chunk := response.raw.read1(1 << 16, decode_content=True):
@@ -389,6 +396,19 @@ def _bound_answers() -> None:
             return response
 
     request_utils.TCPKeepAliveHTTPAdapter = BoundedAdapter
+
+
+def _at_most(limit: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Pass the pieces of a download on.
+
+    Raises:
+        OSError: they are more than `limit` bytes together.
+    """
+    for piece in pieces:
+        limit -= len(piece)
+        if limit < 0:
+            raise OSError("the file that the server sends does not end where a file of ours would")
+        yield piece
 
 
 def _create_database(file: Path) -> None:

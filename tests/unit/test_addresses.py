@@ -31,6 +31,7 @@ WITH_SECRET = [
     "s3://AKIA:hunter2@bucket/a",
     "user:hunter2@host:5000",
     "//user:hunter2@host:5000",
+    "http:/user:hunter2@host/shards/index.json",
 ]
 
 WITHOUT_SECRET = [
@@ -43,6 +44,7 @@ WITHOUT_SECRET = [
     "http://[::1]:5000/a",
     "https://host/path@v1:2/x",
     "https://host:8080/path@v1",
+    "http:/host/path@v1",
     "https://host/a?version=2&monkey=1&tokens_per=",
     "s3://bucket/refcoco",
     "postgresql://mlflow@host/db",

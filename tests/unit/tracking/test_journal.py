@@ -76,12 +76,15 @@ def test_resume_after_a_kill_repeats_and_loses_no_step(tmp_path: Path, cut: int)
 
 
 def test_damaged_lines_in_the_middle_are_skipped_and_offsets_stay_right(tmp_path: Path) -> None:
-    # One good row, three damaged lines, one good row.
+    # One good row, damaged and impossible lines, one good row.
     journal = Journal(tmp_path)
     journal.log(1, {"loss": 1.0})
     journal.close()
     with open(tmp_path / JOURNAL, "ab") as file:
-        file.write(b'\x00\x00\x00\n{"step": 2}\n[]\n')
+        file.write(b'\x00\x00\x00\n{"step": 2}\n[]\n' + b"[" * 100_000 + b"\n")
+        for step, seconds in (("1e999", "1"), ("1" + "0" * 30, "1"), ("2", "NaN"), ("2", "1e300")):
+            line = f'{{"step": {step}, "time": {seconds}, "metrics": {{"loss": 1}}}}\n'
+            file.write(line.encode())
     journal = Journal(tmp_path)
     journal.log(3, {"loss": 3.0})
     journal.close()
