@@ -264,7 +264,7 @@ class ShardCache:
         while True:
             try:
                 descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self._fetch(url, shard, path)
                 continue
             except OSError as error:

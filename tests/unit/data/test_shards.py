@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import hashlib
 import http.server
 import io
 import multiprocessing
@@ -9,20 +12,22 @@ import os
 import pickle
 import tarfile
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import shards
-from coupalign.data.index import ShardIndex, read_index
+from coupalign.data.index import Shard, ShardIndex, read_index
 from coupalign.data.shards import ShardStore, fetch, open_index, open_vocabulary
 from coupalign.errors import InputError
 from tests.unit.data.batches import train
+from tests.unit.data.conftest import change_index
 
 FORK = multiprocessing.get_context("fork")
 
@@ -62,6 +67,7 @@ class Site:
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *_: None  # a client that has heard enough
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         serve = {"target": self.server.serve_forever, "kwargs": {"poll_interval": 0.05}}
         threading.Thread(**serve, daemon=True).start()
@@ -301,7 +307,321 @@ def test_shards_without_vocabulary_need_a_tokenizer(packed: Path):
         open_vocabulary(index)
 
 
+# ------------------------------------------------------------------------------ hostile servers
+
+
+class HostileHandler(http.server.BaseHTTPRequestHandler):
+    """Sends what `answers` says: headers, and a body that may not end."""
+
+    answers: dict[str, tuple[int, dict[str, str], Iterator[bytes]]]
+    seen: list[tuple[str, dict[str, str]]]
+    sent: int
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, dict(self.headers)))
+        status, headers, body = self.answers[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for part in body:
+            self.wfile.write(part)
+            type(self).sent += len(part)
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hostile(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[HostileHandler]]]:
+    """The address of a server, and its handler."""
+    monkeypatch.setattr(shards, "FIRST_DELAY_S", 0.01)
+    handler = type("Handler", (HostileHandler,), {"answers": {}, "seen": [], "sent": 0})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None
+    serve = {"target": server.serve_forever, "kwargs": {"poll_interval": 0.05}}
+    threading.Thread(**serve, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_endless_shard_is_not_kept(
+    hostile: tuple[str, type[HostileHandler]], packed: Path, tmp_path: Path
+):
+    url, handler = hostile
+    index = replace(read_index(packed), location=url)
+    endless = {"/shard-000000.tar": (200, {}, cycle([bytes(1 << 20)]))}
+    handler.answers = endless
+    watched: list[int] = []
+    really_write = shards._receive
+
+    def watch(address: str, shard: Shard, partial: Path) -> str | None:
+        problem = really_write(address, shard, partial)
+        watched.append(partial.stat().st_size)
+        return problem
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="more than"):
+        patch.setattr(shards, "_receive", watch)
+        ShardStore(index, tmp_path / "cache").read(0, 0, 1)
+
+    assert len(watched) == 2 and max(watched) <= index.shards[0].bytes
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.stat().st_size]
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_endless_index_is_refused(
+    hostile: tuple[str, type[HostileHandler]], monkeypatch: pytest.MonkeyPatch, encoding: str
+):
+    url, handler = hostile
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", 3_000_000)
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)
+    packed_zeros = squeeze.compress(bytes(50_000_000)) + squeeze.flush()
+    body = [packed_zeros] if encoding == "gzip" else cycle([b" " * (1 << 16)])
+    handler.answers = {"/index.json": (200, {"Content-Encoding": encoding}, iter(body))}
+
+    with pytest.raises(InputError, match=r"index.json: more than 3,000,000 bytes, the limit"):
+        open_index(url)
+
+
+def test_endless_vocabulary_is_refused(
+    hostile: tuple[str, type[HostileHandler]], packed: Path, tmp_path: Path, monkeypatch
+):
+    url, handler = hostile
+    monkeypatch.setattr(shards, "MAX_VOCABULARY_BYTES", 100_000)
+    handler.answers = {"/vocab.txt": (200, {}, cycle([b"word\n" * 1000]))}
+
+    with pytest.raises(InputError, match=r"vocab.txt: more than 100,000 bytes, the limit"):
+        open_vocabulary(replace(read_index(packed), location=url), tmp_path)
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "/index.json", "gopher://x/y"])
+def test_redirect_that_leads_nowhere_is_reported(
+    hostile: tuple[str, type[HostileHandler]], target: str
+):
+    url, handler = hostile
+    handler.answers = {"/index.json": (302, {"Location": target, "Content-Length": "0"}, iter([]))}
+
+    with pytest.raises(InputError, match="index.json cannot be fetched: [A-Z]"):
+        open_index(url)
+
+    assert len(handler.seen) <= 31
+
+
+@pytest.mark.parametrize(
+    "sha256", ["../../../project/poetry", "/etc/passwd", "x" * 64, "A" * 64, "0" * 63, "", None, 5]
+)
+def test_sha256_of_a_foreign_index_is_no_path(site: Site, packed: Path, sha256: object):
+    change_index(packed, lambda tree: tree["shardlist"][0].update(sha256=sha256))
+
+    with pytest.raises(InputError, match=r"index.json: damaged index \(sha256 .* is not a SHA-256"):
+        open_index(site.url)
+
+
+# ------------------------------------------------------------------------- proxies and secrets
+
+
+def test_proxy_of_the_environment_is_used(site: Site, monkeypatch: pytest.MonkeyPatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", site.url)
+    asked = []
+
+    def answer(name: str, times: int, body: bytes) -> tuple[int, bytes, int]:
+        asked.append(name)
+        data = (site.directory / "index.json").read_bytes()
+        return 200, data, len(data)
+
+    site.answer = answer
+
+    index = open_index("http://shards.example.invalid/small")
+
+    assert index.location == "http://shards.example.invalid/small"
+    assert asked == ["http://shards.example.invalid/small/index.json"]
+
+
+def test_no_proxy_is_used(site: Site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    assert open_index(site.url).name == "small"
+
+
+def test_login_of_netrc_is_sent(
+    hostile: tuple[str, type[HostileHandler]],
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    url, handler = hostile
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    handler.answers = {
+        "/index.json": (200, {}, iter([(packed / "index.json").read_bytes()])),
+    }
+
+    open_index(url)
+
+    ((_, headers),) = handler.seen
+    login = base64.b64encode(b"me:s3cret").decode()
+    assert headers["Authorization"] == f"Basic {login}"
+
+
+def test_password_in_an_address_is_never_shown(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    secret = site.url.replace("://", "://me:s3cret-word@")
+    site.answer = lambda name, times, body: (503, b"", 0)
+    messages = []
+    with pytest.raises(InputError) as failed:
+        open_index(secret)
+    messages.append(str(failed.value))
+
+    # Wrong shards, a wrong vocabulary, and a store that shows its addresses.
+    site.answer = lambda name, times, body: (
+        (200, body, len(body)) if name == "index.json" else (200, b"x", 1)
+    )
+    index = open_index(secret)
+    store = ShardStore(index, tmp_path / "cache")
+    for use in (lambda: store.read(0, 0, 1), lambda: open_vocabulary(index, tmp_path / "cache")):
+        with pytest.raises(InputError) as failed:
+            use()
+        messages.append(str(failed.value))
+    messages += [store.address(0), caplog.text]
+
+    assert not [text for text in messages if "s3cret" in text]
+    assert all("127.0.0.1" in text for text in messages)
+
+
 # ------------------------------------------------------------------------------------ the cache
+
+
+def change_in_cache(file: Path, *, keep_times: bool = False) -> None:
+    """Change one byte of a cached shard, in place."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    if keep_times:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_cached_shard_that_changed_is_fetched_again(
+    site: Site, tmp_path: Path, caplog, keep_times: bool, process: str
+):
+    cache, index = tmp_path / "cache", open_index(site.url)
+    store = ShardStore(index, cache)
+    expected = read_everything(store, index)
+    store.close()
+    change_in_cache(cache / f"{index.shards[1].sha256}.tar", keep_times=keep_times)
+
+    if process == "another":
+        store = ShardStore(index, cache)
+    found = read_everything(store, index)
+
+    assert found == expected
+    assert site.requests["shard-000001.tar"] == 2 and site.requests["shard-000000.tar"] == 1
+    assert "shard-000001.tar changed in the cache after it was fetched" in caplog.text
+
+
+def test_cached_shard_is_hashed_once_per_node(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cache, index = tmp_path / "cache", open_index(site.url)
+    read_everything(ShardStore(index, cache), index)
+    hashed = []
+    really_hash = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda *args: hashed.append(1) or really_hash(*args)
+    )
+
+    # Fetched within the hour: the note of the process that did so counts.
+    read_everything(ShardStore(index, cache), index)
+    assert hashed == []
+
+    # The disk may have rotted since: each process looks once.
+    monkeypatch.setattr(shards, "CHECKED_FOR_S", -100)
+    store = ShardStore(index, cache)
+    for _ in range(2):
+        read_everything(store, index)
+        store.close()
+    assert len(hashed) == len(index.shards)
+
+
+@pytest.mark.parametrize("note", [b"", b"x y", b"1 2 3", b"9" * 400, b"\xff", b"-1 0 0 0 0"])
+def test_foreign_note_of_a_check_proves_nothing(site: Site, tmp_path: Path, note: bytes):
+    cache, index = tmp_path / "cache", open_index(site.url)
+    expected = read_everything(ShardStore(index, cache), index)
+    for shard in index.shards:
+        change_in_cache(cache / f"{shard.sha256}.tar", keep_times=True)
+        (cache / f"{shard.sha256}.checked").write_bytes(note)
+
+    assert read_everything(ShardStore(index, cache), index) == expected
+
+
+def test_eviction_leaves_nothing_behind(site: Site, tmp_path: Path):
+    cache, index = tmp_path / "cache", open_index(site.url)
+    limit = max(shard.bytes for shard in index.shards)
+
+    for number in (0, 1, 2):
+        ShardStore(index, cache, limit).read(number, 0, 1)
+
+    sha256 = index.shards[2].sha256
+    assert {path.name for path in cache.iterdir()} == {f"{sha256}.tar", f"{sha256}.checked"}
+
+
+def test_cache_that_cannot_be_written_names_the_setting(site: Site, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    index = open_index(site.url)
+
+    for use in (
+        lambda: ShardStore(index, tmp_path / "file").read(0, 0, 1),
+        lambda: open_vocabulary(index, tmp_path / "file"),
+    ):
+        with pytest.raises(InputError, match="cannot be written .*; set data.cache_dir"):
+            use()
+
+
+def test_user_without_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def nobody(*_: object) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"coupalign-{os.geteuid()}"
+
+    assert shards.default_cache() == own / "shards"
+    assert own.stat().st_mode & 0o777 == 0o700
+
+    # Somebody else's folder, or one that others can write to, is no place for a cache.
+    own.chmod(0o777)
+    with pytest.raises(InputError, match="data.cache_dir is empty, and .*others can write"):
+        shards.default_cache()
+    own.rmdir()
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="set data.cache_dir"):
+        shards.default_cache()
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_cache_works_without_locks(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int
+):
+    def refuse(*_: object) -> None:
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    cache, index = tmp_path / "cache", open_index(site.url)
+    limit = 2 * max(shard.bytes for shard in index.shards)
+
+    assert read_everything(ShardStore(index, cache, limit), index) == files_in_tars(site.directory)
+    assert len(cached(cache)) <= 2
 
 
 def test_cache_evicts_the_shard_unused_longest(site: Site, tmp_path: Path):
