@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +21,7 @@ from coupalign.engine.optimizer_state import make_universal, open_optimizer_stat
 from coupalign.errors import InputError
 from coupalign.model.build import build_model
 from coupalign.model.weights.load import write_weights
+from tests.hostile import RunsCode
 
 SIZE, TOKENS, VOCABULARY = 64, 8, 40
 
@@ -219,16 +219,6 @@ def adopt_each(
     return results
 
 
-class RunsCode:
-    """A pickle of it creates a file when it is loaded without restrictions."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.marker}",)
-
-
 def load_hostile_shares(
     world: World, configs: Sequence[Config], folder: Path, marker: Path
 ) -> list[str]:
@@ -256,6 +246,21 @@ def load_hostile_shares(
                     errors.append(str(error))
             file.write_bytes(whole)
     return errors
+
+
+def follow_loss_scale(
+    world: World, configs: Sequence[Config], scales: Sequence[float]
+) -> list[list[float]]:
+    """For each engine, take a step at each loss scale; returns the scales that DeepSpeed used."""
+    used = []
+    for config in configs:
+        engine = make_engine(config, world)
+        used.append([])
+        for step, scale in enumerate(scales):
+            engine.loss_scale.scale = scale
+            train_steps(engine, config, world, range(step, step + 1))
+            used[-1].append(engine.engine.optimizer.loss_scale)
+    return used
 
 
 def train_poisoned(world: World, configs: Sequence[Config]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from coupalign.config.load import override
 from tests.distributed.jobs import (
     engine_configs,
+    follow_loss_scale,
     load_hostile_shares,
     stop_while_averaged,
     tiny,
@@ -177,6 +178,18 @@ def test_mixed_precision_agrees_between_engines() -> None:
         for other in others:
             difference = relative_difference(column(first, 0), column(other, 0))
             assert difference < rounding < 0.05
+
+
+def test_deepspeed_follows_the_loss_scale_of_fp16_down_to_one() -> None:
+    """It falls to 1 after many overflows, and DeepSpeed must not keep the 2 before it."""
+    configs = [
+        config.model_copy(update={"precision": "fp16"})
+        for config in engine_configs("zero1", "zero2", "zero3")
+    ]
+
+    used = run_ranks(follow_loss_scale, 1, configs, [4.0, 2.0, 1.0, 2.0])[0]
+
+    assert used == [[4.0, 2.0, 1.0, 2.0]] * len(configs)
 
 
 def test_recomputing_activations_changes_no_number(pair: dict[str, Result]) -> None:

@@ -149,7 +149,7 @@ def _unreachable(repository: str, field: str, error: Exception) -> InputError:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else ""
+    return f"{lines[0]:.200}" if lines else ""
 
 
 def _unwrap_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -165,7 +165,8 @@ def _unwrap_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return tensors
-        found = f"only {', '.join(map(str, list(content)[:6]))}"
+        names = [f"{name!s:.40}" for name in list(content)[:6]]
+        found = f"only {', '.join(names)}"
     else:
         found = f"a {type(content).__name__}"
     raise InputError(

@@ -6,7 +6,11 @@ import math
 
 import torch
 
+from coupalign.config.load import override
+from coupalign.config.schema import Config
+from coupalign.distributed.world import World
 from coupalign.engine.base import (
+    EngineBase,
     LossScale,
     Phases,
     StepStats,
@@ -29,6 +33,21 @@ def test_loss_scale_of_fp16_halves_on_overflow_and_doubles_after_2000_good_steps
         scale.update(YES)
     assert scale.scale == 65536.0
     assert int(scale.applied_steps) == 2000
+
+
+def test_parameter_without_a_gradient_is_no_obstacle_to_unscaling() -> None:
+    """fp16 divides all gradients by the loss scale, and an unused parameter has none."""
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 1, bias=False) for _ in range(2)])
+    config = override(Config(), ["precision=fp16", "optim.clip_norm=null"])
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    engine = EngineBase(model, torch.optim.AdamW(model.parameters()), config, alone)
+    scale = engine.loss_scale.scale
+
+    (model[0](torch.tensor([[3.0, 4.0]])).sum() * scale).backward()
+    norm = engine._clip_gradients()
+
+    assert scale > 1 and norm.item() == 5.0
+    assert model[0].weight.grad.tolist() == [[3.0, 4.0]] and model[1].weight.grad is None
 
 
 def test_loss_scale_is_constant_without_fp16_and_counts_applied_steps() -> None:

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from coupalign.engine.shares import check_shares, restricted_loading
 from coupalign.errors import InputError
+from tests.hostile import FORMS, RunsCode, write_pickle
 
 VARIABLES = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
-class RunsCode:
-    """A pickle of it creates a file when it is loaded without restrictions."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.marker}",)
-
-
-def write(file: Path, value: Any, form: str) -> None:
-    """Write as torch does today ("zip"), as it did before 1.6 ("legacy"), 0.1 ("tar"), or not."""
-    if form == "raw":
-        file.write_bytes(pickle.dumps(value))
-    elif form == "tar":
-        write_tar(file, {"storages": 0, "tensors": 0, "pickle": value})
-    else:
-        torch.save(value, file, _use_new_zipfile_serialization=form == "zip")
-
-
-def write_tar(file: Path, members: dict[str, Any]) -> None:
-    with tarfile.open(file, "w:") as tar:
-        for name, value in members.items():
-            data = pickle.dumps(value, 2)
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "tar", "raw"])
+@pytest.mark.parametrize("form", FORMS)
 def test_share_that_runs_code_is_refused_by_both_barriers(tmp_path: Path, form: str) -> None:
     marker, file = tmp_path / "ran", tmp_path / "mp_rank_00_model_states.pt"
-    write(file, {"module": {"w": torch.zeros(3)}, "note": RunsCode(marker)}, form)
+    write_pickle(file, {"module": {"w": torch.zeros(3)}, "note": RunsCode(marker)}, form)
 
     with pytest.raises(InputError, match="mp_rank_00_model_states.pt"):
         check_shares(tmp_path)
@@ -61,14 +30,14 @@ def test_share_that_runs_code_is_refused_by_both_barriers(tmp_path: Path, form: 
 
 
 def test_foreign_names_are_listed(tmp_path: Path) -> None:
-    write(tmp_path / "a.pt", RunsCode(tmp_path / "ran"), "zip")
+    write_pickle(tmp_path / "a.pt", RunsCode(tmp_path / "ran"))
 
     with pytest.raises(InputError, match=r"a\.pt: holds 'posix.system', which DeepSpeed does not"):
         check_shares(tmp_path)
 
 
 def test_torn_share_is_refused_by_name(tmp_path: Path) -> None:
-    write(tmp_path / "a.pt", {"w": torch.zeros(1000)}, "zip")
+    write_pickle(tmp_path / "a.pt", {"w": torch.zeros(1000)})
     data = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(data[: len(data) // 2])
 
@@ -88,7 +57,7 @@ def test_classes_that_deepspeed_stores_are_read(tmp_path: Path) -> None:
         "scaler": LossScaler(2.0),
         "w": torch.arange(3),
     }
-    write(tmp_path / "a.pt", stored, "zip")
+    write_pickle(tmp_path / "a.pt", stored)
 
     check_shares(tmp_path)
     with restricted_loading():
@@ -109,7 +78,7 @@ def test_restriction_ends_with_its_context_and_outranks_the_environment(
     for name, value in before.items():
         monkeypatch.setenv(name, value)
     marker = tmp_path / "ran"
-    write(tmp_path / "a.pt", RunsCode(marker), "zip")
+    write_pickle(tmp_path / "a.pt", RunsCode(marker))
 
     with restricted_loading(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "a.pt", weights_only=False)

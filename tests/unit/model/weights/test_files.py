@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundE
 
 from coupalign.errors import InputError
 from coupalign.model.weights.files import locate, read_tensors, read_weights, write_weights
+from tests.hostile import FORMS, RunsCode, write_pickle
 
 # ------------------------------------------------------------------------------- our own weights
 
@@ -92,6 +93,27 @@ def test_files_without_weights_are_refused(tmp_path, content, match, suffix):
 
     with pytest.raises(InputError, match=match):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".tar"])
+def test_weights_that_run_code_are_refused(tmp_path, form, suffix):
+    path, marker = tmp_path / f"file{suffix}", tmp_path / "ran"
+    write_pickle(path, {"model": {"w": torch.zeros(3), "e": RunsCode(marker)}}, form)
+
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        read_tensors(path)
+
+    assert not marker.exists()
+
+
+def test_long_names_in_a_file_are_cut(tmp_path):
+    torch.save({"a" * 10_000: 1}, tmp_path / "file.pth")
+
+    with pytest.raises(InputError) as caught:
+        read_tensors(tmp_path / "file.pth")
+
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(
