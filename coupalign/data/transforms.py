@@ -20,6 +20,8 @@ from PIL import Image, ImageEnhance
 from coupalign.data import masks
 from coupalign.data.batch import Frame
 from coupalign.data.pictures import load_pixels, open_picture
+from coupalign.data.sides import is_english
+from coupalign.data.sides import mirror_sentence as mirror_sentence
 
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normalizes to about 0
 
@@ -280,21 +282,6 @@ def _nearest(old: int, new: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------- sentences
 
 
-def mirror_sentence(sentence: str) -> str | None:
-    """Exchange left and right in a sentence, for the mirrored image.
-
-    Exchanges whole words only ("leftmost", "left-hand", "topright", ...). A word that merely
-    contains one ("bright", "leftover") stays.
-
-    Returns:
-        the sentence; or None if its meaning in a mirror is not certain ("right behind", "at 3
-        o'clock", "guy on l"). Such a sample must not be mirrored.
-    """
-    if _UNSURE.search(sentence):
-        return None
-    return _SIDE.sub(_opposite_side, sentence)
-
-
 def names_color(sentence: str) -> bool:
     """Return whether a sentence names a color or brightness.
 
@@ -307,54 +294,20 @@ def draw_jitter(sentence: str, strength: float, generator: np.random.Generator) 
     """Draw factors of brightness, contrast and saturation, each in 1 ± strength.
 
     Returns:
-        the factors; None if `strength` is 0 or the sentence names a color.
+        the factors; None if `strength` is 0, or the sentence names a color, or may name one in
+        another language.
     """
     # Draw in any case: the stream of random numbers does not depend on the text.
     factors = generator.uniform(1 - strength, 1 + strength, 3)
-    if strength == 0 or names_color(sentence):
+    if strength == 0 or names_color(sentence) or not is_english(sentence):
         return None
     return float(factors[0]), float(factors[1]), float(factors[2])
-
-
-def _opposite_side(match: re.Match[str]) -> str:
-    """Replace the side in a match of `_SIDE`, in the same case."""
-    before, side, after = match.group(1) or "", match.group(2), match.group(3) or ""
-    opposite = {"left": "right", "right": "left"}[side.lower()]
-    if side.isupper():
-        opposite = opposite.upper()
-    elif side[0].isupper():
-        opposite = opposite.capitalize()
-    return before + opposite + after
 
 
 def _any_of(words: str) -> str:
     """Return a pattern that matches any of the words."""
     return "|".join(words.split())
 
-
-# A word with a side in it: its first part, its side, its last part.
-_SIDE = re.compile(
-    rf"(?<![a-z0-9])({_any_of('top bottom upper lower far front back mid middle center')})?"
-    r"(left|right)"
-    rf"({_any_of('most hand handed hander side sided ward wards er')})?(?![a-z0-9])",
-    re.IGNORECASE,
-)
-
-# Before "right", these make it a side; without them "right next to" means "directly next to".
-_MAKES_A_SIDE = ("the", "on", "to", "at", "far", "top", "bottom", "upper", "lower")
-_AFTER_DIRECTLY = _any_of(
-    "next behind above below beneath under underneath over beside near by there here now before "
-    "after where up in"
-)
-
-# "right" in the sense of "directly", abbreviations, and directions on a clock or a map.
-_UNSURE = re.compile(
-    rf"(?<![\w])(?:{''.join(f'(?<!{word} )' for word in _MAKES_A_SIDE)}right "
-    rf"(?:{_AFTER_DIRECTLY}|on top|at)"
-    rf"|all right|{_any_of('l r lt rt lft rgt rite')}|o'?clock|(?:anti|counter)?-?clockwise"
-    r"|east|west)(?![\w])",
-    re.IGNORECASE,
-)
 
 _COLOR = _any_of(
     "black white gray grey red green blue yellow orange purple pink brown tan beige gold golden "

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coupalign.data.transforms import mirror_sentence, names_color
+from coupalign.data.sides import names_side
+from coupalign.data.transforms import names_color
 from coupalign.evaluation.metrics import EmptyUnion, summarize
 from coupalign.evaluation.rows import Rows
 
@@ -50,7 +51,7 @@ KINDS = {
 }
 _METRICS = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
 
-# `mirror_sentence` knows left and right in all their forms.
+# `names_side` knows left and right in all their forms.
 _PLACE = re.compile(
     r"(?<![a-z])(?:"
     r"left|right|above|below|"
@@ -111,11 +112,9 @@ def group_section(name: str, rows: Rows, empty: EmptyUnion) -> str:
 
 
 def _kinds_of_words(sentence: str) -> tuple[str, ...]:
-    # `mirror_sentence` returns None for a word that is a place in most sentences but not in all.
-    names_side = mirror_sentence(sentence) != sentence
     place, color, order, size, none_of_them = _WORDS
     named = {
-        place: names_side or _PLACE.search(sentence) is not None,
+        place: names_side(sentence) or _PLACE.search(sentence) is not None,
         color: names_color(sentence),
         order: _ORDER.search(sentence) is not None,
         size: _SIZE.search(sentence) is not None,
