@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coupalign.evaluation.metrics import Score
 
 # The names in `schema.EvalConfig.protocol` and `data.table.Rule`; a test holds them together.
-PROTOCOLS = ("ris-v1", "lavt", "cris")
+PROTOCOLS = ("ris-v1", "lavt", "cris", "coupalign-author")
 SENTENCE_RULES = ("each", "first", "concatenated")
 
 
@@ -94,9 +94,9 @@ def add_eval(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--sentences",
         choices=(*SENTENCE_RULES, "all"),
-        default="each",
-        help="what one sample is: each sentence of a ref (default), its first, or all of them "
-        "joined as one text",
+        help="what one sample is: each sentence of a ref, its first, or all of them joined as one "
+        "text; default: what the authors of the protocol score, which is each for all but "
+        "coupalign-author",
     )
     parser.add_argument(
         "--language-blind",

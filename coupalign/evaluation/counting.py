@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from coupalign.data.batch import Frame, SampleInfo
 
 # Columns of a counted row: the number, what does not depend on the protocol (image id, area,
-# pixels, same class, cut, broken), then I, U, bI, bU under each protocol.
-_SAMPLE_COLUMNS = 6
+# pixels, same class, cut, unknown, broken), then I, U, bI, bU under each protocol.
+_SAMPLE_COLUMNS = 7
 _COUNT_COLUMNS = 4
 
 # More samples would hardly save a launch, and their masks would not fit into a CPU's cache.
@@ -48,14 +48,13 @@ class CountedBatch:
         """Wait for the counts and return one row per sample, int64 [B, `counted_width`].
 
         Columns: number, image id, area, pixels, same class, whether the sentence was cut, whether
-        the logits are broken, then I, U, bI, bU under each protocol.
+        it has no known word, whether the logits are broken, then I, U, bI, bU under each protocol.
         """
         of_samples = []
         for info in self.infos:
             area, pixels = int(np.count_nonzero(info.truth)), info.truth.size
-            of_samples.append(
-                (info.number, info.image_id, area, pixels, info.same_class, int(info.cut))
-            )
+            flags = int(info.cut), int(info.unknown)
+            of_samples.append((info.number, info.image_id, area, pixels, info.same_class, *flags))
         counts = self.counts.numpy().astype(np.int64)
         return np.hstack([np.asarray(of_samples, np.int64), counts])
 
@@ -106,7 +105,8 @@ def rows_for_protocol(rows: np.ndarray, protocol: int) -> np.ndarray:
     """Select the columns of one protocol, by its index, from counted rows.
 
     Returns:
-        int64 [n, 11]: number, I, U, bI, bU, image id, area, pixels, same class, cut, broken.
+        int64 [n, 12]: number, I, U, bI, bU, image id, area, pixels, same class, cut, unknown,
+        broken.
     """
     first = counted_width(protocol)
     number = rows[:, :1]

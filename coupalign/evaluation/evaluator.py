@@ -14,7 +14,7 @@ logit near the threshold can fall on its other side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,7 @@ def evaluate(
     world: World | None = None,
     bootstrap: int = 1000,
     pictures: int = 0,
+    columns: Collection[tuple[str, Rule]] | None = None,
     conditions: Callable[[Protocol, Rule], Mapping[str, str]] = lambda protocol, rule: {},
     title: str = "scoring",
     stopped: Callable[[], bool] = lambda: False,
@@ -91,6 +92,7 @@ def evaluate(
         world: the ranks that share the work. Default: this process alone.
         bootstrap: resamples of whole images for the intervals; 0 leaves them out.
         pictures: samples per group (see `shelf.choose_pictures`) that this rank keeps.
+        columns: the (protocol name, sentence rule) pairs that are wanted. None: all.
         conditions: text printed with each score, see `protocols.describe_conditions`.
         title: of the progress bar, which rank 0 shows.
         stopped: asked before each batch, on every rank. True, which must be on all ranks at the
@@ -147,6 +149,8 @@ def evaluate(
     for index, protocol in enumerate(protocols):
         counted_rows = rows_for_protocol(gathered, index)
         for rule, numbers in loader.members.items():
+            if columns is not None and (protocol.name, rule) not in columns:
+                continue
             rows = counted_rows[numbers]
             score = None
             if is_main:
@@ -180,8 +184,8 @@ def _pictures_of(counted: CountedBatch, rows: np.ndarray, protocol: Protocol) ->
         protocol: the first one.
     """
     counts = rows_for_protocol(rows, 0)[:, :5]
-    values = ious(counts, protocol.empty).tolist()
-    boundary_values = boundary_ious(counts, protocol.empty).tolist()
+    values = ious(counts, protocol.iou_rule).tolist()
+    boundary_values = boundary_ious(counts, protocol.iou_rule).tolist()
 
     for index, prediction in counted.predictions.items():
         info = counted.infos[index]
@@ -236,9 +240,9 @@ def _score_rows(
     bootstrap: int,
     rule: Rule,
 ) -> Score:
-    """Compute the score of rows int64 [n, 11] of `counting.rows_for_protocol`."""
-    image_ids, cut = rows[:, 5], rows[:, -2]
-    summary = summarize(rows[:, :5], bootstrap, clusters=image_ids, empty=protocol.empty)
+    """Compute the score of rows int64 [n, 12] of `counting.rows_for_protocol`."""
+    image_ids, areas, cut, unknown = rows[:, 5], rows[:, 6], rows[:, -3], rows[:, -2]
+    summary = summarize(rows[:, :5], bootstrap, clusters=image_ids, iou_rule=protocol.iou_rule)
 
     conditions = dict(conditions)
     sentences_cut = int(cut.sum())
@@ -246,6 +250,14 @@ def _score_rows(
         conditions["cut"] = (
             f"{sentences_cut:,} sentences were longer than the token limit and were cut"
         )
+    sentences_unknown = int(unknown.sum())
+    if sentences_unknown:
+        conditions["unknown"] = (
+            f"{sentences_unknown:,} sentences have no word that the model's vocabulary knows"
+        )
+    empty_truths = int((areas == 0).sum())
+    if empty_truths:
+        conditions["empty truths"] = _describe_empty_truths(empty_truths, len(rows), protocol)
     return Score(
         protocol=protocol.name,
         metrics={name: summary[name] for name in METRICS},
@@ -256,3 +268,12 @@ def _score_rows(
         fingerprint=fingerprint,
         sentences=rule,
     )
+
+
+def _describe_empty_truths(empty: int, samples: int, protocol: Protocol) -> str:
+    """Say how many samples have a truth without a pixel, and how they count."""
+    text = f"{empty:,} of {samples:,} samples have an empty truth; each counts as IoU "
+    text += "1 if its prediction is empty too, else 0" if protocol.iou_rule == "one" else "0"
+    if empty == samples:
+        text += ". No sample has a true pixel, so these numbers say nothing about the model"
+    return text

@@ -9,9 +9,9 @@ A row is one sample, that is one (image, sentence) pair. Its columns are (number
 Counts stay int64 until the last division, so a score depends neither on the order of the rows nor
 on the machine that counted. The formulas are those of the field:
 
-    oIoU     sum(I) / sum(U)
+    oIoU     sum(I) / sum(U); 0 if no sample has any pixel
     mIoU     mean(I / U)
-    P@X      share of samples with I / U >= X
+    P@X      share of samples with I / U >= X, see `IouRule`
     bIoU     mean(bI / bU), the Boundary IoU of Cheng et al., CVPR 2021
 """
 
@@ -30,42 +30,49 @@ T = TypeVar("T")
 
 THRESHOLD_TENTHS = (5, 6, 7, 8, 9)
 METRICS = ("oIoU", "mIoU", *(f"P@0.{tenth}" for tenth in THRESHOLD_TENTHS), "bIoU")
-EmptyUnion = Literal["one", "zero"]
+IouRule = Literal["one", "zero", "strict"]
+"""The IoU of a sample whose truth and prediction are both empty, and what P@X counts.
+
+    one      an empty union has IoU 1;   P@X counts IoU >= X
+    zero     an empty union has IoU 0;   P@X counts IoU >= X    (LAVT)
+    strict   an empty union has IoU 0;   P@X counts IoU >  X    (CRIS)
+"""
 
 # Bounds the memory of the bootstrap: this many resamples x images integers at a time.
 _RESAMPLES_AT_ONCE = 100
 
 
-def ious(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
+def ious(rows: np.ndarray, iou_rule: IouRule = "one") -> np.ndarray:
     """Compute I / U of each row, float64 [n].
 
     Args:
         rows: int64 [n, 3 or more] = (number, intersection, union, …).
-        empty: IoU of an empty union, where truth and prediction are both empty: "one", or "zero"
-            (LAVT's rule).
     """
     rows = _check_rows(rows)
-    return _ratio(rows[:, 1], rows[:, 2], empty)
+    return _ratio(rows[:, 1], rows[:, 2], iou_rule)
 
 
-def boundary_ious(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
+def boundary_ious(rows: np.ndarray, iou_rule: IouRule = "one") -> np.ndarray:
     """Compute bI / bU of each row int64 [n, 5 or more], float64 [n].
 
     A band is empty only where its mask is.
     """
     rows = _check_rows(rows)
-    return _ratio(rows[:, 3], rows[:, 4], empty)
+    return _ratio(rows[:, 3], rows[:, 4], iou_rule)
 
 
-def reaches_thresholds(rows: np.ndarray, empty: EmptyUnion = "one") -> np.ndarray:
-    """Whether I / U >= 0.5, 0.6 … 0.9, bool [n, 5].
+def reaches_thresholds(rows: np.ndarray, iou_rule: IouRule = "one") -> np.ndarray:
+    """Whether I / U >= 0.5, 0.6 … 0.9, or > under the rule "strict"; bool [n, 5].
 
-    Decided on integers, because 0.7 is not a binary fraction but 7/10 is exact.
+    Decided on integers, because 0.7 is not a binary fraction but 7/10 is exact. CRIS compares
+    I / (U + 1e-6) > X, which is the same: 10 I exceeds a whole number by at least 1, if it does.
     """
     rows = _check_rows(rows)
     intersection, union = rows[:, 1:2], rows[:, 2:3]
-    reached = intersection * 10 >= np.asarray(THRESHOLD_TENTHS) * union
-    return np.where(union > 0, reached, empty == "one")
+    tenths = np.asarray(THRESHOLD_TENTHS)
+    if iou_rule == "strict":
+        return intersection * 10 > tenths * union
+    return np.where(union > 0, intersection * 10 >= tenths * union, iou_rule == "one")
 
 
 def summarize(
@@ -73,7 +80,7 @@ def summarize(
     bootstrap: int = 1000,
     seed: int = 0,
     clusters: np.ndarray | None = None,
-    empty: EmptyUnion = "one",
+    iou_rule: IouRule = "one",
 ) -> dict[str, Any]:
     """Compute all metrics of some rows, with 95 % percentile bootstrap intervals.
 
@@ -92,15 +99,15 @@ def summarize(
         clusters = np.arange(len(rows))
 
     # The bootstrap draws whole images, so the rows of each image are added up once.
-    sums = _sums_by_image(rows, clusters, empty)
+    sums = _sums_by_image(rows, clusters, iou_rule)
 
     totals = sums.sum(axis=0, keepdims=True)
-    values = _metrics_of(totals, empty)[0].tolist()
+    values = _metrics_of(totals)[0].tolist()
     result: dict[str, Any] = dict(zip(METRICS, values))
     result |= {"samples": len(rows), "images": len(sums), "intervals": {}}
 
     if bootstrap:
-        resampled = _metrics_of(_bootstrap_totals(sums, bootstrap, seed), empty)
+        resampled = _metrics_of(_bootstrap_totals(sums, bootstrap, seed))
         result["intervals"] = _percentile_intervals(resampled)
     return result
 
@@ -111,7 +118,7 @@ def paired_intervals(
     bootstrap: int = 1000,
     seed: int = 0,
     clusters: np.ndarray | None = None,
-    empty: EmptyUnion = "one",
+    iou_rule: IouRule = "one",
 ) -> dict[str, tuple[float, float]]:
     """Compute 95 % percentile bootstrap intervals of (metric of b) - (metric of a), by name.
 
@@ -127,8 +134,8 @@ def paired_intervals(
 
     def resample(rows: np.ndarray) -> np.ndarray:
         # The draws depend only on the seed and the number of images, so both runs get the same.
-        sums = _sums_by_image(rows, clusters, empty)
-        return _metrics_of(_bootstrap_totals(sums, bootstrap, seed), empty)
+        sums = _sums_by_image(rows, clusters, iou_rule)
+        return _metrics_of(_bootstrap_totals(sums, bootstrap, seed))
 
     return _percentile_intervals(resample(rows_b) - resample(rows_a))
 
@@ -138,7 +145,7 @@ class Score:
     """A result together with everything you need to know to compare it.
 
     Attributes:
-        protocol: "ris-v1", "lavt" or "cris".
+        protocol: "ris-v1", "lavt", "cris" or "coupalign-author".
         metrics: the `METRICS` by name, 0 … 1.
         samples, images: how many (image, sentence) samples were scored, and on how many images.
         intervals: 95 % bootstrap intervals by metric name.
@@ -359,12 +366,12 @@ def _check_rows(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _ratio(intersection: np.ndarray, union: np.ndarray, empty: EmptyUnion) -> np.ndarray:
-    of_empty = 1.0 if empty == "one" else 0.0
+def _ratio(intersection: np.ndarray, union: np.ndarray, iou_rule: IouRule) -> np.ndarray:
+    of_empty = 1.0 if iou_rule == "one" else 0.0
     return np.where(union > 0, intersection / np.maximum(union, 1), of_empty)
 
 
-def _sums_by_image(rows: np.ndarray, clusters: np.ndarray, empty: EmptyUnion) -> np.ndarray:
+def _sums_by_image(rows: np.ndarray, clusters: np.ndarray, iou_rule: IouRule) -> np.ndarray:
     """Add up the rows of each image.
 
     Returns:
@@ -376,9 +383,9 @@ def _sums_by_image(rows: np.ndarray, clusters: np.ndarray, empty: EmptyUnion) ->
         [
             np.ones(len(rows)),
             rows[:, 1:3],
-            ious(rows, empty),
-            reaches_thresholds(rows, empty),
-            boundary_ious(rows, empty),
+            ious(rows, iou_rule),
+            reaches_thresholds(rows, iou_rule),
+            boundary_ious(rows, iou_rule),
         ]
     )
 
@@ -404,10 +411,11 @@ def _bootstrap_totals(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray
     return np.concatenate(totals)
 
 
-def _metrics_of(totals: np.ndarray, empty: EmptyUnion) -> np.ndarray:
+def _metrics_of(totals: np.ndarray) -> np.ndarray:
     """Compute `METRICS` of each line of totals, [k, 10] -> [k, 8]."""
     samples, intersection, union = totals[:, 0], totals[:, 1], totals[:, 2]
-    overall = _ratio(intersection, union, empty)
+    # Without any pixel there is nothing that a model could have got right.
+    overall = _ratio(intersection, union, "zero")
     means = totals[:, 3:] / samples[:, None]
     return np.column_stack([overall, means])
 

@@ -1,9 +1,14 @@
-"""The three protocols of published work: turn logits into a mask and compare it with the truth.
+"""The protocols: turn logits into a mask and compare it with the truth.
 
-    ris-v1   the default: everything at the image's original size
-    lavt     everything at the model's input size, as LAVT, ReLA, MagNet, PolyFormer and others do
-    cris     probabilities, bicubic back to the original size, with a threshold of 0.35, as CRIS,
-             ETRIS and DETRIS do
+    ris-v1             the default: everything at the image's original size
+    lavt               everything at the model's input size, as LAVT does
+    cris               probabilities, bicubic back to the original size, with CRIS's threshold of
+                       0.35 and its strict P@X
+    coupalign-author   at the original size with align_corners=True, all sentences of a ref as one,
+                       as the code of CoupAlign's first author does
+
+Each protocol says with every score what the authors' own code does otherwise. Other tools are not
+named, because they rasterize truths in other ways (ReLA scales polygons, PolyFormer uses OpenCV).
 
 Legend: n samples; S side of the square input; H, W the original size of the image; h, w the size
 at which a protocol counts. `Frame` says where the image is inside the square.
@@ -18,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coupalign.errors import InputError
-from coupalign.evaluation.metrics import EmptyUnion
+from coupalign.evaluation.metrics import IouRule
 
 if TYPE_CHECKING:
     from coupalign.config.schema import DataConfig, Source
@@ -44,17 +49,23 @@ class Protocol:
     Attributes:
         predict: (logits float [n, S, S], frame) -> bool [n, h, w], on the device of the logits.
         resize_truth: (truth bool [H, W], frame) -> bool [h, w], on the host.
-        empty: IoU of a sample whose prediction and truth are both empty.
+        iou_rule: see `metrics.IouRule`.
         truth, prediction, threshold: descriptions, printed with every score.
+        authors: what the authors' own code does otherwise, printed with every score.
+        sentences: the sentence rule of its authors.
+        resize: how its authors fit an image into the square. None: either way.
     """
 
     name: str
     predict: Callable[[Tensor, Frame], Tensor]
     resize_truth: Callable[[np.ndarray, Frame], np.ndarray]
-    empty: EmptyUnion
+    iou_rule: IouRule
     truth: str
     prediction: str
     threshold: str
+    authors: str = ""
+    sentences: Rule = "each"
+    resize: Literal["squash", "letterbox"] | None = None
 
 
 # ------------------------------------------------------------------------------------- counting
@@ -118,12 +129,16 @@ def logits_at_original_size(logits: Tensor, frame: Frame) -> Tensor:
 
     Bilinear with align_corners=False.
     """
+    return _resize_to_original(logits, frame, align_corners=False)
+
+
+def _resize_to_original(logits: Tensor, frame: Frame, *, align_corners: bool) -> Tensor:
     inner = _crop_to_frame(logits, frame).float()
     size = (frame.height, frame.width)
 
     # As batch items of one channel, every sample takes the path through torch it would take alone.
     alone = inner.reshape(-1, 1, frame.inner_height, frame.inner_width)
-    resized = functional.interpolate(alone, size=size, mode="bilinear", align_corners=False)
+    resized = functional.interpolate(alone, size=size, mode="bilinear", align_corners=align_corners)
     return resized.view(*logits.shape[:-2], *size)
 
 
@@ -145,6 +160,11 @@ def predict_cris(logits: Tensor, frame: Frame) -> Tensor:
     # One by one: on a CPU, the last bit of torch's sigmoid depends on how threads share the pixels.
     probabilities = torch.stack([torch.sigmoid(sample) for sample in logits.float()])
     return _warp_to_original(probabilities, frame) > _CRIS_THRESHOLD
+
+
+def predict_coupalign_author(logits: Tensor, frame: Frame) -> Tensor:
+    """Predict at the original size: bilinear with align_corners=True, then logit > 0."""
+    return _resize_to_original(logits, frame, align_corners=True) > 0
 
 
 def truth_at_original_size(truth: np.ndarray, frame: Frame) -> np.ndarray:
@@ -209,7 +229,7 @@ _RIS_V1 = Protocol(
     name="ris-v1",
     predict=predict_ris_v1,
     resize_truth=truth_at_original_size,
-    empty="one",
+    iou_rule="one",
     truth="original resolution, union of polygons",
     prediction="logits, bilinear (align_corners=False, no antialiasing) to the original resolution",
     threshold="p > 0.5",
@@ -218,27 +238,41 @@ _LAVT = Protocol(
     name="lavt",
     predict=predict_lavt,
     resize_truth=truth_at_input_size,
-    empty="zero",
-    truth="nearest-resized to the input size, union of polygons (LAVT drops pixels where polygons "
-    "of one object overlap; shards hold the union only)",
-    prediction="logits at the input size, as the model itself upsamples them (LAVT: bilinear, "
-    "align_corners=True)",
+    iou_rule="zero",
+    truth="nearest-resized to the input size, union of polygons",
+    prediction="logits at the input size, as the model itself upsamples them",
     threshold="logit > 0, which is the argmax of two channels",
+    authors="LAVT drops pixels where polygons of one object overlap, upsamples bilinearly with "
+    "align_corners=True, reads raw sentences, and loses [SEP] of a sentence that it cuts",
+    resize="squash",
 )
 _CRIS = Protocol(
     name="cris",
     predict=predict_cris,
     resize_truth=truth_at_original_size,
-    empty="zero",
+    iou_rule="strict",
     truth="original resolution, union of polygons",
     prediction="probabilities, bicubic (a = -0.75, zero outside) through the inverse of the "
     "input's affine map to the original resolution",
     threshold=f"p > {_CRIS_THRESHOLD}",
+    authors="CRIS enlarges probabilities of 104x104 bicubically with align_corners=True first, and "
+    "its letterbox has bars of a fraction of a pixel, so its masks differ at their edges",
+    resize="letterbox",
 )
-PROTOCOLS = {protocol.name: protocol for protocol in (_RIS_V1, _LAVT, _CRIS)}
-
-# How the authors of a protocol fit an image into the square; ris-v1 accepts either way.
-_AUTHORS_RESIZE = {"lavt": "squash", "cris": "letterbox"}
+_COUPALIGN_AUTHOR = Protocol(
+    name="coupalign-author",
+    predict=predict_coupalign_author,
+    resize_truth=truth_at_original_size,
+    iou_rule="zero",
+    truth="original resolution, union of polygons",
+    prediction="logits, bilinear (align_corners=True, no antialiasing) to the original resolution",
+    threshold="logit > 0, which is the argmax of two channels",
+    authors="the author's code joins token rows of 30, each with its own [CLS], [SEP] and padding; "
+    "here the text is joined, and cut once",
+    sentences="concatenated",
+    resize="squash",
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (_RIS_V1, _LAVT, _CRIS, _COUPALIGN_AUTHOR)}
 
 _RULE_DESCRIPTIONS = {
     "each": "every sentence of every ref",
@@ -277,11 +311,10 @@ def describe_conditions(
     """
     # Say how the image enters the model, and whether the protocol's authors do the same.
     fitted = "squashed to" if data.resize == "squash" else "letterboxed into"
-    authors_resize = _AUTHORS_RESIZE.get(protocol.name, data.resize)
     warning = ""
-    if authors_resize != data.resize:
+    if protocol.resize not in (None, data.resize):
         warning = (
-            f"; the authors of {protocol.name} use {authors_resize}: not comparable with theirs"
+            f"; the authors of {protocol.name} use {protocol.resize}: not comparable with theirs"
         )
 
     sets = set()
@@ -289,17 +322,25 @@ def describe_conditions(
         dataset = source.dataset or "all data sets"
         sets.add(f"{dataset}/{source.split_by or 'all'} {source.split}")
 
-    rule_text = _RULE_DESCRIPTIONS[rule]
-    empty_iou = "1" if protocol.empty == "one" else "0"
+    rule_text = f"{_RULE_DESCRIPTIONS[rule]}, {data.sentence}, cut to {data.max_tokens} tokens"
+    if protocol.sentences not in ("each", rule):
+        rule_text += (
+            f"; the authors of {protocol.name} score {_RULE_DESCRIPTIONS[protocol.sentences]}: not "
+            "comparable with theirs"
+        )
+    empty_iou = "1" if protocol.iou_rule == "one" else "0"
+    sign = ">" if protocol.iou_rule == "strict" else ">="
     conditions = {
         "sets": ", ".join(sorted(sets)) + (f"; shards {shards}" if shards else ""),
         "input": f"{fitted} {data.image_size}x{data.image_size}{warning}",
         "truth": protocol.truth,
         "prediction": protocol.prediction,
         "threshold": protocol.threshold,
-        "sentences": f"{rule_text}, {data.sentence}, cut to {data.max_tokens} tokens",
-        "empty": f"an empty union counts as IoU {empty_iou}; P@X counts IoU >= X",
+        "sentences": rule_text,
+        "empty": f"an empty union counts as IoU {empty_iou}; P@X counts IoU {sign} X",
     }
+    if protocol.authors:
+        conditions["authors"] = protocol.authors
     if limit is not None:
         conditions["limit"] = f"{limit:,} samples only, evenly spaced: a quick look, not a result"
     return conditions

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from coupalign.errors import InputError, quoted
-from coupalign.evaluation.metrics import EmptyUnion, ious
+from coupalign.evaluation.metrics import IouRule, ious
 from coupalign.files import whole_file
 
 COLUMNS = (
@@ -119,13 +119,13 @@ def rows_path(run: Path, split: str, protocol: str, rule: str = "each") -> Path:
     return run / "scores" / f"{split}-{protocol}{suffix}.csv"
 
 
-def write_rows(path: Path, rows: Rows, empty: EmptyUnion = "one") -> None:
+def write_rows(path: Path, rows: Rows, iou_rule: IouRule = "one") -> None:
     """Write rows as CSV. The file appears whole or not at all."""
     integers = np.column_stack(
         [rows.counts[:, 1:], rows.image_ids, rows.area, rows.pixels, rows.same_class]
     )
     samples = zip(
-        rows.names, rows.sentences, ious(rows.counts, empty), integers.tolist(), strict=True
+        rows.names, rows.sentences, ious(rows.counts, iou_rule), integers.tolist(), strict=True
     )
 
     with whole_file(Path(path), "w") as file:

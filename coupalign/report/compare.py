@@ -20,7 +20,7 @@ from tabulate import tabulate
 from coupalign.errors import InputError
 from coupalign.evaluation.metrics import (
     METRICS,
-    EmptyUnion,
+    IouRule,
     ious,
     paired_intervals,
     reaches_thresholds,
@@ -117,7 +117,7 @@ def compare(
     protocol: str = "ris-v1",
     tracking_uri: str | None = None,
 ) -> Comparison:
-    """Compare two runs under one protocol, with every sentence as a sample.
+    """Compare two runs under one protocol, with the samples that its authors score.
 
     Args:
         a, b: run directories, or ids or names of MLflow runs.
@@ -130,7 +130,7 @@ def compare(
     """
     rows_a, rows_b = (load_rows(run, split, protocol, tracking_uri=tracking_uri) for run in (a, b))
     rows_a, rows_b = align_rows(rows_a, rows_b, name_a=a, name_b=b)
-    return compare_rows(rows_a, rows_b, find_protocol(protocol).empty)
+    return compare_rows(rows_a, rows_b, find_protocol(protocol).iou_rule)
 
 
 def load_rows(run: str, split: str, protocol: str, *, tracking_uri: str | None = None) -> Rows:
@@ -139,7 +139,8 @@ def load_rows(run: str, split: str, protocol: str, *, tracking_uri: str | None =
     Raises:
         InputError: there are none; says what there is.
     """
-    folder, file = Path(run), rows_path(Path(), split, protocol)
+    folder = Path(run)
+    file = rows_path(Path(), split, protocol, find_protocol(protocol).sentences)
     if folder.is_dir():
         if (folder / file).is_file():
             return read_rows(folder / file)
@@ -195,7 +196,7 @@ def align_rows(a: Rows, b: Rows, *, name_a: str = "A", name_b: str = "B") -> tup
 def compare_rows(
     a: Rows,
     b: Rows,
-    empty: EmptyUnion = "one",
+    iou_rule: IouRule = "one",
     *,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -203,10 +204,11 @@ def compare_rows(
     """Compare rows of the same samples in the same order, at least one."""
     assert a.names == b.names and len(a)
     values_a, values_b = (
-        summarize(rows.counts, bootstrap=0, clusters=rows.image_ids, empty=empty) for rows in (a, b)
+        summarize(rows.counts, bootstrap=0, clusters=rows.image_ids, iou_rule=iou_rule)
+        for rows in (a, b)
     )
     intervals = paired_intervals(
-        a.counts, b.counts, bootstrap, seed=seed, clusters=a.image_ids, empty=empty
+        a.counts, b.counts, bootstrap, seed=seed, clusters=a.image_ids, iou_rule=iou_rule
     )
     metrics = {}
     for name in METRICS:
@@ -214,12 +216,12 @@ def compare_rows(
         metrics[name] = Difference(values_a[name], values_b[name], low, high)
 
     # Samples that are right (P@0.5) in one run alone.
-    right_a, right_b = (reaches_thresholds(rows.counts, empty)[:, 0] for rows in (a, b))
+    right_a, right_b = (reaches_thresholds(rows.counts, iou_rule)[:, 0] for rows in (a, b))
     only_a = int((right_a & ~right_b).sum())
     only_b = int((right_b & ~right_a).sum())
 
     # Equal fractions give equal doubles, so a tie is exact.
-    iou_a, iou_b = ious(a.counts, empty), ious(b.counts, empty)
+    iou_a, iou_b = ious(a.counts, iou_rule), ious(b.counts, iou_rule)
     change = iou_b - iou_a
     order = np.argsort(change, kind="stable")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from coupalign.data.sides import names_side
 from coupalign.data.transforms import names_color
-from coupalign.evaluation.metrics import EmptyUnion, summarize
+from coupalign.evaluation.metrics import IouRule, summarize
 from coupalign.evaluation.rows import Rows
 
 FEW_SAMPLES = 30  # a score of fewer says little
@@ -98,13 +98,13 @@ def groups_of(sentence: str, area: int, pixels: int, same_class: int) -> dict[st
     return groups
 
 
-def group_section(name: str, rows: Rows, empty: EmptyUnion) -> str:
+def group_section(name: str, rows: Rows, iou_rule: IouRule) -> str:
     """Show the scores by group, one table per kind."""
     note = (
         'In percent; bIoU is the mean boundary IoU. <span class="few">few</span> marks '
         f"fewer than {FEW_SAMPLES} samples."
     )
-    tables = "".join(_tables(rows, empty))
+    tables = "".join(_tables(rows, iou_rule))
     return (
         f'<section><h2>Scores by group: {escape(name)}</h2><p class="quiet">{note}</p>'
         f'<div class="groups">{tables}</div></section>'
@@ -123,17 +123,17 @@ def _kinds_of_words(sentence: str) -> tuple[str, ...]:
     return kinds or (none_of_them,)
 
 
-def _tables(rows: Rows, empty: EmptyUnion) -> Iterator[str]:
+def _tables(rows: Rows, iou_rule: IouRule) -> Iterator[str]:
     facts = zip(rows.sentences, rows.area.tolist(), rows.pixels.tolist(), rows.same_class.tolist())
     samples = [groups_of(*fact) for fact in facts]
     header = "".join(f"<th>{name}</th>" for name in ("n", *_METRICS))
 
     for kind, (heading, labels, note) in KINDS.items():
-        lines = [_line("all", rows, np.ones(len(rows), bool), empty)]
+        lines = [_line("all", rows, np.ones(len(rows), bool), iou_rule)]
         for label in labels:
             members = np.array([label in sample.get(kind, ()) for sample in samples])
             if members.any():
-                lines.append(_line(label, rows, members, empty))
+                lines.append(_line(label, rows, members, iou_rule))
         yield (
             f'<div><h3>{heading}</h3><table class="bars"><tr><th></th>{header}</tr>'
             f"{''.join(lines)}</table>"
@@ -141,12 +141,12 @@ def _tables(rows: Rows, empty: EmptyUnion) -> Iterator[str]:
         )
 
 
-def _line(label: str, rows: Rows, members: np.ndarray, empty: EmptyUnion) -> str:
+def _line(label: str, rows: Rows, members: np.ndarray, iou_rule: IouRule) -> str:
     """One line of a table: a group, the number of its samples and its scores."""
     samples = int(members.sum())
     few = ' <span class="few">few</span>' if samples < FEW_SAMPLES else ""
 
-    scores = summarize(rows.counts[members], bootstrap=0, empty=empty)
+    scores = summarize(rows.counts[members], bootstrap=0, iou_rule=iou_rule)
     cells = []
     for metric in _METRICS:
         score = scores[metric]

@@ -112,7 +112,7 @@ def write_report(
     sections.append(curve_section(curves))
     for name, scored in rows.items():
         protocol = find_protocol(scores[name].protocol)
-        sections.append(group_section(name, scored, protocol.empty))
+        sections.append(group_section(name, scored, protocol.iou_rule))
     for split, folder in pictures.items():
         sections.append(picture_section(split, folder))
     if config is not None:

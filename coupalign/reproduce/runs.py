@@ -24,6 +24,8 @@ from coupalign.data.packing.pack import pack
 from coupalign.data.packing.recipe import read_recipe
 from coupalign.data.refshapes.generate import synth
 from coupalign.errors import ExitStatus, InputError
+from coupalign.evaluation.protocols import find_protocol
+from coupalign.evaluation.rows import rows_path
 from coupalign.files import whole_file
 from coupalign.reproduce.spec import Table, TableRow
 
@@ -173,9 +175,12 @@ def run_all(
 
 def is_done(run: PlannedRun, config: Config) -> bool:
     """Tell whether the run has all the scores that the table asks for."""
-    scores = run.directory / "scores"
-    protocol = config.evaluate.protocol
-    return all((scores / f"{split}-{protocol}.json").is_file() for split in run.splits)
+    protocol = find_protocol(config.evaluate.protocol)
+    for split in run.splits:
+        rows = rows_path(run.directory, split, protocol.name, protocol.sentences)
+        if not rows.with_suffix(".json").is_file():
+            return False
+    return True
 
 
 def config_of(run: PlannedRun, changes: Sequence[str] = ()) -> Config:

@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from coupalign.config.schema import Config
 from coupalign.evaluation.metrics import Score
+from coupalign.evaluation.protocols import find_protocol
 from coupalign.files import whole_file, write_json
 from coupalign.report import read_scores, write_page
 from coupalign.report.drawing import contact_sheet, save_png
@@ -122,7 +123,8 @@ def collect(
 
             refuse_other_configuration(run, changes)
             for (split, protocol, sentences), score in read_scores(run.directory).items():
-                if protocol == config.evaluate.protocol and sentences == "each":
+                own = find_protocol(config.evaluate.protocol)
+                if (protocol, sentences) == (own.name, own.sentences):
                     by_split.setdefault(split, []).append(score)
 
         blind = {
@@ -278,7 +280,10 @@ def _failure_sheets(results: Sequence[Result]) -> Iterator[tuple[str, Image.Imag
     for result in results:
         if not result.runs:
             continue
-        folders = sorted((result.runs[0].directory / "pictures").glob("*/"))
+        # Pictures of other sets may be there too, if the run was scored on them.
+        run = result.runs[0]
+        folders = [run.directory / "pictures" / split for split in run.splits]
+        folders = [folder for folder in folders if folder.is_dir()]
         if not folders:
             continue
 

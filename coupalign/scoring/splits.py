@@ -52,30 +52,33 @@ class ScoreRequest:
 
     Attributes:
         protocols: names of protocols. Empty: the configuration's.
-        rules: which sentences of a ref are samples.
+        rules: which sentences of a ref are samples. Empty: those that the authors of each protocol
+            score.
         language_blind: score a second time with the sentences shuffled among the samples, and
             attach that score to the first one.
         pictures: samples per group (best, median, worst, random) of which to draw pictures.
     """
 
     protocols: Sequence[str] = ()
-    rules: Sequence[Rule] = ("each",)
+    rules: Sequence[Rule] = ()
     language_blind: bool = False
     pictures: int = 0
 
     @classmethod
     def from_names(
-        cls, protocol: str | None, sentences: str, *, language_blind: bool, pictures: int
+        cls, protocol: str | None, sentences: str | None, *, language_blind: bool, pictures: int
     ) -> ScoreRequest:
         """Build a request from the names of the command line, where "all" stands for each of them.
 
         Args:
             protocol: None: the configuration's.
+            sentences: None: those of each protocol's authors.
         """
         protocols = [protocol] if protocol else []
+        rules = [sentences] if sentences else []
         return cls(
             protocols=list(PROTOCOLS) if protocol == "all" else protocols,
-            rules=RULES if sentences == "all" else [sentences],
+            rules=RULES if sentences == "all" else rules,
             language_blind=language_blind,
             pictures=pictures,
         )
@@ -114,7 +117,7 @@ class ScoredSet:
         for (protocol, rule), evaluation in self.evaluations.items():
             rows = Rows.from_integers(evaluation.rows, self.loader.names_and_sentences)
             path = rows_path(run, self.name, protocol, rule)
-            write_rows(path, rows, find_protocol(protocol).empty)
+            write_rows(path, rows, find_protocol(protocol).iou_rule)
 
 
 def score_splits(
@@ -213,6 +216,10 @@ def score_set(
     # Read it first: a damaged list must not cost the work of a scoring.
     seen = on_main(lambda: read_trained_on(trained_on or config.directory), world)
     protocols = [find_protocol(name) for name in request.protocols or [config.evaluate.protocol]]
+    columns: list[tuple[str, Rule]] = []
+    for protocol in protocols:
+        columns += [(protocol.name, rule) for rule in request.rules or [protocol.sentences]]
+    rules = list(dict.fromkeys(rule for _, rule in columns))
 
     def run_pass(*, shuffled: bool, pictures: int) -> tuple[EvalLoader, Evaluations]:
         loader = build_eval_loader(
@@ -224,7 +231,7 @@ def score_set(
             limit=config.evaluate.limit,
             shuffle_sentences=shuffled,
             images=pictures > 0,
-            rules=request.rules,
+            rules=rules,
         )
 
         def conditions(protocol: Protocol, rule: Rule) -> Mapping[str, str]:
@@ -244,6 +251,7 @@ def score_set(
             world=world,
             bootstrap=config.evaluate.bootstrap,
             pictures=pictures,
+            columns=columns,
             conditions=conditions,
             title=f"scoring {name} (sentences shuffled)" if shuffled else f"scoring {name}",
             stopped=stopped,

@@ -11,7 +11,8 @@ from coupalign.cli.parser import main
 from coupalign.evaluation.metrics import METRICS
 from coupalign.evaluation.rows import Rows, read_rows
 
-PROTOCOLS, RULES = ("ris-v1", "lavt", "cris"), ("each", "first", "concatenated")
+PROTOCOLS = ("ris-v1", "lavt", "cris", "coupalign-author")
+RULES = ("each", "first", "concatenated")
 
 
 @pytest.fixture(scope="module")

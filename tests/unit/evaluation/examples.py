@@ -87,6 +87,7 @@ class ExampleLoader:
             truth=truth,
             image=image,
             cut=number % 5 == 0,
+            unknown=number % 8 == 0,
         )
 
 

@@ -29,11 +29,13 @@ def inside(frame: Frame, square: torch.Tensor) -> torch.Tensor:
     return square[frame.top : bottom, frame.left : right]
 
 
-def resize_one(logits: torch.Tensor, frame: Frame) -> torch.Tensor:
+def resize_one(logits: torch.Tensor, frame: Frame, align_corners: bool = False) -> torch.Tensor:
     """One sample [S, S] at the original size [H, W]."""
     inner = inside(frame, logits).float()[None, None]
     size = (frame.height, frame.width)
-    return functional.interpolate(inner, size=size, mode="bilinear", align_corners=False)[0, 0]
+    return functional.interpolate(inner, size=size, mode="bilinear", align_corners=align_corners)[
+        0, 0
+    ]
 
 
 def warp_one(probabilities: torch.Tensor, frame: Frame) -> torch.Tensor:
@@ -62,6 +64,8 @@ def masks_of_one(
     frame = info.frame
     if name == "ris-v1":
         return (resize_one(logits, frame) > 0).numpy(), info.truth
+    if name == "coupalign-author":
+        return (resize_one(logits, frame, align_corners=True) > 0).numpy(), info.truth
     if name == "cris":
         return (warp_one(torch.sigmoid(logits.float()), frame) > 0.35).numpy(), info.truth
 
@@ -88,7 +92,7 @@ def rows_one_by_one(
     for square, info in zip(logits, infos):
         broken = not torch.isfinite(square).all()
         row = [info.number, info.image_id, int(info.truth.sum()), info.truth.size]
-        row += [info.same_class, int(info.cut), int(broken)]
+        row += [info.same_class, int(info.cut), int(info.unknown), int(broken)]
         for name in names:
             prediction, truth = masks_of_one(name, square, info)
             for a, b in ((prediction, truth), (band_of(prediction), band_of(truth))):
@@ -119,6 +123,7 @@ def example_batch(resize: str, seed: int = 0) -> tuple[torch.Tensor, list[Sample
                 same_class=number % 4 - 1,
                 truth=(disturbed > 0.2).numpy(),
                 cut=number % 2 == 1,
+                unknown=number % 3 == 1,
             )
         )
     return logits, infos
@@ -129,7 +134,9 @@ def example_batch(resize: str, seed: int = 0) -> tuple[torch.Tensor, list[Sample
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "names", [["ris-v1"], ["lavt"], ["cris"], ["cris", "lavt", "ris-v1"]], ids="+".join
+    "names",
+    [["ris-v1"], ["lavt"], ["cris"], ["cris", "lavt", "ris-v1"], ["coupalign-author"]],
+    ids="+".join,
 )
 @pytest.mark.parametrize("resize", ["squash", "letterbox"])
 def test_batch_counts_equal_counts_one_by_one(resize: str, names: list[str], dtype: torch.dtype):
@@ -156,7 +163,7 @@ def test_rows_for_protocol_selects_its_counts():
     for index, name in enumerate(names):
         selected = rows_for_protocol(rows, index)
         alone = count_batch(logits, infos, [PROTOCOLS[name]]).rows()
-        expected = np.hstack([alone[:, :1], alone[:, 7:], alone[:, 1:7]])
+        expected = np.hstack([alone[:, :1], alone[:, 8:], alone[:, 1:8]])
         assert selected.tolist() == expected.tolist()
 
 

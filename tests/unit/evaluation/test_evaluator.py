@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coupalign.data.batch import Batch
+from coupalign.data.batch import Batch, SampleInfo
 from coupalign.distributed.world import World
 from coupalign.errors import InputError, RunError
 from coupalign.evaluation.counting import CountedBatch
 from coupalign.evaluation.evaluator import Evaluation, Stopped, evaluate, with_language_blind
 from coupalign.evaluation.metrics import summarize
 from coupalign.evaluation.protocols import PROTOCOLS, count_pixels, find_protocol
-from tests.unit.evaluation.examples import ExampleLoader, evaluate_one, infer, world_of
+from tests.unit.evaluation.examples import SIZE, ExampleLoader, evaluate_one, infer, world_of
 
 RIS = find_protocol("ris-v1")
 GATHER = "coupalign.evaluation.evaluator.gather_rows"
@@ -75,6 +75,7 @@ PRECISIONS = st.sampled_from([torch.float32, torch.bfloat16])
 FEW = st.integers(1, 9)  # ranks, or samples per batch
 
 
+@settings(max_examples=40, deadline=None)
 @given(samples=st.integers(1, 30), ranks=FEW, batch=FEW, precision=PRECISIONS)
 def test_rows_do_not_depend_on_ranks_even_if_a_model_sees_its_whole_batch(
     samples: int, ranks: int, batch: int, precision: torch.dtype
@@ -95,6 +96,7 @@ def test_rows_do_not_depend_on_ranks_even_if_a_model_sees_its_whole_batch(
     assert results[0].score == alone.score
 
 
+@settings(max_examples=40, deadline=None)
 @given(samples=st.integers(1, 30), ranks=FEW, batch=FEW, precision=PRECISIONS)
 def test_rows_do_not_depend_on_batch_size_if_samples_do_not_see_each_other(
     samples: int, ranks: int, batch: int, precision: torch.dtype
@@ -150,6 +152,38 @@ def test_score_summarizes_rows_by_image():
     assert dict(score.intervals) == expected["intervals"]
     assert (score.samples, score.images, score.fingerprint) == (23, 6, "f" * 64)
     assert score.conditions["cut"].startswith("5 sentences")
+    assert score.conditions["unknown"].startswith("3 sentences have no word")
+    assert "empty truths" not in score.conditions
+
+
+@pytest.mark.parametrize(
+    "protocol, counts_as",
+    [
+        ("ris-v1", "each counts as IoU 1 if its prediction is empty too, else 0"),
+        ("lavt", "each counts as IoU 0"),
+        ("cris", "each counts as IoU 0"),
+    ],
+)
+def test_empty_truths_are_counted_and_never_make_a_whole_score(protocol: str, counts_as: str):
+    @dataclass
+    class EmptyTruths(ExampleLoader):
+        empty: int = 23
+
+        def info(self, number: int) -> SampleInfo:
+            info = super().info(number)
+            is_empty = number < self.empty
+            return replace(info, truth=np.zeros_like(info.truth)) if is_empty else info
+
+    def nothing(batch: Batch) -> torch.Tensor:
+        return torch.full((len(batch), SIZE, SIZE), -4.0)
+
+    some = evaluate_one(EmptyTruths(empty=5), protocol, nothing).score
+    every = evaluate_one(EmptyTruths(), protocol, nothing).score
+
+    assert some.conditions["empty truths"] == f"5 of 23 samples have an empty truth; {counts_as}"
+    assert some.metrics["oIoU"] == every.metrics["oIoU"] == 0.0
+    assert every.conditions["empty truths"].endswith("say nothing about the model")
+    assert every.metrics["mIoU"] == (1.0 if protocol == "ris-v1" else 0.0)
 
 
 def test_rows_equal_protocol_sample_by_sample():

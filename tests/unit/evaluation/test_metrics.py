@@ -8,6 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coupalign.evaluation.metrics import (
     METRICS,
@@ -71,7 +73,7 @@ def test_thresholds_are_decided_exactly(size: int):
 
 def test_empty_union_counts_as_one_or_zero():
     rows = rows_of((0, 0), (1, 4))
-    one, zero = summarize(rows, 0), summarize(rows, 0, empty="zero")
+    one, zero = summarize(rows, 0), summarize(rows, 0, iou_rule="zero")
 
     names = ("mIoU", "P@0.9", "oIoU", "bIoU")
     assert ious(rows).tolist() == [1, 0.25]
@@ -80,8 +82,19 @@ def test_empty_union_counts_as_one_or_zero():
     assert [zero[name] for name in names] == [0.125, 0.0, 0.25, 0.125]
 
     nothing = rows_of((0, 0))
-    assert summarize(nothing, 0)["oIoU"] == 1.0
-    assert summarize(nothing, 0, empty="zero")["oIoU"] == 0.0
+    assert summarize(nothing, 0)["oIoU"] == summarize(nothing, 0, iou_rule="zero")["oIoU"] == 0.0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1))
+def test_strict_rule_is_what_cris_computes_in_floating_point(pairs: list[tuple[int, int]]):
+    pairs = [(min(pair), max(pair)) for pair in [*pairs, (7, 10), (0, 0), (600, 1000)]]
+
+    reached = reaches_thresholds(rows_of(*pairs), "strict")
+
+    ratios = np.array([intersection / (union + 1e-6) for intersection, union in pairs])
+    expected = ratios[:, None] > np.array([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert reached.tolist() == expected.tolist()
 
 
 def test_sums_are_exact_where_float32_is_not():

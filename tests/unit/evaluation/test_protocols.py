@@ -128,6 +128,40 @@ def test_cris_counts_by_hand():
     assert counts_under("ris-v1", logits, frame, truth) == (0, 3)
 
 
+def test_coupalign_author_counts_by_hand():
+    """A row of two logits becomes one of four: its corners stay where they are."""
+    frame = frame_of(2, 4, 2, "squash")
+    logits = torch.tensor([[3.0, -1.0], [3.0, -1.0]])
+    truth = np.array([[True, True, True, True], [False, False, False, False]])
+
+    # 3, 5/3, 1/3, -1 with align_corners=True; 3, 2, 0, -1 without.
+    assert counts_under("coupalign-author", logits, frame, truth) == (3, 7)
+    assert counts_under("ris-v1", logits, frame, truth) == (2, 6)
+
+
+@pytest.mark.parametrize("name, tools", [("lavt", "LAVT"), ("cris", "CRIS"), ("ris-v1", "")])
+def test_conditions_name_only_what_is_reproduced(name: str, tools: str):
+    conditions = describe_conditions(find_protocol(name), DataConfig(), ())
+
+    text = " ".join(conditions.values())
+    named = {"LAVT", "CRIS", "ETRIS", "DETRIS", "ReLA", "MagNet", "PolyFormer"}
+    assert {tool for tool in named if tool in text} == ({tools} if tools else set())
+    sign = ">" if name == "cris" else ">="
+    assert conditions["empty"].endswith(f"P@X counts IoU {sign} X")
+
+
+def test_conditions_of_coupalign_author_ask_for_joined_sentences():
+    protocol = find_protocol("coupalign-author")
+
+    each, joined = (
+        describe_conditions(protocol, DataConfig(), (), rule=rule)["sentences"]
+        for rule in ("each", "concatenated")
+    )
+
+    assert protocol.sentences == "concatenated"
+    assert "not comparable" in each and "not comparable" not in joined
+
+
 def test_letterbox_counts_by_hand():
     """A 2x4 image in the middle of a 4x4 square: ris-v1 and lavt ignore the bars around it."""
     frame = frame_of(2, 4, 4, "letterbox")
@@ -291,7 +325,7 @@ def test_boundary_by_hand():
 
 
 def test_unknown_protocol_lists_known_ones():
-    with pytest.raises(InputError, match=r"'lawt'.*ris-v1, lavt, cris"):
+    with pytest.raises(InputError, match=r"'lawt'.*ris-v1, lavt, cris, coupalign-author"):
         find_protocol("lawt")
 
 
@@ -331,6 +365,8 @@ def test_conditions_name_sentence_rule(rule: str, text: str):
         ("lavt", "squash", True),
         ("lavt", "letterbox", False),
         ("ris-v1", "letterbox", True),
+        ("coupalign-author", "squash", True),
+        ("coupalign-author", "letterbox", False),
     ],
 )
 def test_conditions_warn_of_input_unlike_the_authors(name: str, resize: str, comparable: bool):

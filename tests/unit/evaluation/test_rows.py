@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coupalign.errors import InputError
@@ -44,6 +44,7 @@ def test_rows_come_back_from_file(tmp_path: Path, rows: Rows):
 ANY_TEXT = st.text() | st.text(alphabet="=+-@\t\r\n'\",＝ a\0\x0b\u2028")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(ANY_TEXT, ANY_TEXT), min_size=1, max_size=5))
 def test_any_text_comes_back_from_file_and_is_no_formula(texts: list[tuple[str, str]]):
     integers = np.asarray([[number, 1, 2, 1, 2, 9, 5, 100, 1] for number in range(len(texts))])

@@ -123,9 +123,9 @@ def find_line(table: str, label: str) -> re.Match[str] | None:
     return re.search(pattern, table)
 
 
-@pytest.mark.parametrize("empty", ["one", "zero"])
-def test_each_line_is_score_of_its_rows_alone(rows: Rows, empty: str):
-    page = group_section("val & more", rows, empty)
+@pytest.mark.parametrize("iou_rule", ["one", "zero", "strict"])
+def test_each_line_is_score_of_its_rows_alone(rows: Rows, iou_rule: str):
+    page = group_section("val & more", rows, iou_rule)
 
     assert "val &amp; more" in page
     for kind, (heading, labels, _) in KINDS.items():
@@ -140,7 +140,7 @@ def test_each_line_is_score_of_its_rows_alone(rows: Rows, empty: str):
 
             assert int(line["n"]) == len(members)
             assert (line["few"] is not None) == (len(members) < FEW_SAMPLES)
-            scores = summarize(rows.counts[members], 0, empty=empty)
+            scores = summarize(rows.counts[members], 0, iou_rule=iou_rule)
             metrics = ("oIoU", "mIoU", "P@0.5", "P@0.9", "bIoU")
             shown = re.findall(r">([\d.]+)</td>", line["cells"])
             assert shown == [f"{100 * scores[metric]:.1f}" for metric in metrics]

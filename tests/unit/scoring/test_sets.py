@@ -6,7 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coupalign.config.schema import Config, Source
@@ -74,6 +74,7 @@ SOURCES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(SOURCES, max_size=6, unique=True))
 def test_names_are_different_and_safe_as_files(sources: list[Source]) -> None:
     names = name_own_sets(sources)

@@ -17,3 +17,9 @@ def test_no_protocol_means_the_one_of_the_configuration() -> None:
     request = ScoreRequest.from_names(None, "first", language_blind=True, pictures=3)
 
     assert request == ScoreRequest(protocols=[], rules=["first"], language_blind=True, pictures=3)
+
+
+def test_no_sentence_rule_means_the_one_of_each_protocol() -> None:
+    request = ScoreRequest.from_names("all", None, language_blind=False, pictures=0)
+
+    assert request.rules == []
