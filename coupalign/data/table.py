@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from coupalign.addresses import hide_secret
 from coupalign.config.schema import Source
 from coupalign.data.index import ShardIndex
 from coupalign.errors import InputError
@@ -28,6 +29,7 @@ RULES: tuple[Rule, ...] = ("each", "first", "concatenated")
 RANDOM = -1  # one of the ref's sentences, drawn again in each epoch
 ALL = -2  # all of the ref's sentences, joined with a space
 
+MAX_LISTED = 20  # splits in a message
 _CONTROL_SEED = 77  # of the language-blind control, the same in every run
 
 
@@ -96,26 +98,26 @@ def build_table(
         InputError: a source has no sample. The message lists what its index holds.
     """
     distinct: list[ShardIndex] = []
-    rows: list[tuple[int, int, int, int, int]] = []
+    parts: list[np.ndarray] = []
     for source, index in zip(sources, indexes, strict=True):
         if index not in distinct:
             distinct.append(index)
         index_no = distinct.index(index)
         first_shard = sum(len(earlier.shards) for earlier in distinct[:index_no])
 
-        before = len(rows)
+        refs = []
         for image_no, image in enumerate(index.images):
             shard = first_shard + image.shard
             for ref_no, ref in enumerate(image.refs):
-                if not matches_source(source, ref.set, ref.split):
-                    continue
-                for sentence in _sentences_of(ref.sentences, unit):
-                    rows.append((index_no, image_no, ref_no, sentence, shard))
+                if matches_source(source, ref.set, ref.split):
+                    refs.append((index_no, image_no, ref_no, ref.sentences, shard))
 
-        if len(rows) == before:
+        rows = _rows_of_refs(np.array(refs, np.int64).reshape(-1, 5), unit)
+        if not len(rows):
             raise InputError(_no_sample_message(source, index))
+        parts.append(rows)
 
-    columns = np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, 5).T)
+    columns = np.ascontiguousarray(np.concatenate(parts or [np.empty((0, 5), np.int64)]).T)
     return SampleTable(
         indexes=tuple(distinct),
         index=columns[0],
@@ -224,15 +226,25 @@ def _derangement(image_ids: np.ndarray) -> np.ndarray:
     return donors
 
 
-def _sentences_of(sentences: int, unit: str) -> list[int]:
-    """List the samples of a ref by its number of sentences, as `SampleTable.sentence` has them."""
-    if not sentences:
-        return []
-    if unit == "ref":
-        return [RANDOM]
+def _rows_of_refs(refs: np.ndarray, unit: str) -> np.ndarray:
+    """List the samples of some refs; int64 [refs, 5] -> [samples, 5].
 
-    each = list(range(sentences))
-    return [*each, ALL] if unit == "sentence and all" else each
+    The fourth column holds the number of sentences of a ref, and then the number of a sample's
+    sentence as in `SampleTable.sentence`. A ref without a sentence has no sample.
+    """
+    refs = refs[refs[:, 3] > 0]
+    if unit == "ref":
+        rows = refs.copy()
+        rows[:, 3] = RANDOM
+        return rows
+
+    # Each sentence of a ref is a row, and one more row may be for all of them.
+    samples = refs[:, 3] + (unit == "sentence and all")
+    rows = np.repeat(refs, samples, axis=0)
+    first = np.repeat(np.cumsum(samples) - samples, samples)
+    number = np.arange(len(rows)) - first
+    rows[:, 3] = np.where(number < rows[:, 3], number, ALL)
+    return rows
 
 
 def _no_sample_message(source: Source, index: ShardIndex) -> str:
@@ -242,7 +254,9 @@ def _no_sample_message(source: Source, index: ShardIndex) -> str:
         for name, splits in sorted(index.counts.items())
         for split, counts in splits.items()
     ]
+    if len(held) > MAX_LISTED:
+        held[MAX_LISTED:] = [f"and {len(held) - MAX_LISTED} more splits"]
     return (
-        f"{index.location} has no sample of {asked_for}, split {source.split!r}; "
+        f"{hide_secret(index.location)} has no sample of {asked_for}, split {source.split!r}; "
         f"it holds: {'; '.join(held) or 'nothing'}"
     )

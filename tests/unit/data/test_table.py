@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from coupalign.config.schema import Source
-from coupalign.data.index import read_index
+from coupalign.data.index import RefEntry, ShardIndex, read_index
 from coupalign.data.table import (
     ALL,
+    RANDOM,
     RULES,
     build_table,
     evaluation_table,
@@ -24,6 +27,11 @@ from coupalign.errors import InputError
 
 def train_source(packed: Path) -> tuple[Source, ...]:
     return (Source(index=str(packed), split="train"),)
+
+
+@pytest.fixture
+def packed_index(packed: Path) -> ShardIndex:
+    return read_index(packed)
 
 
 def test_shards_are_numbered_over_all_indexes(packed: Path):
@@ -43,6 +51,39 @@ def test_shards_are_numbered_over_all_indexes(packed: Path):
         ref = image.refs[table.ref[number]]
         assert table.shard[number] == image.shard + len(first.shards) * table.index[number]
         assert table.label(number) == f"{ref.set}/{ref.ref_id}"
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=4), min_size=1, max_size=5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_samples_are_listed_in_the_order_of_images_refs_and_sentences(
+    packed_index: ShardIndex, sentences: list[list[int]]
+):
+    """`sentences` has the number of sentences of each ref of each image."""
+    images = []
+    for number, of_refs in enumerate(sentences):
+        refs = [RefEntry("a/b", "train", ref_no, count) for ref_no, count in enumerate(of_refs)]
+        images.append(replace(packed_index.images[0], image_id=number, refs=tuple(refs)))
+    index = replace(packed_index, images=tuple(images))
+    source = Source(index="a", split="train")
+
+    expected: dict[str, list[tuple[int, int, int]]] = {"ref": [], "sentence": []}
+    expected["sentence and all"] = []
+    for image_no, of_refs in enumerate(sentences):
+        for ref_no, count in enumerate(of_refs):
+            each = [(image_no, ref_no, sentence) for sentence in range(count)]
+            expected["sentence"] += each
+            if count:
+                expected["ref"].append((image_no, ref_no, RANDOM))
+                expected["sentence and all"] += [*each, (image_no, ref_no, ALL)]
+
+    for unit, rows in expected.items():
+        if not rows:
+            with pytest.raises(InputError, match="has no sample"):
+                build_table([source], [index], unit)
+            continue
+        table = build_table([source], [index], unit)
+        found = np.stack([table.image, table.ref, table.sentence], 1)
+        assert [tuple(row) for row in found.tolist()] == rows
 
 
 @pytest.mark.parametrize(
