@@ -122,6 +122,15 @@ class TrainLoader:
         self._running = self._steps(self._loader, step)
         return self._running
 
+    def count_not_mirrored(self) -> tuple[int, int]:
+        """Count the sentences that `augment.flip` leaves alone, in the shard that is read first.
+
+        Returns:
+            the number of such sentences, and of all that were read.
+        """
+        _, first = next(iter(self._keys))[0]
+        return self.reader.count_not_mirrored(first)
+
     @property
     def worker_pids(self) -> list[int]:
         """The process ids of the workers, once an iteration has begun."""

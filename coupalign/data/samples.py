@@ -189,6 +189,34 @@ class SampleReader:
         """Read the bytes of a sample's JPEG, and its record."""
         return self._read_jpeg(number), self._read_record(number)
 
+    def count_not_mirrored(self, first: int, most: int = 1000) -> tuple[int, int]:
+        """Count the sentences that `augment.flip` leaves alone, see `mirror_sentence`.
+
+        Args:
+            first: a sample. Only samples of its shard are read.
+            most: refs to read.
+
+        Returns:
+            the number of such sentences, and of all that were read.
+        """
+        table, field = self.table, _TEXT_FIELD[self.config.sentence]
+        same_shard = np.flatnonzero(table.shard == table.shard[first])
+        # With a sample per sentence, several samples have the same ref.
+        refs = np.stack([column[same_shard] for column in (table.index, table.image, table.ref)])
+        _, one_of_each = np.unique(refs, axis=1, return_index=True)
+
+        left_alone = total = 0
+        for number in same_shard[one_of_each[:most]].tolist():
+            try:
+                record = self._read_record(number)
+            except BadSample:
+                continue  # the loader reports it when it is drawn
+
+            for sentence in record["sentences"]:
+                total += 1
+                left_alone += transforms.mirror_sentence(sentence[field]) is None
+        return left_alone, total
+
     def collate(
         self, buffers: BatchBuffers, infos: Sequence[SampleInfo], bad: Sequence[str] = ()
     ) -> Batch:

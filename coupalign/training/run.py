@@ -175,7 +175,7 @@ def _load_pretrained(
 
 
 def _describe(run: Run) -> str:
-    """Describe the run in one or two lines, as printed at its start."""
+    """Describe the run in a few lines, as printed at its start."""
     config, loader, world = run.config, run.loader, run.world
     parameters = sum(p.numel() for p in run.engine.model.parameters()) / 1e6
     facts = [
@@ -191,4 +191,11 @@ def _describe(run: Run) -> str:
     if isinstance(config.model, CoupAlignConfig):
         wpa = config.model.wpa
         text += f"\nword-pixel alignment: {describe_choice(wpa.impl, wpa.heads)}"
+    if config.data.augment.flip > 0:
+        left_alone, total = loader.count_not_mirrored()
+        share = 100 * left_alone / max(1, total)
+        text += (
+            f"\nflip: {share:.1f} % of {total:,} sentences are never mirrored, because they may "
+            "name a side in a way that cannot be exchanged"
+        )
     return text

@@ -70,12 +70,20 @@ def test_flip_mirrors_image_mask_and_sentence(packed: Path):
         for flip in (0, 1)
     )
 
+    kept = 0
     for a, b in zip(plain, mirrored):
-        assert b.sentence == transforms.mirror_sentence(a.sentence)
+        mirrored_sentence = transforms.mirror_sentence(a.sentence)
+        if mirrored_sentence is None:
+            assert (a.sentence, a.image, a.target) == (b.sentence, b.image, b.target)
+            kept += 1
+            continue
+
+        assert b.sentence == mirrored_sentence
         for before, after in ((a.image, b.image), (a.target, b.target)):
             before = np.frombuffer(before, np.uint8).reshape(-1, 32, 32)
             after = np.frombuffer(after, np.uint8).reshape(-1, 32, 32)
             assert np.array_equal(before[..., ::-1], after)
+    assert 0 < kept < len(plain)
     assert any(a.sentence != b.sentence for a, b in zip(plain, mirrored))
 
 
@@ -155,6 +163,25 @@ def read_all(packed: Path, split: str = "train") -> list[str]:
         except BadSample as error:
             messages.append(str(error))
     return messages
+
+
+@pytest.mark.parametrize("unit", ["sentence", "ref"])
+def test_sentences_that_are_never_mirrored_are_counted_once_per_ref(packed: Path, unit: str):
+    config = config_of(packed, unit=unit)
+    loader = train(config, 4)
+    table = loader.reader.table
+    _, [batch] = next(loader.steps_from(0))
+    shard = table.shard[batch.info[0].number]
+    refs = {}
+    for number in np.flatnonzero(table.shard == shard).tolist():
+        _, record = loader.reader.read_stored(number)
+        refs[record["ref_id"]] = [sentence["sent"] for sentence in record["sentences"]]
+    texts = [text for sentences in refs.values() for text in sentences]
+
+    left_alone, total = loader.count_not_mirrored()
+
+    assert total == len(texts)
+    assert left_alone == sum(transforms.mirror_sentence(text) is None for text in texts)
 
 
 def flip(packed: Path, at: int, bit: int) -> None:
