@@ -66,12 +66,22 @@ def report_run(run: Path, out: Path | None = None) -> Path:
             run.resolve().name,
             scores={names[key]: score for key, score in scores.items()},
             curves=read_curves(run / JOURNAL),
-            pictures={folder.name: folder for folder in sorted((run / "pictures").glob("*/"))},
+            pictures=_picture_folders(run / "pictures"),
             config=_read_config(run / "config.yaml"),
             rows=rows,
         )
     except OSError as error:
         raise InputError(f"{run}: cannot be read ({error})") from error
+
+
+def _picture_folders(pictures: Path) -> dict[str, Path]:
+    """The folders of `save_pictures` by the name of their set, without half-written ones."""
+    folders = sorted(folder for folder in pictures.glob("*/") if not folder.name.startswith("."))
+    for folder in folders:
+        # In a foreign run directory it may be a link to pictures of this machine.
+        if folder.is_symlink():
+            raise InputError(f"{folder}: is a link; replace it by a copy of the folder")
+    return {folder.name: folder for folder in folders}
 
 
 def _read_config(file: Path) -> str | None:

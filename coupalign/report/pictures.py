@@ -119,7 +119,7 @@ def read_pictures(folder: Path) -> dict[str, list[SavedPicture]]:
 
 def _check_inside(folder: Path, file: str) -> None:
     """Raise InputError unless `file`, which may be foreign text, is a file of the folder itself."""
-    is_plain = Path(file).name == file and "\0" not in file
+    is_plain = Path(file).name == file != ".." and "\0" not in file
     if not is_plain or (folder / file).is_symlink():
         raise InputError(
             f"{folder / LIST_NAME}: file {quoted(file)} is not in the same folder, so it is not "

@@ -124,7 +124,7 @@ def score_splits(
     infer: Infer,
     config: Config,
     *,
-    step: int | None = None,
+    step: int,
     tokenizer: Tokenizer,
     world: World,
     pictures: int = 0,
@@ -133,8 +133,7 @@ def score_splits(
     """Score each source of data.evaluate under the config's protocol, and file it; collective.
 
     Args:
-        step: of the training, after which the model is scored; written with each score. None: write
-            rows and pictures only.
+        step: of the training, after which the model is scored; written with each score.
         pictures: samples per group of which rank 0 draws pictures.
         stopped: asked before each batch; must return the same on every rank.
 
@@ -163,9 +162,8 @@ def score_splits(
             [(key, evaluation)] = scored.evaluations.items()
             with writing_scores(run):
                 scored.write_rows(run)
-                if step is not None:
-                    value = scored.score_json(scored.scores[key], step=step)
-                    write_json(run / "scores" / f"{scored.name}.json", value)
+                value = scored.score_json(scored.scores[key], step=step)
+                write_json(run / "scores" / f"{scored.name}.json", value)
                 if pictures:
                     save_pictures(run / "pictures" / scored.name, evaluation, pictures)
 

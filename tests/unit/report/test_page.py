@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from coupalign.files import write_json
 from coupalign.report import report_run
 from tests.unit.report.examples import EVIL, SENTENCES, score_of, write_run
@@ -92,3 +94,43 @@ def test_damaged_rows_are_named(run: Path):
     with pytest.raises(InputError, match=r"val-ris-v1\.csv.*coupalign eval"):
         report_run(run)
     assert not (run / "report.html").exists()
+
+
+def test_links_of_a_foreign_run_do_not_bring_files_of_this_machine(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "secret.txt").write_text("password")
+    (run / "config.yaml").unlink(missing_ok=True)
+    (run / "config.yaml").symlink_to(tmp_path / "secret.txt")
+
+    with pytest.raises(InputError, match=r"config\.yaml: is a link to a file outside of the run"):
+        report_run(run)
+
+    (run / "config.yaml").unlink()
+    (run / "pictures" / "other").symlink_to(run / "pictures" / "val")
+    with pytest.raises(InputError, match="other: is a link"):
+        report_run(run)
+
+
+def test_half_written_pictures_are_not_shown(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    (run / "pictures" / ".testA.5-host.partial").mkdir()
+    (run / "pictures" / ".testA.5-host.partial" / "pictures.json").write_text("[")
+
+    assert "testA" not in report_run(run).read_text()
+
+
+def test_full_disk_while_the_page_is_written_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = write_run(tmp_path / "run")
+    (run / "report.html").write_text("old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+    with pytest.raises(RunError, match=r"report\.html: the page could not be written"):
+        report_run(run)
+    assert (run / "report.html").read_text() == "old"
+    assert not list(run.glob(".*"))

@@ -106,7 +106,7 @@ def test_missing_picture_files_are_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", [{}], [{"group": "best"}], {"a": 1}, [{"area": "x"}]], ids=str
+    "damage", ["{", [{}], [{"group": "best"}], {"a": 1}, [{"area": "x"}], "7", "null"], ids=str
 )
 def test_damaged_list_is_named(tmp_path: Path, damage: Any):
     save_pictures(tmp_path / "val", evaluation_of(), 1)
@@ -119,3 +119,51 @@ def test_damaged_list_is_named(tmp_path: Path, damage: Any):
 
     with pytest.raises(InputError, match=r"pictures\.json.*--pictures"):
         read_pictures(tmp_path / "val")
+
+
+def change_entries(folder: Path, **changes: Any) -> None:
+    """Change the same fields in every entry of a list of pictures."""
+    path = folder / "pictures.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([{**entry, **changes} for entry in entries]))
+
+
+@pytest.mark.parametrize("field", ["file", "why"])
+@pytest.mark.parametrize(
+    "name", ["../private.png", "/{folder}/private.png", "sub/../best-1.png", ".."]
+)
+def test_picture_outside_of_its_folder_is_not_shown(tmp_path: Path, field: str, name: str):
+    """As in a run directory that somebody else made."""
+    save_pictures(tmp_path / "val", evaluation_of(), 1)
+    Image.new("RGB", (33, 21)).save(tmp_path / "private.png")
+
+    change_entries(tmp_path / "val", **{field: name.format(folder=tmp_path)})
+
+    with pytest.raises(InputError, match=r"pictures\.json: file .* is not in the same folder"):
+        read_pictures(tmp_path / "val")
+
+
+def test_link_to_a_picture_outside_is_not_shown(tmp_path: Path):
+    save_pictures(tmp_path / "val", evaluation_of(), 1)
+    Image.new("RGB", (33, 21)).save(tmp_path / "private.png")
+    (tmp_path / "val" / "link.png").symlink_to("../private.png")
+
+    change_entries(tmp_path / "val", file="link.png")
+
+    with pytest.raises(InputError, match="'link.png' is not in the same folder"):
+        read_pictures(tmp_path / "val")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"area": 7, "pixels": 5}, {"pixels": 10**400}, {"area": -1}, {"iou": "x" * 10_000}],
+    ids=["area", "pixels", "negative", "text"],
+)
+def test_numbers_of_a_foreign_list_are_checked_in_one_line(tmp_path: Path, changes: dict[str, Any]):
+    save_pictures(tmp_path / "val", evaluation_of(), 1)
+
+    change_entries(tmp_path / "val", **changes)
+
+    with pytest.raises(InputError, match=r"pictures\.json: damaged") as error:
+        read_pictures(tmp_path / "val")
+    assert len(str(error.value)) < 250 + len(str(tmp_path))
