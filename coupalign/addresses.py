@@ -24,8 +24,11 @@ _BARE_LOGIN = re.compile(
     r"(?<![^\s'\"=(\[,])(?://)?(?P<login>[^\s/@:'\"=]+:[^\s/@'\"]+)@(?=[\w\[])"
 )
 
-# One name=value after `?`, `&`, `;` or `#`.
-_PARAMETER = re.compile(r"(?P<name>(?<=[?&;#])[^=&;?#\s]+)=(?P<value>[^&;#\s'\"`<>\\]*)")
+# One name=value after `?`, `&`, `;` or `#`, without the punctuation of a sentence around it.
+_PARAMETER = re.compile(
+    r"(?P<name>(?<=[?&;#])[^=&;?#\s]+)="
+    r"(?P<value>[^&;#\s'\"`<>\\]*?)(?=[)\]:,.]*(?:[&;#\s'\"`<>\\]|\Z))"
+)
 
 # Names of parameters that carry a secret: in a part of the name, or as the whole name.
 _SECRET_NAME = re.compile(

@@ -36,6 +36,7 @@ TAG_LENGTH = 8000
 NAME_LENGTH = 250
 
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+_LOGIN_REFUSED = {"PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED", "UNAUTHENTICATED"}
 # MLflow alone would hold one request for about four minutes (7 retries), but we retry ourselves.
 # Standard output is ours. The user's own values win.
 _DEFAULTS = {
@@ -93,8 +94,10 @@ class Delivery:
             if not stopped():
                 self._send_tags()
                 self._send_status()
-        except Exception:
+        except Exception as error:
             self._client = None
+            if refusal := _refusal(error):
+                raise refusal from error
             raise
 
     def _note_progress(self) -> None:
@@ -290,6 +293,20 @@ class Delivery:
             self._client.set_terminated(self.outbox.run_id, status, ended)
         with self.outbox.lock:
             self.outbox.change(status_sent=status == self.outbox.status)
+
+
+def _refusal(error: Exception) -> Refusal | None:
+    """Recognize an error that waiting does not mend, and name the remedy."""
+    if isinstance(error, ImportError):
+        return Refusal(
+            f"this address needs the Python package {error.name!r}: pip install {error.name}"
+        )
+    if getattr(error, "error_code", None) in _LOGIN_REFUSED:
+        return Refusal(
+            f"the login was refused ({brief(error)}); set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    return None
 
 
 def fetch_artifact(uri: str, run: str, path: str, folder: Path) -> Path:

@@ -73,6 +73,12 @@ def test_address_without_a_secret_stays(address: str) -> None:
     assert hide_secret(f"override 'tracking.uri={address}'") == f"override 'tracking.uri={address}'"
 
 
+def test_punctuation_behind_a_masked_parameter_stays() -> None:
+    text = "MLflow (http://host/?a=1&token=hunter2): no answer from http://host/?key=hunter2."
+
+    assert hide_secret(text) == text.replace("hunter2", MASK)
+
+
 def test_error_that_repeats_a_decoded_password_is_masked() -> None:
     address = "mysql+pymysql://mlflow:hun%40ter2@host/db"
 

@@ -553,6 +553,31 @@ def test_endless_answer_is_cut_off(
     assert message in result.error
 
 
+class NoLogin(http.server.BaseHTTPRequestHandler):
+    """Answers every request with status 401."""
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_refused_login_and_missing_driver_name_the_remedy(tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoLogin)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    Outbox(path=tmp_path / STATE, uri=uri, experiment="a", run_name="a").change()
+
+    refused = sync(tmp_path, uri)
+    driver = mlflow._refusal(ModuleNotFoundError("No module named 'psycopg2'", name="psycopg2"))
+
+    server.shutdown()
+    assert "MLFLOW_TRACKING_USERNAME" in refused.error
+    assert "pip install psycopg2" in str(driver)
+
+
 def test_error_of_a_library_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hun%40ter2@host/db")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc123")
