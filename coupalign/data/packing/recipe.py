@@ -11,7 +11,15 @@ from pydantic import AfterValidator, Field, model_validator
 from coupalign.config.load import read_section
 from coupalign.config.schema import Section
 
-HomePath = Annotated[Path, AfterValidator(lambda path: path.expanduser())]
+
+def _expand_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"no home folder is known for {path.parts[0]}") from None
+
+
+HomePath = Annotated[Path, AfterValidator(_expand_home)]
 Name = Annotated[str, Field(pattern=r"^[\w+-][\w.+-]{0,99}$")]
 
 
