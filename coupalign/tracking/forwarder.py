@@ -6,6 +6,7 @@ is sent at the next start of the run or by `sync`.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -113,7 +114,9 @@ class MlflowTracker:
         all_sent = self._thread.finish(hurry=status in ("FAILED", "KILLED"))
         if not all_sent:
             rows, artifacts = self._outbox.waiting()
-            logger.warning(
+            # One warning is enough for a server that was reported as failing.
+            logger.log(
+                logging.INFO if self._thread.is_failing else logging.WARNING,
                 "MLflow (%s): %d rows and %d artifacts are not there yet; `%s` "
                 "or the next start of this run sends them",
                 self._outbox.uri,
@@ -187,6 +190,11 @@ class Forwarder(threading.Thread):
                 self._given_up = True
                 return False
         return True
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last attempt failed, which was reported."""
+        return self._failing
 
     def _patience_is_over(self, start: float, hurry: bool) -> bool:
         now = time.monotonic()

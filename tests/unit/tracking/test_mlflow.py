@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import logging
 import math
 import os
 import shutil
@@ -286,6 +287,7 @@ def test_sync_sends_the_run_of_a_session_whose_server_never_answered(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO, "coupalign.tracking")
     monkeypatch.setattr(forwarder, "CLOSE_WAIT_S", 1.0)
     monkeypatch.setattr(forwarder, "CLOSE_WAIT_WORKING_S", 2.0)
     config = MlflowTracking(uri=proxy.uri, experiment="late")
@@ -472,6 +474,7 @@ def test_deleted_experiment_is_named_with_the_remedy_and_costs_no_wait(
         assert "cannot be reached" not in caplog.text
         assert f"restore --experiment-id {experiment_id}" in caplog.text or name == "a"
         assert caplog.text.count("takes nothing") == 1
+        assert caplog.text.count("WARNING") == 1
     assert "another tracking.experiment" in sync(tmp_path / "b", server.uri).error
 
     client.restore_experiment(experiment_id)
