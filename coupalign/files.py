@@ -222,7 +222,8 @@ def require_writable(folder: Path, use: str, remedy: str) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{folder}: {use} cannot be written there ({error}). {remedy}") from error
+        reason = error.strerror or error
+        raise InputError(f"{folder}: {use} cannot be written there ({reason}). {remedy}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
