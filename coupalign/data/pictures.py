@@ -9,6 +9,7 @@ hand PostScript to another program.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -100,7 +101,10 @@ def open_picture(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Ima
             "convert it to JPEG or PNG"
         ) from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"it has more than {MAX_PIXELS:,} pixels, the limit ({error})") from None
+        pixels = int(re.search(r"\d+", str(error))[0])
+        raise ValueError(
+            f"it has {pixels:,} pixels; the limit is {MAX_PIXELS:,}. Make it smaller"
+        ) from None
     except Exception as error:  # of a damaged header, Pillow raises nearly anything
         if isinstance(error, OSError) and error.errno is not None:
             raise
