@@ -39,9 +39,9 @@ from coupalign.errors import quoted
 COCO = ("refcoco", "refcoco+", "refcocog")
 NO_NUMBER = -1
 
-# Measured with pHash of 16 x 16 on 252 photographs of COCO and on 4,500 RefShapes. Different
-# pictures differ in 96 bits or more (RefShapes: 50). JPEG at quality 50 to 95, half to twice the
-# size, gray, brighter by a fifth, mirrored: at most 30 (RefShapes: 44; 1 of 600 is above 32).
+# Measured on 252 photographs of COCO and on 4,500 RefShapes; the table is in docs/method.md.
+# Different pictures differ in 96 bits or more (RefShapes: 50). JPEG at quality 50 to 95, half to
+# twice the size, gray, brighter by a fifth, mirrored: at most 26 (RefShapes: 40).
 LOOK_SIDE = 16
 MAX_DISTANCE = 32
 MAX_DISTANCE_OF_A_NUMBER = 64

@@ -125,8 +125,19 @@ def pack(
         reused=sum(result.reused for result in written),
         shards=len(index.shards),
         bytes=sum(shard.bytes for shard in index.shards),
-        warnings=(*report.warnings, *_describe_turnings(written)),
+        warnings=(*report.warnings, *_describe_turnings(written), *_describe_age(index)),
     )
+
+
+def _describe_age(index: ShardIndex) -> list[str]:
+    """Say what the index of a set that an early version packed lacks."""
+    unhashed = sum(image.photo is None for image in index.images)
+    if not unhashed:
+        return []
+    return [
+        f"an early version packed this set: {unhashed:,} photographs have no hashes, so scores on "
+        "it cannot rule out leaks. Pack again with --overwrite to add them; only the index changes"
+    ]
 
 
 def inspect(recipe: Recipe) -> PackReport:

@@ -11,6 +11,7 @@ import pytest
 
 from coupalign.data.packing import output
 from coupalign.errors import InputError, RunError
+from tests.unit.data.conftest import change_index
 from tests.unit.data.packing.small_set import contents, pack_quietly, recipe_of
 
 
@@ -23,6 +24,29 @@ def test_finished_set_is_left_as_it_is(refer_root: Path, packed: Path) -> None:
     assert "already packed" in report.table()
     assert report.shards == 3
     assert {file.name: file.stat().st_mtime_ns for file in packed.iterdir()} == before
+
+
+def test_set_of_an_early_version_gets_hashes_with_overwrite(refer_root: Path, packed: Path) -> None:
+    """Packing again alone changes nothing: a run may be resumed over this index."""
+    now = contents(packed)
+
+    def forget(tree: dict) -> None:
+        for image in tree["images"]:
+            del image["photo"]
+
+    change_index(packed, forget)
+    old = contents(packed)
+
+    report = pack_quietly(recipe_of(refer_root), packed)
+
+    assert contents(packed) == old
+    (warning,) = [line for line in report.warnings if "no hashes" in line]
+    assert "12 photographs" in warning and "--overwrite" in warning
+
+    report = pack_quietly(recipe_of(refer_root), packed, overwrite=True)
+
+    assert contents(packed) == now
+    assert not [line for line in report.warnings if "no hashes" in line]
 
 
 def test_another_set_needs_overwrite_which_removes_old_shards(
