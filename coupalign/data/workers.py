@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import errno
 import multiprocessing.queues
+import os
 import signal
 import weakref
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ from coupalign.errors import InputError, RunError
 from coupalign.limits import explain_shortage, free_shared_memory, shared_memory_remedy
 
 PREFETCH = 2  # batches that each worker reads ahead
+
+# Open files that the rank needs for its workers: pipes, and shared memory on its way.
+_FILES = 10
+_FILES_PER_WORKER = 6
 
 _SHORTAGES = (MemoryError, OSError, RuntimeError, EOFError)
 
@@ -91,6 +96,8 @@ def start_iteration(loader: DataLoader) -> Iterator[Batch | Failure]:
         RunError: a worker process was killed.
     """
     try:
+        if loader.num_workers:
+            _try_to_open(_FILES + _FILES_PER_WORKER * loader.num_workers)
         items = iter(loader)
     except _SHORTAGES as error:
         shortage = _explain_start(error)
@@ -186,6 +193,20 @@ class _WorkerItems(Iterator):
             if shortage is None:
                 raise
             raise InputError(f"a batch of a data worker cannot be received: {shortage}") from error
+
+
+def _try_to_open(files: int) -> None:
+    """Raise OSError if this process may not open so many more files.
+
+    A DataLoader that fails while it starts its workers leaves some of them behind.
+    """
+    handles = []
+    try:
+        for _ in range(files):
+            handles.append(os.open(os.devnull, os.O_RDONLY))
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 def _explain_start(error: BaseException) -> str | None:

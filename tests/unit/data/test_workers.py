@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -158,13 +159,27 @@ def test_shortage_without_workers_is_said_in_words() -> None:
         read_wrong("has no memory", workers=0)
 
 
-def test_worker_that_cannot_be_started_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_not_started_without_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: object) -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, usual[1]))
+    try:
+        with pytest.raises(InputError, match="data.workers=1: the worker processes.*ulimit -n"):
+            read_wrong("SIGBUS")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+
+
+def test_workers_that_cannot_be_started_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
 
-    with pytest.raises(InputError, match="data.workers=1: the worker processes.*ulimit -n"):
+    with pytest.raises(InputError, match="data.workers=1: the worker processes.*--shm-size"):
         read_wrong("SIGBUS")
 
 
