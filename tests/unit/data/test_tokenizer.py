@@ -65,6 +65,16 @@ def test_sentence_of_exactly_the_limit_is_not_cut(vocabulary: Path):
     assert cut_at_four == [True]
 
 
+def test_sentence_without_a_known_word_is_unknown(vocabulary: Path):
+    tokenizer = Tokenizer.open(vocabulary)
+    sentences = ["红色的杯子", "日 box", "box", "", "日 日 box"]
+
+    words, _, _ = tokenizer.encode(sentences, 4)
+
+    # The last one is cut before its known word.
+    assert tokenizer.unknown(words) == [True, False, False, True, True]
+
+
 def test_unseen_word_is_spelled_and_foreign_letter_is_unknown(vocabulary: Path):
     tokenizer = Tokenizer.open(vocabulary)
 
