@@ -47,7 +47,7 @@ _DEFAULTS = {
 }
 
 # What one answer may take. The largest that we ask for is the list of a run's params.
-ANSWER_BYTES = 64 << 20
+ANSWER_BYTES = 32 << 20
 ANSWER_S = 60.0
 # The rows of a split have some megabytes.
 DOWNLOAD_BYTES = 1 << 30
@@ -243,20 +243,25 @@ class Delivery:
                 return False
             asked = artifact["asked"]
 
-        path, folder = self.run_dir / artifact["path"], artifact["folder"]
-        if not path.exists():
-            logger.warning("MLflow: the artifact %s was removed before it was sent", path)
-        elif problem := find_way_out(self.run_dir, path, folder):
-            logger.warning("MLflow: the artifact %s is not sent: %s", path, problem)
-        elif path.is_dir():
-            self._client.log_artifacts(self.outbox.run_id, str(path), folder or path.name)
-        else:
-            self._client.log_artifact(self.outbox.run_id, str(path), folder or None)
-
+        self.artifacts += self._send_path(self.run_dir / artifact["path"], artifact["folder"])
         with self.outbox.lock:
             artifact["sent"] = asked
             self.outbox.change()
-        self.artifacts += 1
+        return True
+
+    def _send_path(self, path: Path, folder: str) -> bool:
+        """Send a file or folder of the run. Returns whether it was there and may be sent."""
+        if not path.exists():
+            logger.warning("MLflow: the artifact %s was removed before it was sent", path)
+            return False
+        if problem := find_way_out(self.run_dir, path, folder):
+            logger.warning("MLflow: the artifact %s is not sent: %s", path, problem)
+            return False
+
+        if path.is_dir():
+            self._client.log_artifacts(self.outbox.run_id, str(path), folder or path.name)
+        else:
+            self._client.log_artifact(self.outbox.run_id, str(path), folder or None)
         return True
 
     def _next_artifact(self) -> dict[str, Any] | None:
@@ -406,6 +411,8 @@ def _bound_answers() -> None:
                 elif time.monotonic() > deadline:
                     problem = ReadTimeout(f"an answer that takes more than {ANSWER_S:.0f} s")
                 if problem:
+                    # The error's traceback would keep the bytes.
+                    content.clear()
                     response.close()
                     raise problem
             response.raw.release_conn()

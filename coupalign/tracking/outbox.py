@@ -10,16 +10,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from coupalign.addresses import hide_secret
 from coupalign.config.schema import MlflowTracking
@@ -54,15 +55,25 @@ def tracking_address(config: MlflowTracking, run_dir: Path) -> str:
 
 def track_command(run_dir: Path, uri: str) -> str:
     """The command that sends a run to `uri`. It names the address unless that is the default."""
-    command = f"coupalign track {run_dir}"
+    # The address may be somebody else's text, and the reader may paste the command into a shell.
+    command = f"coupalign track {shlex.quote(str(run_dir))}"
     shown = hide_secret(uri)
     is_default = hide_secret(tracking_address(MlflowTracking(), run_dir)) == shown
-    return command if is_default else f"{command} --tracking-uri {shown}"
+    return command if is_default else f"{command} --tracking-uri {shlex.quote(shown)}"
+
+
+def _is_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("control characters, which a terminal would obey")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_is_printable)]
 
 
 class _StoredArtifact(BaseModel):
-    path: str
-    folder: str = ""
+    path: Printable
+    folder: Printable = ""
     asked: int = Field(ge=0)
     sent: int = Field(ge=0)
 
@@ -70,11 +81,11 @@ class _StoredArtifact(BaseModel):
 class _StoredState(BaseModel):
     """What tracking.json may hold. The file may be somebody else's."""
 
-    uri: str
-    experiment: str
-    run_name: str
+    uri: Printable
+    experiment: Printable
+    run_name: Printable
     key: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
-    place: str | None = None
+    place: Printable | None = None
     inode: tuple[int, int] | None = None
     run_id: str | None = Field(None, pattern=r"^[\w-]+$", max_length=256)
     sent: int = Field(0, ge=0)

@@ -66,6 +66,7 @@ def test_outbox_survives_a_restart(tmp_path: Path) -> None:
         '{"uri": "http://tracker:1", "experiment": "a", "run_name": "b", "artifacts": [7]}',
         '{"uri": "http://tracker:1", "experiment": "a", "run_name": "b", "run_id": "../1"}',
         "[" * 100_000,
+        '{"uri": "http://tracker:1/\\u001b[31m", "experiment": "a", "run_name": "b"}',
     ],
     ids=lambda content: str(content)[-20:],
 )
@@ -210,7 +211,8 @@ def test_password_of_the_environment_is_not_written(
         track_command(tmp_path, "postgresql://me:hunter2@host/db") == f"coupalign track {tmp_path}"
     )
     other = track_command(tmp_path, "postgresql://me:hunter2@other/db")
-    assert other == f"coupalign track {tmp_path} --tracking-uri postgresql://***@other/db"
+    assert other == f"coupalign track {tmp_path} --tracking-uri 'postgresql://***@other/db'"
+    assert "'http://h; rm -r ~'" in track_command(tmp_path, "http://h; rm -r ~")
 
 
 def test_stored_state_is_plain_json(tmp_path: Path) -> None:
