@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import coupalign
 from coupalign.addresses import hide_secret
@@ -89,6 +90,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
     if rest:
         options.overrides = [*options.overrides, *rest]
+
+    # A shell leaves the ~ of --out=~/x alone.
+    for name, value in vars(options).items():
+        if isinstance(value, Path) and value.parts[:1] == ("~",):
+            setattr(options, name, value.expanduser())
     return options
 
 

@@ -188,6 +188,15 @@ def test_main_returns_the_status(
     assert captured.err == message
 
 
+def test_tilde_of_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+
+    options = parse_arguments(["predict", "~/run", "a~/b.jpg", "a star", "--out=~/masks"])
+
+    assert (options.checkpoint, options.out) == (Path("/home/me/run"), Path("/home/me/masks"))
+    assert options.image == Path("a~/b.jpg")
+
+
 def test_log_lines_show_no_secret() -> None:
     masking = parser._MaskingFormatter("%(levelname)s: %(message)s")
     record = logging.LogRecord("x", logging.INFO, "", 0, "open %s", ("s3://key:hunter2@b",), None)

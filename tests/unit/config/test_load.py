@@ -64,6 +64,7 @@ def test_shipped_config_is_valid_and_has_a_header(
         ("optim: {lr_imge: 1}", ["run.yaml", "optim.lr_imge", "'lr_image'"]),
         ("model: {image: {kind: small, width: 3}}", ["model.image.width", "'widths'"]),
         ("model: {proposals: {count: many}}", ["model.proposals.count", "integer", "many"]),
+        ("model: {kind: lavt, lavt: 1}", ["run.yaml", "unknown key 'model.lavt'"]),
         ("engine: {kind: deepsped}", ["run.yaml", "engine", "deepsped", "'deepspeed'"]),
         ("train: {steps: 1}\ntrain: {steps: 2}", ["run.yaml", "train", "twice"]),
         ("train: {epochs: null}", ["run.yaml", "how long to train"]),
