@@ -610,7 +610,7 @@ class TrainConfig(Section):
     )
     save_every: int | None = setting(
         None,
-        "Steps between two checkpoints. The end of the run is always saved. "
+        "Steps between two checkpoints. The end of the run and a new best score are always saved. "
         "Null: with every evaluation.",
         numeric=False,
         ge=1,
