@@ -5,7 +5,7 @@ from __future__ import annotations
 from urllib.parse import quote
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coupalign.addresses import MASK, find_secret, hide_secret
@@ -98,6 +98,7 @@ plain = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1,
 passwords = st.text(st.characters(exclude_categories=["C"]), min_size=8, max_size=30)
 
 
+@settings(deadline=None)
 @given(
     scheme=st.sampled_from(["http", "https", "postgresql", "mysql+pymysql", "s3", "ftp"]),
     user=plain,
@@ -113,6 +114,7 @@ def test_no_encoded_password_survives(scheme: str, user: str, password: str, bef
     assert secret not in hide_secret(f"{before} {address} and more")
 
 
+@settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab:/@?&=#;.'\" tokensig%p"), max_size=60))
 @example(text="http://a:b@c?token=x")
 def test_masking_is_idempotent_and_finds_what_it_masks(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coupalign.config.load import (
@@ -527,6 +527,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(tree=st.dictionaries(words, trees, max_size=5))
 def test_what_is_written_is_read_by_our_rules_and_by_those_of_yaml_1_1(
     tree: dict[str, Any],
