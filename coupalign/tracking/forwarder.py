@@ -60,7 +60,10 @@ class MlflowTracker:
         run_dir = journal.path.parent
         shown = hide_secret(uri)
         self._uri = uri
-        self._outbox = Outbox.read(run_dir) or Outbox(
+        earlier = Outbox.read(run_dir)
+        if earlier is None and (run_dir / STATE).exists():
+            logger.warning("%s is damaged; this run gets a new MLflow run", run_dir / STATE)
+        self._outbox = earlier or Outbox(
             path=run_dir / STATE, uri=shown, experiment=config.experiment, run_name=run_name
         )
         self._settle()

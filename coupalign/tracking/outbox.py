@@ -85,7 +85,7 @@ class _StoredState(BaseModel):
     experiment: Printable
     run_name: Printable
     key: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
-    place: Printable | None = None
+    place: str | None = None
     inode: tuple[int, int] | None = None
     run_id: str | None = Field(None, pattern=r"^[\w-]+$", max_length=256)
     sent: int = Field(0, ge=0)
@@ -140,6 +140,8 @@ class Outbox:
             with open(run_dir / STATE, "rb") as file:
                 state = json.loads(file.read(MAX_STATE_BYTES))
             values = _StoredState.model_validate(state).model_dump()
+            # Earlier versions wrote the whole address.
+            values["uri"] = hide_secret(values["uri"])
             return cls(path=run_dir / STATE, **values)
         except (OSError, ValueError, RecursionError, ValidationError):
             return None
@@ -157,24 +159,25 @@ class Outbox:
     def settle(self) -> str | None:
         """Make the outbox that of the directory it is in, before anything is sent.
 
-        A moved directory goes on in its MLflow run. A copy gets a run of its own, which receives
+        A moved directory continues in its MLflow run. A copy gets a run of its own, which receives
         the whole journal. Returns what was found out, for the log; None for the usual place.
         """
         directory = self.path.parent.resolve()
+        # The bytes of a name need not be UTF-8.
+        place = os.fsencode(directory).decode("utf-8", "backslashreplace")
         status = directory.stat()
         inode = (status.st_dev, status.st_ino)
         with self.lock:
             before, is_copy = self.place, self._is_copy_in(directory, inode)
-            if (self.place, self.inode) != (str(directory), inode) or is_copy:
-                if is_copy:
-                    self.start_over(key=uuid.uuid4().hex, place=str(directory), inode=inode)
-                else:
-                    self.change(place=str(directory), inode=inode)
+            if is_copy:
+                self.start_over(key=uuid.uuid4().hex, place=place, inode=inode)
+            elif (self.place, self.inode) != (place, inode):
+                self.change(place=place, inode=inode)
 
         if is_copy:
-            return f"{directory} is a copy of {before!r:.200}; it gets an MLflow run of its own"
-        if before not in (None, str(directory)):
-            return f"{directory} was {before!r:.200} before; it goes on in the same MLflow run"
+            return f"{place!r} is a copy of {before!r:.200}; it gets an MLflow run of its own"
+        if before not in (None, place):
+            return f"{place!r} was {before!r:.200} before; it continues in the same MLflow run"
         return None
 
     def _is_copy_in(self, directory: Path, inode: tuple[int, int]) -> bool:

@@ -454,7 +454,7 @@ def test_copied_run_directory_leaves_the_mlflow_run_of_the_original_alone(
     assert points_on_server(server.uri, run_id_of(c), "loss") == losses_until(6)
     experiment = client_of(server.uri).get_experiment_by_name("copies")
     assert len(client_of(server.uri).search_runs([experiment.experiment_id])) == 2
-    assert "is a copy of" in caplog.text and "goes on in the same MLflow run" in caplog.text
+    assert "is a copy of" in caplog.text and "continues in the same MLflow run" in caplog.text
 
 
 def test_deleted_experiment_is_named_with_the_remedy_and_costs_no_wait(

@@ -143,7 +143,7 @@ def test_moved_run_directory_goes_on_in_its_mlflow_run(tmp_path: Path) -> None:
     moved = Outbox.read(tmp_path / "b")
     found = moved.settle()
 
-    assert "goes on in the same MLflow run" in found
+    assert "continues in the same MLflow run" in found
     assert (moved.key, moved.run_id, moved.sent) == (original.key, "7", 7)
     assert moved.settle() is None
 
@@ -222,3 +222,18 @@ def test_stored_state_is_plain_json(tmp_path: Path) -> None:
 
     assert state["place"] == str(tmp_path / "a")
     assert state["inode"] == [os.stat(tmp_path / "a").st_dev, os.stat(tmp_path / "a").st_ino]
+
+
+def test_name_that_is_not_utf8_and_an_old_file_with_a_password_are_read(tmp_path: Path) -> None:
+    run_dir = tmp_path / os.fsdecode(b"run-\xff")
+    run_dir.mkdir()
+    outbox = new_outbox(run_dir)
+    outbox.uri = "postgresql://me:hunter2@host/db"
+    outbox.change()
+
+    again = Outbox.read(run_dir)
+
+    assert again.uri == "postgresql://***@host/db"
+    assert again.settle() is None
+    assert Outbox.read(run_dir).settle() is None
+    assert "hunter2" not in (run_dir / STATE).read_text()
