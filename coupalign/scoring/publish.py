@@ -49,7 +49,7 @@ def publish_scores_of(run: Path, overrides: Sequence[str] = ()) -> None:
     # The experiment is a name only; the address in the run's own configuration is left out.
     tracking = MlflowTracking(experiment=outbox.experiment)
     own = [text for text in overrides if text.startswith(("tracking.", "tracking="))]
-    config = override(Config(name="run", run_dir=run, tracking=tracking), own)
+    config = override(Config(tracking=tracking), own)
     if not isinstance(config.tracking, MlflowTracking):
         return
 
