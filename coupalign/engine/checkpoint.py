@@ -141,7 +141,7 @@ class Checkpoints:
                 on_main(partial(self._set_aside, path, damage), self.world)
                 continue
 
-            self._check_compatible(path, content, tokenizer)
+            on_main(partial(self._check_compatible, path, content, tokenizer), self.world)
             doing(f"loading {path.name}")
             self._load(path, content, engine)
             return on_main(partial(self._restore_best, content.train_state), self.world)
