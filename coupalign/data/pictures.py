@@ -83,7 +83,7 @@ def read_picture(path: Path) -> DecodedPicture:
             refuse_missing_pixels(jpeg)
             return decoded if decoded.orientation > 1 else replace(decoded, jpeg=jpeg)
     except (OSError, ValueError, MemoryError) as error:
-        raise InputError(f"{path}: cannot be read as an image: {_reason(error)}") from None
+        raise InputError(f"{shown(path)}: cannot be read as an image: {_reason(error)}") from None
 
 
 def open_picture(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -264,6 +264,12 @@ def _gray_of_8_bits(image: Image.Image) -> np.ndarray:
     if "transparency" in image.info:
         gray[values == image.info["transparency"]] = BACKGROUND[0]
     return gray
+
+
+def shown(name: Path | str) -> str:
+    """Return a file name for a message. Line feeds and the like are escaped."""
+    text = str(name)
+    return text if text.isprintable() else repr(text)
 
 
 def _check_file(path: Path) -> None:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from coupalign.config.schema import Config
 from coupalign.data.batch import Frame
-from coupalign.data.pictures import DecodedPicture, decode_picture, read_picture
+from coupalign.data.pictures import DecodedPicture, decode_picture, read_picture, shown
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square, reduction
 from coupalign.engine.base import MixedPrecision
@@ -358,7 +358,7 @@ class Predictor:
             if named:
                 others = f" (and {len(named) - 1:,} more)" if len(named) > 1 else ""
                 source, first = sources[named[0]], quoted(named[0])
-                log.warning("%s: sentence %s%s: %s", source, first, others, fact)
+                log.warning("%s: sentence %s%s: %s", shown(source), first, others, fact)
 
     def _prepare_line(self, request: Request) -> _ModelInput:
         """Prepare a request of a file of pairs, whose errors name the line."""
@@ -470,7 +470,7 @@ def open_picture(image: Picture) -> DecodedPicture:
             picture = read_picture(Path(image))
 
     if picture.doubt:
-        name = "image" if isinstance(image, Image.Image) else image
+        name = "image" if isinstance(image, Image.Image) else shown(image)
         log.warning("%s: %s; it is taken as it is stored", name, picture.doubt)
     return picture
 
@@ -519,7 +519,7 @@ def _saving(output: Path) -> Iterator[None]:
 
 def _listed(names: list[str], most: int = 5) -> str:
     more = f", … ({len(names):,} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(shown, names[:most])) + more
 
 
 def _threads() -> int:

@@ -214,6 +214,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}: line {line}: one field goes to line {lines.line_num}. "
                 "Is a quote never closed?"
             )
+        if not row:
+            continue  # an empty line
         if columns is None:
             columns = _check_columns(path, line, row)
         elif len(row) > len(columns):
@@ -221,7 +223,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}: line {line}: more fields than columns; "
                 "a sentence with a comma needs quotes"
             )
-        elif row:
+        else:
             yield line, dict(zip(columns, row))
 
 

@@ -436,6 +436,16 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, kind: str):
         read_picture(path)
 
 
+def test_odd_name_is_escaped_in_the_message(tmp_path: Path):
+    path = tmp_path / "a\n\x1b[2Jb.jpg"
+    path.touch()
+
+    with pytest.raises(InputError) as raised:
+        read_picture(path)
+
+    assert str(raised.value).isprintable()
+
+
 @given(
     st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"]),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),

@@ -78,7 +78,7 @@ def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 def test_marks_of_other_systems_do_not_matter(tmp_path: Path, start: str, end: str) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    lines = ["sentence,image", '"red, ""big"" star",a.png', "", "dog,a.png", ""]
+    lines = ["", "sentence,image", '"red, ""big"" star",a.png', "", "dog,a.png", ""]
     (tmp_path / "p.csv").write_text(start + end.join(lines), newline="")
     rows = ['{"image": "a.png", "sentence": "red"}', "", '{"image": "a.png", "sentence": "b"}']
     (tmp_path / "p.jsonl").write_text(start + end.join(rows), newline="")
@@ -87,7 +87,7 @@ def test_marks_of_other_systems_do_not_matter(tmp_path: Path, start: str, end: s
     from_json = read_requests(tmp_path / "p.jsonl")
 
     assert [request.sentence for request in from_csv] == ['red, "big" star', "dog"]
-    assert [request.source[-6:] for request in from_csv] == ["line 2", "line 4"]
+    assert [request.source[-6:] for request in from_csv] == ["line 3", "line 5"]
     assert [request.sentence for request in from_json] == ["red", "b"]
 
 
