@@ -52,11 +52,13 @@ class TrainedOn:
         photos: those of the training samples, and those that its initial weights were trained on.
         mix: what was done about leaks: "clean" (excluded), "leaky" (allowed) or None (refused).
         weights: a sentence for each pretrained encoder that has seen COCO's objects.
+        unlisted: files with initial weights of another run whose list of photographs is lost.
     """
 
     photos: Photos
     mix: str | None = None
     weights: tuple[str, ...] = ()
+    unlisted: tuple[str, ...] = ()
 
     @classmethod
     def from_table(cls, table: SampleTable, leaks: str) -> TrainedOn:
@@ -78,6 +80,11 @@ class TrainedOn:
         elif unknown:
             message = f"unknown: {unknown:,} of {len(scored):,} scored photographs may have been"
             message = f"{message} trained on. {_why_unknown(scored, self.photos)}"
+        elif self.unlisted:
+            message = (
+                f"unknown: the initial weights {', '.join(self.unlisted)} come from a run, whose "
+                f"{TRAINED_ON} was not next to them. Copy both and train again"
+            )
         else:
             message = "none: no scored photograph was trained on"
         if found.renumbered:
@@ -87,25 +94,32 @@ class TrainedOn:
             )
         return "; ".join([message, *self.weights])
 
-    def including(self, starts: Iterable[Path], weights: Iterable[str] = ()) -> TrainedOn:
+    def including(
+        self, starts: Iterable[Path], weights: Iterable[str] = (), ours: Iterable[Path] = ()
+    ) -> TrainedOn:
         """Add what the initial weights of this model have seen.
 
         Args:
             starts: the weight files. Next to one that a run of ours wrote is a trained_on.json.
             weights: a sentence for each file that may have seen the test images.
+            ours: those of `starts` that a run of ours wrote, by their tensors.
         """
         photos, mix = self.photos, self.mix
+        unlisted, ours = list(self.unlisted), set(ours)
         sentences = list(self.weights)
         for file in starts:
             earlier = read_trained_on(file.parent)
+            if earlier is None and file in ours:
+                unlisted.append(str(file))
             if earlier is not None:
+                unlisted += earlier.unlisted
                 photos = Photos.join([photos, earlier.photos])
                 sentences += earlier.weights
                 if earlier.mix == "leaky":
                     mix = "leaky"
 
         without_repeats = dict.fromkeys([*sentences, *weights])
-        return TrainedOn(photos, mix, tuple(without_repeats))
+        return TrainedOn(photos, mix, tuple(without_repeats), tuple(dict.fromkeys(unlisted)))
 
     def write(self, folder: Path) -> None:
         """Write <folder>/trained_on.json."""
@@ -113,6 +127,7 @@ class TrainedOn:
             "format": _FORMAT,
             "mix": self.mix,
             "weights": list(self.weights),
+            "unlisted": list(self.unlisted),
             "photos": self.photos.to_json(),
         }
         write_json(folder / TRAINED_ON, record)
@@ -141,10 +156,10 @@ def read_trained_on(folder: Path) -> TrainedOn | None:
             case other:
                 raise ValueError(f"format {quoted(other)}, this version reads 1 and 2")
 
-        mix, weights = record["mix"], record["weights"]
-        if mix not in MIX.values() or not all(type(sentence) is str for sentence in weights):
-            raise ValueError("`mix` or `weights` is not what this tool writes")
-        return TrainedOn(photos, mix, tuple(weights))
+        mix, weights, unlisted = record["mix"], record["weights"], record.get("unlisted", [])
+        if mix not in MIX.values() or not all(type(text) is str for text in [*weights, *unlisted]):
+            raise ValueError("`mix`, `weights` or `unlisted` is not what this tool writes")
+        return TrainedOn(photos, mix, tuple(weights), tuple(unlisted))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{file}: damaged ({type(error).__name__}: {str(error)[:200]}). {remedy}"

@@ -161,9 +161,16 @@ def _load_pretrained(
     trained_on = loader.trained_on.including(
         [Path(report.source) for report in reports if not report.random],
         [report.leak for report in reports if report.leak],
+        [Path(report.source) for report in reports if report.is_ours],
     )
     if world.is_main:
         print("\n".join([*(report.text() for report in reports), *loader.leaks]), flush=True)
+        if trained_on.unlisted:
+            print(
+                f"leaks unknown: {', '.join(trained_on.unlisted)}: from a run, but its "
+                "trained_on.json is not next to it, so no score can rule out leaks. Copy it there",
+                flush=True,
+            )
         seen_before = len(trained_on.photos) - len(loader.trained_on.photos)
         if seen_before:
             print(

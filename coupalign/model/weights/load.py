@@ -15,7 +15,7 @@ Face hub, where timm and transformers keep theirs, so this package needs neither
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from coupalign.model.weights.match import TensorMatch, match_tensors
 from coupalign.model.weights.names import (
     EXACT_NAMES,
     IMAGE_NAMES,
+    OUR_IMAGE_PREFIX,
     TEXT_NAMES,
     guess_contents,
 )
@@ -130,7 +131,7 @@ def load_image_weights(net: nn.Module, name: str, source: str) -> LoadReport:
     if is_darknet(path):
         match.notes += adapt_to_normalized_pixels(match.values, net)
 
-    return _copy(match, "image", path, describe_leak(tensors))
+    return _copy(match, "image", path, tensors)
 
 
 def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
@@ -167,7 +168,7 @@ def load_text_weights(bert: nn.Module, source: str) -> LoadReport:
             f"Nothing was loaded. Set {_TEXT_FIELD} to the folder of a BERT."
         )
 
-    return _copy(match, "text", path, describe_leak(tensors))
+    return _copy(match, "text", path, tensors)
 
 
 def load_model_weights(
@@ -209,7 +210,7 @@ def _describe_guess(guess: str | None) -> str:
     return f"; they look like {guess}" if guess else ""
 
 
-def _copy(match: TensorMatch, part: str, path: Path, leak: str) -> LoadReport:
+def _copy(match: TensorMatch, part: str, path: Path, names: Collection[str]) -> LoadReport:
     """Check every tensor for NaN or infinity, then copy all of them. Returns a report."""
     for name, value in match.values.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -228,7 +229,8 @@ def _copy(match: TensorMatch, part: str, path: Path, leak: str) -> LoadReport:
         left_out=tuple(match.left_out),
         missing=tuple(match.not_in_file),
         notes=tuple(match.notes),
-        leak=leak,
+        leak=describe_leak(names),
+        is_ours=any(name.startswith(OUR_IMAGE_PREFIX) for name in names),
     )
 
 

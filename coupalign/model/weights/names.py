@@ -12,7 +12,7 @@ from torch import Tensor
 from coupalign.model.weights.detectors import find_detector
 
 # Where our own models keep their image encoder.
-_OUR_IMAGE_PREFIX = "image.net."
+OUR_IMAGE_PREFIX = "image.net."
 
 # ({name in the file: name in the model}, a sentence on what was translated).
 Renaming = tuple[dict[str, str], str | None]
@@ -89,7 +89,7 @@ EXACT_NAMES = NameMap(prefixes=(), rename=keep_names)
 
 IMAGE_NAMES = NameMap(
     # "body." is from torchvision's detectors, "0.body." from DETR.
-    prefixes=("module.", "model.", "backbone.", "encoder.", _OUR_IMAGE_PREFIX, "body.", "0.body."),
+    prefixes=("module.", "model.", "backbone.", "encoder.", OUR_IMAGE_PREFIX, "body.", "0.body."),
     rename=rename_swin,
     optional=(
         (r"(^|\.)(relative_position_index|attn_mask)$", "derived"),
@@ -138,9 +138,9 @@ def resize_bias_table(table: Tensor, entries: int) -> Tensor:
 def guess_contents(tensors: Mapping[str, Tensor]) -> str | None:
     """Guess what the tensors of a file are, as a timm name if there is one, or return None."""
     ours = {
-        name.removeprefix(_OUR_IMAGE_PREFIX): tensor
+        name.removeprefix(OUR_IMAGE_PREFIX): tensor
         for name, tensor in tensors.items()
-        if name.startswith(_OUR_IMAGE_PREFIX)
+        if name.startswith(OUR_IMAGE_PREFIX)
     }
     if ours:
         return f"a run of ours with {_guess_encoder(ours) or 'a small encoder'}"

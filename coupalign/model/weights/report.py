@@ -22,6 +22,7 @@ class LoadReport:
         missing: the model's optional tensors that the file lacks. They keep their initial values.
         notes: prefixes taken off, names translated, why nothing was loaded.
         leak: why these weights may have seen the test images; "" if nothing suggests it.
+        is_ours: whether the file holds a whole model that a run of this package trained.
     """
 
     part: str
@@ -32,6 +33,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     leak: str = ""
+    is_ours: bool = False
 
     @property
     def random(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -165,7 +166,10 @@ def test_leak_message_counts_the_shared_photographs(packed: Path) -> None:
 
 def photos(*numbers: int) -> Photos:
     """Photographs of COCO with these numbers, whose hashes are as different."""
-    marks = [PhotoMark(number, f"{number + 1:016x}", f"{number:064x}") for number in numbers]
+    marks = []
+    for number in numbers:
+        digest = hashlib.sha256(str(number).encode()).hexdigest()
+        marks.append(PhotoMark(number, digest[:16], digest))
     found, _ = distinct_photos([(mark, "refcoco", mark.number, 1) for mark in marks])
     return found
 
@@ -201,6 +205,23 @@ def test_trained_on_includes_what_the_initial_weights_have_seen(tmp_path: Path) 
 
     assert sorted(started.photos.number.tolist()) == [9, 25, 72]
     assert (started.mix, started.weights) == ("leaky", ("b", "a"))
+
+
+def test_initial_weights_without_their_list_are_unknown(tmp_path: Path) -> None:
+    """Somebody copied the weights of a run, but not the list of its photographs."""
+    alone, swin = tmp_path / "weights.safetensors", tmp_path / "swin.pth"
+
+    started = TrainedOn(photos(25)).including([alone, swin], [], [alone])
+    started.write(tmp_path / "run")
+
+    again = read_trained_on(tmp_path / "run")
+    assert again.unlisted == (str(alone),)
+    assert again.leak_message(photos(1)).startswith(f"unknown: the initial weights {alone} come")
+    assert again.leak_message(photos(25)).startswith("LEAKY: 1 of 1")
+
+    # A third run starts from the second.
+    third = TrainedOn(photos(72)).including([tmp_path / "run" / "weights.safetensors"])
+    assert third.unlisted == (str(alone),)
 
 
 def test_damaged_trained_on_is_refused(tmp_path: Path) -> None:

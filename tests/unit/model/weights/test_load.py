@@ -157,6 +157,17 @@ def test_only_the_tables_are_interpolated_for_another_window_or_resolution(
     assert torch.equal(shifted.attn.relative_position_index, relative_positions(new_window))
 
 
+def test_weights_of_a_run_are_recognized(tmp_path):
+    """Their photographs are those of that run, which the leak guard must know."""
+    net = timm.create_model("resnet18", num_classes=0)
+    state = net.state_dict()
+    torch.save(state, tmp_path / "timm.pth")
+    torch.save({f"image.net.{name}": value for name, value in state.items()}, tmp_path / "run.pth")
+
+    assert not load_image_weights(net, "resnet18", str(tmp_path / "timm.pth")).is_ours
+    assert load_image_weights(net, "resnet18", str(tmp_path / "run.pth")).is_ours
+
+
 # ----------------------------------------------------------------------------- ResNet and Darknet
 
 
