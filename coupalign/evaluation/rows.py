@@ -160,6 +160,9 @@ def read_rows(path: Path) -> Rows:
             "A file of an earlier version has fewer: score again with `coupalign eval`"
         )
 
+    if len(lines) == 1:
+        raise InputError(f"{path}: holds no sample. Score again with `coupalign eval`")
+
     integers, texts = [], []
     for number, (line, last_line) in enumerate(lines[1:]):
         try:

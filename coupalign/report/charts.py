@@ -17,6 +17,7 @@ _COLORS = ("#2563a8", "#c2571a", "#2f8a4c", "#8a4fa3", "#a8862a", "#4b5563")
 _LOSSES = ("train/loss", "train/mask", "train/dice", "train/contrast")
 _SCORES = ("oIoU", "mIoU", "P@0.5", "P@0.7", "P@0.9")
 _LEGEND_COLUMNS = 4
+_LARGEST = 1e30
 
 
 def read_curves(journal: Path) -> dict[str, Points]:
@@ -27,7 +28,8 @@ def read_curves(journal: Path) -> dict[str, Points]:
     curves: dict[str, dict[float, float]] = {}
     for row, _ in read_journal(journal):
         for name, value in row.metrics.items():
-            if math.isfinite(value):
+            # A number that no loss or score can have would leave no room for the others.
+            if abs(value) < _LARGEST:
                 curves.setdefault(name, {})[row.step] = value
     return {name: sorted(points.items()) for name, points in curves.items()}
 

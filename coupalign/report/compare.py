@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 from coupalign.evaluation.metrics import (
     METRICS,
     IouRule,
@@ -167,6 +168,13 @@ def align_rows(a: Rows, b: Rows, *, name_a: str = "A", name_b: str = "B") -> tup
     """
     # The same samples: the order may differ.
     names_a, names_b = set(a.names), set(b.names)
+    for rows, names, run in ((a, names_a, name_a), (b, names_b, name_b)):
+        if len(names) < len(rows):
+            [(name, times)] = Counter(rows.names).most_common(1)
+            raise InputError(
+                f"{run}: its rows list {quoted(name)} {times} times; score it again with "
+                "`coupalign eval`"
+            )
     only_a = [name for name in a.names if name not in names_b]
     only_b = [name for name in b.names if name not in names_a]
     if only_a or only_b:
@@ -273,5 +281,14 @@ def _example_lines(title: str, examples: tuple[Example, ...]) -> list[str]:
     lines = ["", title]
     for example in examples:
         change = f"{example.a:.3f} -> {example.b:.3f}"
-        lines.append(f"  {change}  {example.name}  {example.sentence}")
+        lines.append(f"  {change}  {_on_one_line(example.name)}  {_on_one_line(example.sentence)}")
     return lines
+
+
+def _on_one_line(text: str) -> str:
+    """Escape what would move the cursor of a terminal or change its colors."""
+    letters = [
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    ]
+    return "".join(letters)

@@ -120,6 +120,7 @@ def test_failed_write_keeps_old_file(tmp_path: Path, rows: Rows):
     [
         ("", "line 1"),
         ("a,b\n", "line 1"),
+        (HEAD, "holds no sample"),
         (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,the one\ny,1\n", "line 3"),
         (f"{HEAD}x,one,2,0.5,1,2,9,1,4,-1,the one\n", "line 2"),
         (f"{HEAD}x,1,2,0.5,1,2,9,1,4,-1,7,the one\n", "line 2"),

@@ -16,7 +16,7 @@ from coupalign.report.charts import curve_section, line_chart, read_curves
 def test_read_curves_skips_torn_lines_and_non_finite_values(tmp_path: Path):
     rows = [
         {"step": 20, "time": 0, "metrics": {"a": 2, "b": "NaN"}},
-        {"step": 10, "time": 0, "metrics": {"a": 1}},
+        {"step": 10, "time": 0, "metrics": {"a": 1, "b": 1e308}},
     ]
     lines = [*map(json.dumps, rows), "broken", '{"step": 30, "time": 0, "metrics": {"a"']
     journal = tmp_path / "metrics.jsonl"
@@ -35,6 +35,7 @@ def test_read_curves_skips_torn_lines_and_non_finite_values(tmp_path: Path):
         [-1, 5],
         [1e-9, 2e-9],
         [1e6, 3e7],
+        [-9e29, 9e29],
         np.linspace(1, 0, 5000).tolist(),
     ],
 )

@@ -186,6 +186,24 @@ def test_different_truths_are_refused(field: str):
         align_rows(a, b)
 
 
+def test_sample_listed_twice_is_named():
+    a = rows_of(1)
+    twice = replace(a, names=(*a.names[:-1], a.names[0]))
+
+    with pytest.raises(InputError, match=f"theirs: its rows list '{a.names[0]}' 2 times"):
+        align_rows(a, twice, name_b="theirs")
+
+
+def test_foreign_sentence_does_not_move_the_cursor():
+    a, b = rows_of(1), rows_of(2)
+    sentences = ("wipe \x1b[2J\r\nit, Ünï \u202e",) * len(a)
+
+    table = compare_rows(replace(a, sentences=sentences), replace(b, sentences=sentences)).table()
+
+    assert r"wipe \x1b[2J\r\nit, Ünï \u202e" in table
+    assert "\x1b" not in table and "\r" not in table
+
+
 def test_missing_rows_name_what_there_is(tmp_path: Path):
     a = write_scored_run(tmp_path / "a", rows_of(1), protocol="lavt")
     b = write_scored_run(tmp_path / "b", rows_of(2))
