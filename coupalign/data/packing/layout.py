@@ -147,7 +147,7 @@ def describe_missing(recipe: Recipe, sources: Sources) -> str:
     searched = recipe.images or f"{recipe.root}/{{{', '.join(IMAGE_FOLDERS)}}}"
     return (
         f"{len(names):,} of {total:,} images are missing ({refs:,} refs need them): {listed}; "
-        f"looked in {searched}, also for names like %012d.jpg"
+        f"looked in {searched}, those of COCO also as %012d.jpg"
     )
 
 

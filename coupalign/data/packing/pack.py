@@ -125,7 +125,12 @@ def pack(
         reused=sum(result.reused for result in written),
         shards=len(index.shards),
         bytes=sum(shard.bytes for shard in index.shards),
-        warnings=(*report.warnings, *_describe_turnings(written), *_describe_age(index)),
+        warnings=(
+            *report.warnings,
+            *_describe_turnings(written),
+            *_describe_copies(index),
+            *_describe_age(index),
+        ),
     )
 
 
@@ -137,6 +142,23 @@ def _describe_age(index: ShardIndex) -> list[str]:
     return [
         f"an early version packed this set: {unhashed:,} photographs have no hashes, so scores on "
         "it cannot rule out leaks. Pack again with --overwrite to add them; only the index changes"
+    ]
+
+
+def _describe_copies(index: ShardIndex) -> list[str]:
+    """Warn of photographs that are packed several times: the files differ in their names only."""
+    image_ids: dict[str, list[int]] = {}
+    for image in index.images:
+        if image.photo is not None:
+            image_ids.setdefault(image.photo.sha256, []).append(image.image_id)
+
+    groups = [ids for ids in image_ids.values() if len(ids) > 1]
+    if not groups:
+        return []
+    listed = "; ".join(str(ids[:MAX_LISTED]) for ids in groups[:MAX_LISTED])
+    return [
+        f"{len(groups):,} photographs are packed under several image ids, with the same bytes: "
+        f"{listed}"
     ]
 
 

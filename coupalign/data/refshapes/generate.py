@@ -31,7 +31,7 @@ from tqdm import tqdm
 from coupalign import files
 from coupalign.data.refshapes.drawing import SHAPES, trace_polygons
 from coupalign.data.refshapes.scenes import LEVELS, compose
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 
 VERSION = 2
 DESCRIPTION = "RefShapes: generated scenes, neither RefCOCO nor photographs"
@@ -94,13 +94,35 @@ def synth(
         workers: number of processes; it does not change the result.
 
     Raises:
-        InputError: an argument is out of range, or `out` contains something else.
+        InputError: an argument is out of range, or `out` contains something else or cannot be
+            written.
+        RunError: the disk is full or failed.
     """
     out = Path(out)
     _check_arguments(images=images, seed=seed, level=level, size=size, workers=workers)
     parameters = {"version": VERSION, "images": images, "seed": seed, "level": level, "size": size}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _report_existing(out, parameters)
+
+    files.require_writable(out.parent, "the data set", "Choose another folder")
+    try:
+        counts = _write_set(out, parameters, workers, progress=progress)
+    except BrokenPipeError:  # of the progress bar
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{out}: cannot be written: {error.strerror or error}; nothing is kept. Free space or "
+            "choose another folder, then start the same command again"
+        ) from error
+    return SynthReport(out, parameters, counts, existed=False)
+
+
+def _write_set(
+    out: Path, parameters: dict[str, Any], workers: int, *, progress: bool
+) -> dict[str, dict[str, int]]:
+    """Write all files and return their counts."""
+    images, seed = parameters["images"], parameters["seed"]
+    level, size = parameters["level"], parameters["size"]
 
     # Pictures first: the ids of the annotations depend on all of them.
     splits = assign_splits(images)
@@ -110,8 +132,7 @@ def synth(
         write = partial(write_scene, picture_folder, seed=seed, level=level, size=size)
         written = _map_in_order(write, splits, workers)
         bar = tqdm(written, total=images, desc="RefShapes", unit="scene", disable=not progress)
-        counts = _write_annotations(folder / "refcoco", list(bar), splits, parameters)
-    return SynthReport(out, parameters, counts, existed=False)
+        return _write_annotations(folder / "refcoco", list(bar), splits, parameters)
 
 
 def assign_splits(images: int) -> list[str]:

@@ -296,3 +296,12 @@ def test_photographs_with_an_exif_orientation_are_named_with_what_was_done(
     assert "1 stay as stored" in kept
     assert "(COCO_train2014_000000000072.jpg)" in kept
     assert verify(tmp_path / "out").ok
+
+
+def test_copies_of_a_photograph_are_named(refer_root: Path, tmp_path: Path) -> None:
+    shutil.copy(image_path(refer_root, 9), image_path(refer_root, 138))
+
+    report = pack_quietly(recipe_of(refer_root), tmp_path / "out")
+
+    [warning] = [warning for warning in report.warnings if "several image ids" in warning]
+    assert warning.startswith("1 photographs are packed") and warning.endswith("[9, 138]")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pickletools
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,7 @@ from coupalign.data import masks
 from coupalign.data.packing.refer import read_annotation_set
 from coupalign.data.refshapes import generate, scenes
 from coupalign.data.refshapes.generate import SPLITS, assign_splits, synth, write_scene
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from tests.unit.data.refshapes.reader import IMAGES, GeneratedSet
 
 
@@ -224,11 +226,36 @@ def test_argument_out_of_range_is_named(tmp_path: Path, options: dict) -> None:
 
 
 def test_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
 
-    monkeypatch.setattr(generate, "_write_annotations", full_disk)
+    monkeypatch.setattr(generate, "_write_annotations", fail)
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ZeroDivisionError):
         synth(tmp_path / "set", 4, seed=1, workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_one_line_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", fill)
+
+    with pytest.raises(RunError, match="out: cannot be written: No space left on device; nothing"):
+        synth(tmp_path / "out", 4, 0, workers=0, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("coupalign.files.TemporaryFile", refuse)
+
+    with pytest.raises(InputError, match="the data set cannot be written there.*Read-only"):
+        synth(tmp_path / "out", 4, 0, workers=0, progress=False)
