@@ -249,7 +249,7 @@ def run_predict(options: argparse.Namespace) -> Answer:
 
     if options.batch < 1:
         raise InputError("--batch must be at least 1")
-    if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl"):
+    if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl", ".ndjson"):
         raise InputError(
             f"{options.image}: a sentence is expected after an image or a folder. "
             "Only a .csv or .jsonl file of image,sentence pairs has its own"

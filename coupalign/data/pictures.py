@@ -86,6 +86,16 @@ def read_picture(path: Path) -> DecodedPicture:
         raise InputError(f"{shown(path)}: cannot be read as an image: {_reason(error)}") from None
 
 
+def open_header(path: Path) -> Image.Image:
+    """Open a file of any of `FORMATS` to look at its size.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    _check_file(path)
+    return open_picture(path)
+
+
 def open_picture(file: Path | BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Read the header of a picture. Its pixels are decoded when they are used.
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from coupalign.config.schema import Config
 from coupalign.data.batch import Frame
-from coupalign.data.pictures import DecodedPicture, decode_picture, read_picture, shown
+from coupalign.data.pictures import DecodedPicture, decode_picture, open_header, read_picture, shown
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import decode_image, frame_of, image_to_square, reduction
 from coupalign.engine.base import MixedPrecision
@@ -62,6 +62,9 @@ from coupalign.predict.requests import (
 from coupalign.report.drawing import overlay, save_png
 
 log = logging.getLogger(__name__)
+
+# About 3 batches are in memory at a time, with about 8 bytes per pixel.
+PIXELS_PER_BATCH = 2**28
 
 T, R = TypeVar("T"), TypeVar("R")
 Picture = str | Path | Image.Image | np.ndarray
@@ -293,22 +296,37 @@ class Predictor:
     ) -> list[dict[str, Any]]:
         _require_place(output)
         self._warn_of_sentences(requests)
+        # An older list would name the new masks.
+        with _saving(output):
+            (output / "results.jsonl").unlink(missing_ok=True)
 
-        with ThreadPoolExecutor(_threads()) as pool:
-            # A pipeline: threads prepare inputs, this thread runs the model, threads write results.
-            inputs = in_order(pool, prepare, requests, batch)
-            pending = self._start_batches(inputs, batch)
-            pairs = zip(requests, pending)
-            lines = in_order(pool, lambda pair: _write_result(*pair, output), pairs, batch)
-
-            progress = tqdm(
-                lines, desc="predicting", total=len(requests), unit="image", leave=False
-            )
-            results = list(progress)
+        results = []
+        with (
+            ThreadPoolExecutor(_threads()) as pool,
+            tqdm(desc="predicting", total=len(requests), unit="image", leave=False) as progress,
+        ):
+            for size, group in groupby(requests, lambda request: _batch_of(request, batch)):
+                for result in self._predict_group(list(group), output, size, prepare, pool):
+                    results.append(result)
+                    progress.update()
 
         with _saving(output), whole_file(output / "results.jsonl", "w") as file:
             file.writelines(json_line(result) + "\n" for result in results)
         return results
+
+    def _predict_group(
+        self,
+        requests: list[Request],
+        output: Path,
+        batch: int,
+        prepare: Callable[[Request], _ModelInput | InputError],
+        pool: ThreadPoolExecutor,
+    ) -> Iterator[dict[str, Any]]:
+        # A pipeline: threads prepare inputs, this thread runs the model, threads write results.
+        inputs = in_order(pool, prepare, requests, batch)
+        pending = self._start_batches(inputs, batch)
+        pairs = zip(requests, pending)
+        return in_order(pool, lambda pair: _write_result(*pair, output), pairs, batch)
 
     def _prepare(self, image: Picture, sentence: str) -> _ModelInput:
         """Open an image and bring it into the model's square."""
@@ -499,6 +517,19 @@ def _write_result(
     with _saving(output):
         files = write_prediction(output, request.name, pending.source.image, prediction)
     return {"image": request.given, **prediction.to_json(), **files}
+
+
+def _batch_of(request: Request, batch: int) -> int:
+    """Return how many images like that of the request may be in a batch, for the memory."""
+    try:
+        with open_header(request.image) as image:
+            pixels = image.width * image.height
+    except (OSError, ValueError):
+        return batch  # `prepare` says what is wrong
+
+    # Powers of two, so that neighbors of similar sizes share a batch.
+    most = max(1, PIXELS_PER_BATCH // max(1, pixels))
+    return min(batch, 1 << (most.bit_length() - 1))
 
 
 def _require_place(output: Path) -> None:

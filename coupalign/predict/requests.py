@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coupalign.data.pictures import open_picture
+from coupalign.data.pictures import open_header
 from coupalign.errors import InputError, quoted
 from coupalign.files import parse_strict_json
 
@@ -167,11 +167,9 @@ def _is_image(path: Path) -> bool:
         return False
     if path.suffix.lower() in SUFFIXES + OTHER_SUFFIXES:
         return True
-    if not path.is_file():
-        return False
 
     try:
-        with open_picture(path):
+        with open_header(path):
             return True
     except (OSError, ValueError):
         return False

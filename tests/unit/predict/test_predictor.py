@@ -27,7 +27,7 @@ from coupalign.data.packing.recipe import Recipe
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.data.transforms import reduction
 from coupalign.distributed.world import World
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 from coupalign.evaluation.rows import read_rows
 from coupalign.predict import predictor as predictor_module
 from coupalign.predict.predictor import Prediction, Predictor, in_order, open_picture
@@ -650,6 +650,44 @@ def test_images_are_read_ahead_and_files_written_while_the_model_works(
 
     assert overlapped == [True, True, True]
     assert len(batches) == 3
+
+
+def test_large_photographs_are_predicted_in_small_batches(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for number, side in enumerate([10, 10, 10, 40, 20, 20, 20, 10]):
+        Image.new("RGB", (side, side)).save(folder / f"{number}.png")
+    (folder / "5a.png").write_text("damaged")
+    batches: list[int] = []
+    predictor = Predictor.from_checkpoint(run, "cpu")
+    predictor.model.register_forward_hook(
+        lambda module, inputs, logits: batches.append(len(logits))
+    )
+    monkeypatch.setattr(predictor_module, "PIXELS_PER_BATCH", 1600)
+
+    results = predictor.predict_folder(folder, SENTENCES[0], out, batch=8)
+
+    assert batches == [3, 1, 2, 1, 1]
+    images = [f"{name}.png" for name in ("0", "1", "2", "3", "4", "5", "5a", "6", "7")]
+    assert [result["image"] for result in results] == images
+    assert [result.get("width") for result in results] == [10, 10, 10, 40, 20, 20, None, 20, 10]
+
+
+def test_older_results_do_not_outlive_a_failed_prediction(
+    predictor: Predictor, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor.predict_folder(photos, SENTENCES[0], tmp_path / "out")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(predictor_module, "save_png", fail)
+    with pytest.raises(RunError, match="then repeat the command"):
+        predictor.predict_folder(photos, SENTENCES[1], tmp_path / "out")
+
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_in_order_keeps_the_order_and_bounds_the_work_ahead() -> None:
