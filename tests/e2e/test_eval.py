@@ -56,7 +56,7 @@ def test_eval_scores_all_protocols_and_sentence_rules_at_once(
     # The printed table has a column per protocol and rule.
     table = {row.split()[0]: row.split()[1:] for row in reversed(shown) if row}
     assert table["protocol"] == [protocol for protocol in PROTOCOLS for _ in RULES]
-    assert table["sentences"] == 3 * list(RULES)
+    assert table["sentences"] == len(PROTOCOLS) * list(RULES)
     for name in METRICS:
         cells = [float(cell) for cell in table[name]]
         exact = [100 * score[name] for score in scores.values()]

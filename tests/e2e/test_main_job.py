@@ -220,7 +220,13 @@ def test_eval_of_all_protocols(whole: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["eval", str(whole), "--protocol", "all", "--split", "testA", "--json"]) == 0
 
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {score["protocol"] for score in scores.values()} == {"ris-v1", "lavt", "cris"}
+    rules = {score["protocol"]: score["sentences"] for score in scores.values()}
+    assert rules == {
+        "ris-v1": "each",
+        "lavt": "each",
+        "cris": "each",
+        "coupalign-author": "concatenated",
+    }
 
 
 def test_run_of_another_configuration_is_not_resumed(
