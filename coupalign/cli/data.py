@@ -93,7 +93,12 @@ def add_verify(verbs: argparse._SubParsersAction) -> None:
         run_verify,
         "check that shard directories are intact: sizes, sha256, every sample, counts",
     )
-    parser.add_argument("directories", type=Path, nargs="+", metavar="directory")
+    parser.add_argument(
+        "directories",
+        nargs="+",
+        metavar="directory",
+        help="shard directory; with --leaks also an address, http(s):// or s3://",
+    )
     parser.add_argument(
         "--leaks",
         action="store_true",
@@ -105,9 +110,17 @@ def add_verify(verbs: argparse._SubParsersAction) -> None:
 def run_verify(options: argparse.Namespace) -> Answer:
     if options.leaks:
         return _count_leaks(options)
+    from coupalign.addresses import hide_secret
     from coupalign.data.packing.verify import verify
+    from coupalign.data.shards import is_remote
 
-    reports = [verify(directory) for directory in options.directories]
+    for directory in options.directories:
+        if is_remote(directory):
+            raise InputError(
+                f"{hide_secret(directory)}: verify reads every byte, so the shards must be on this "
+                "machine. Copy them, or use --leaks, which needs the index only"
+            )
+    reports = [verify(directory.removeprefix("file://")) for directory in options.directories]
     print("\n\n".join(report.table() for report in reports))
 
     # One directory answers with an object, several with a list of them.
@@ -120,6 +133,6 @@ def _count_leaks(options: argparse.Namespace) -> Answer:
     from coupalign.data.leak import count_overlaps
     from coupalign.data.shards import open_index
 
-    overlaps = count_overlaps([open_index(str(directory)) for directory in options.directories])
+    overlaps = count_overlaps([open_index(directory) for directory in options.directories])
     print(overlaps.table())
     return Answer(overlaps.to_json())

@@ -99,17 +99,19 @@ def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
             f"{hide_secret(index.location)} was packed without a vocabulary: "
             "name a tokenizer in data.tokenizer"
         )
-    if not is_remote(index.location):
-        return Path(index.location) / index.vocabulary
-
     address = f"{index.location}/{index.vocabulary}"
-    data = fetch(address, MAX_VOCABULARY_BYTES)
+    if is_remote(address):
+        data = fetch(address, MAX_VOCABULARY_BYTES)
+    else:
+        data = _read_local(Path(address))
     sha256 = hashlib.sha256(data).hexdigest()
     if index.vocabulary_sha256 not in (None, sha256):
         raise InputError(
             f"{hide_secret(address)} is not the vocabulary of its index "
-            f"(sha256 {sha256}, not {index.vocabulary_sha256}). Upload it or the index again"
+            f"(sha256 {sha256}, not {index.vocabulary_sha256}). Pack, copy or upload both again"
         )
+    if not is_remote(address):
+        return Path(address)
 
     path = (cache_dir or default_cache()) / f"{sha256}.vocab.txt"
     _make_cache(path.parent)
@@ -118,6 +120,15 @@ def open_vocabulary(index: ShardIndex, cache_dir: Path | None = None) -> Path:
             with whole_file(path) as file:
                 file.write(data)
     return path
+
+
+def _read_local(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); pack again, or copy it next to its index"
+        ) from None
 
 
 def default_cache() -> Path:

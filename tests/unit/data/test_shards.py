@@ -300,6 +300,19 @@ def test_wrong_vocabulary_is_refused(site: Site, tmp_path: Path):
         open_vocabulary(index, tmp_path / "cache")
 
 
+def test_wrong_local_vocabulary_is_refused(packed: Path):
+    index = open_index(str(packed))
+    assert open_vocabulary(index) == packed / "vocab.txt"
+    (packed / "vocab.txt").write_text("another\n")
+
+    with pytest.raises(InputError, match="vocab.txt is not the vocabulary of its index"):
+        open_vocabulary(index)
+
+    (packed / "vocab.txt").unlink()
+    with pytest.raises(InputError, match="vocab.txt: cannot be read .No such file"):
+        open_vocabulary(index)
+
+
 def test_shards_without_vocabulary_need_a_tokenizer(packed: Path):
     index = replace(read_index(packed), vocabulary=None)
 
