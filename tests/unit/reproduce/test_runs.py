@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coupalign.config.load import dump, read_config
 from coupalign.errors import InputError
 from coupalign.reproduce import collect, plan_runs, read_table, run_all, submit
 from coupalign.reproduce.runs import PlannedRun
@@ -102,9 +103,8 @@ def test_run_directory_of_another_configuration_is_refused(launcher: Path) -> No
     planned = plan_runs(table, "tiny", 1)
     _, [run] = planned[0]
     run.directory.mkdir(parents=True)
-    (run.directory / "config.yaml").write_text(
-        "base: ../../configs/refshapes_tiny.yaml\nmodel: {proposals: {count: 7}}\n"
-    )
+    other = read_config("configs/refshapes_tiny.yaml", ["model.proposals.count=7"])
+    (run.directory / "config.yaml").write_text(dump(other))
 
     difference = r"another configuration: model\.proposals\.count is 7 there, 0 here"
     with pytest.raises(InputError, match=difference):
