@@ -25,6 +25,7 @@ import signal
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ PREFETCH = 2  # batches that each worker reads ahead
 # Open files that the rank needs for its workers: pipes, and shared memory on its way.
 _FILES = 10
 _FILES_PER_WORKER = 6
+
+# How long to wait for the exit status of a worker whose connection is lost.
+_END_S = 5.0
 
 _SHORTAGES = (MemoryError, OSError, RuntimeError, EOFError)
 
@@ -186,6 +190,9 @@ class _WorkerItems(Iterator):
         try:
             return next(self.items)
         except _SHORTAGES as error:
+            # A worker that ended while it sent a batch shows first as a lost connection.
+            if isinstance(error, (ConnectionError, EOFError)):
+                wait([worker.sentinel for worker in self.items._workers], _END_S)
             ended = [worker for worker in self.items._workers if worker.exitcode]
             if ended:
                 raise _explain_end(ended[0].pid, ended[0].exitcode) from error
