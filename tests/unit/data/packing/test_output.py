@@ -165,7 +165,7 @@ def test_failing_disk_is_one_line_and_the_same_command_goes_on(
 
 def test_place_without_inodes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Status:
-        f_files, f_favail = 1000, 0
+        f_files, f_favail = 1000, 1
 
     monkeypatch.setattr(os, "statvfs", lambda path: Status)
 
