@@ -261,10 +261,13 @@ def tar_spans(file: Path) -> list[tuple[str, int, int]]:
     """List the files of a tar in order: name, offset of the first data byte, length.
 
     Raises:
-        tarfile.TarError: the tar is cut short.
+        tarfile.TarError: the tar is cut short or damaged.
     """
-    with tarfile.open(file, "r:") as tar:
-        return [(member.name, member.offset_data, member.size) for member in tar]
+    try:
+        with tarfile.open(file, "r:") as tar:
+            return [(member.name, member.offset_data, member.size) for member in tar]
+    except (ValueError, OverflowError) as error:  # sizes that no file can have
+        raise tarfile.TarError(f"damaged header: {error}") from None
 
 
 # Cached by content: at its start a run reads the same index for the vocabulary, for training, and

@@ -148,6 +148,27 @@ def test_missing_shard_and_changed_vocabulary_are_reported(packed: Path) -> None
     assert "vocab.txt: missing" in verify(packed).table()
 
 
+HUGE = b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7
+LARGEST = b"77777777777\0"
+
+
+@pytest.mark.parametrize(
+    "size, kind",
+    [(HUGE, b"0"), (b"\xff" * 12, b"0"), (LARGEST, b"0"), (LARGEST, b"x"), (LARGEST, b"L")]
+    + [(b"00000001000\0", b"S"), (b"not a size!\0", b"0"), (b"\0" * 12, b"0")],
+)
+def test_header_with_an_impossible_size_is_reported(packed: Path, size: bytes, kind: bytes) -> None:
+    tar = packed / "shard-000000.tar"
+    header = bytearray(tar.read_bytes()[:512])
+    header[124:136], header[156:157], header[148:156] = size, kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    overwrite_in_tar(tar, 0, bytes(header))
+
+    problems = "\n".join(verify(packed).problems)
+
+    assert "shard-000000.tar: not a complete tar" in problems or "not those of" in problems
+
+
 def test_damaged_index_is_a_problem(packed: Path) -> None:
     change_index(packed, lambda tree: tree["counts"]["refcoco/unc"]["val"].update(refs=5))
 
