@@ -27,6 +27,20 @@ _KINDS = {
 }
 _KINDS_WITH_CONFIG = ("step", "loader", "eval", "startup", "traffic")
 
+# Which kinds a flag is for.
+_KINDS_OF_FLAG = {
+    "batch": ("kernel", "traffic"),
+    "steps": ("step", "loader", "eval"),
+    "warmup": ("step", "loader", "eval"),
+    "random_data": ("step",),
+    "profile": ("step",),
+    "beside": ("step",),
+    "soak": ("loader",),
+    "out": ("step", "loader", "eval", "startup"),
+    "against": ("step", "loader", "eval", "startup"),
+}
+_DEFAULTS = {"steps": 20, "warmup": 5, "soak": 0, "beside": []}
+
 
 def add_bench(verbs: argparse._SubParsersAction) -> None:
     parser = add_verb(
@@ -56,13 +70,10 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
         help="images; kernel: repeat it for several, default 8 and 32 (2 on a CPU); "
         "traffic: default 32",
     )
-    parser.add_argument(
-        "--steps", type=int, default=20, help="step, loader, eval: steps to time; default 20"
-    )
+    parser.add_argument("--steps", type=int, help="step, loader, eval: steps to time; default 20")
     parser.add_argument(
         "--warmup",
         type=int,
-        default=5,
         help="step, loader, eval: steps before timing starts; default 5",
     )
     parser.add_argument(
@@ -79,7 +90,6 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--beside",
         action="append",
-        default=[],
         metavar="KEY=VALUE",
         help="step: also measure the configuration with this change, taking turns step by step; "
         "repeat it for several changes",
@@ -87,7 +97,6 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--soak",
         type=int,
-        default=0,
         metavar="SAMPLES",
         help="loader: measure the memory of the workers while they read this many samples",
     )
@@ -105,6 +114,10 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> Answer:
+    _refuse_flags_of_other_kinds(options)
+    for name, value in _DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
     if (options.what in _KINDS_WITH_CONFIG) != bool(options.config):
@@ -131,6 +144,17 @@ def run_bench(options: argparse.Namespace) -> Answer:
         case "order":
             return _bench_order()
     raise AssertionError(f"argparse let an unknown kind pass: {options.what}")
+
+
+def _refuse_flags_of_other_kinds(options: argparse.Namespace) -> None:
+    for name, kinds in _KINDS_OF_FLAG.items():
+        is_given = getattr(options, name) not in (None, False)
+        if is_given and options.what not in kinds:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} is for bench {', '.join(kinds)}; bench {options.what} does not use it: "
+                "leave it out"
+            )
 
 
 def _bench_step(options: argparse.Namespace) -> Answer:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import coupalign
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         answer = options.run(options)
+        if options.json and answer.value is not None:
+            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+            print(json.dumps(answer.value, ensure_ascii=not is_unicode), flush=True)
+        return answer.status
     except InputError as error:
         print(f"coupalign: error: {_masked(error)}", file=sys.stderr)
         return ExitStatus.INPUT_ERROR
@@ -47,13 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coupalign: the run failed: {_masked(error)}", file=sys.stderr)
         return ExitStatus.RUN_FAILED
     except BrokenPipeError:
-        # The reader of the output, such as `head`, closed the pipe.
+        # The reader of the output, such as `head`, closed the pipe. When Python exits, it tries to
+        # write what is left once more, and would complain.
+        with suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.NO
-
-    if options.json and answer.value is not None:
-        is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-        print(json.dumps(answer.value, ensure_ascii=not is_unicode), flush=True)
-    return answer.status
 
 
 class _MaskingFormatter(logging.Formatter):

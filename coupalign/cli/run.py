@@ -249,7 +249,11 @@ def run_predict(options: argparse.Namespace) -> Answer:
 
     if options.batch < 1:
         raise InputError("--batch must be at least 1")
-    if options.sentence is None and options.image.suffix.lower() not in (".csv", ".jsonl", ".ndjson"):
+    if options.sentence is None and options.image.suffix.lower() not in (
+        ".csv",
+        ".jsonl",
+        ".ndjson",
+    ):
         raise InputError(
             f"{options.image}: a sentence is expected after an image or a folder. "
             "Only a .csv or .jsonl file of image,sentence pairs has its own"
@@ -296,7 +300,6 @@ def add_reproduce(verbs: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--scale",
         choices=("small", "tiny"),
-        default="small",
         help="of refshapes: small (default) takes minutes per run, tiny only tests that all works",
     )
     parser.add_argument(
@@ -307,9 +310,7 @@ def add_reproduce(verbs: argparse._SubParsersAction) -> None:
     )
 
     # How to run it.
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at the same time on this machine; default 1"
-    )
+    parser.add_argument("--jobs", type=int, help="runs at the same time on this machine; default 1")
     parser.add_argument(
         "--launcher",
         help="script that starts a verb on all ranks, such as launch/deepspeed.sh; "
@@ -333,11 +334,13 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
     from coupalign import reproduce
     from coupalign.config.load import read_config
 
-    if options.seeds < 1 or options.jobs < 1:
+    _refuse_flags_without_use(options)
+    jobs = 1 if options.jobs is None else options.jobs
+    if options.seeds < 1 or jobs < 1:
         raise InputError("--seeds and --jobs must be at least 1")
 
     # Plan.
-    scale = options.scale if options.data == "refshapes" else None
+    scale = (options.scale or "small") if options.data == "refshapes" else None
     table = reproduce.read_table(options.table)
     planned = reproduce.plan_runs(table, scale, options.seeds)
     runs = [run for _, runs_of_row in planned for run in runs_of_row]
@@ -361,7 +364,7 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
     if not options.only_print:
         launcher = shlex.split(options.launcher or "")
         try:
-            outcomes = reproduce.run_all(runs, options.overrides, launcher, jobs=options.jobs)
+            outcomes = reproduce.run_all(runs, options.overrides, launcher, jobs=jobs)
         except KeyboardInterrupt:
             return Answer(status=ExitStatus.STOPPED)
         failed = [outcome for outcome in outcomes if outcome.status]
@@ -389,6 +392,23 @@ def run_reproduce(options: argparse.Namespace) -> Answer:
         "failed": [str(outcome.run.directory) for outcome in failed],
     }
     return Answer(value, ok_or_no(not failed))
+
+
+def _refuse_flags_without_use(options: argparse.Namespace) -> None:
+    """Refuse flags of `reproduce` that another flag leaves without an effect."""
+    if options.scale and options.data != "refshapes":
+        raise InputError("--scale is of --data refshapes; real data has no scale: leave it out")
+
+    if options.slurm is None:
+        return
+    if options.only_print:
+        raise InputError("--only-print starts nothing, and --slurm submits jobs: leave one out")
+    for name in ("jobs", "launcher"):
+        if options.slurm is not None and getattr(options, name) is not None:
+            raise InputError(
+                f"--{name} is for runs on this machine, and --slurm submits them: leave it out. "
+                "slurm/sweep.sbatch starts each run on all ranks of its job"
+            )
 
 
 def add_report(verbs: argparse._SubParsersAction) -> None:

@@ -226,3 +226,52 @@ def test_main_prints_no_json_without_a_value(
     main(["--json"])
 
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "step configs/demo.yaml --batch 4",
+        "kernel --steps 3",
+        "kernel --out x.json",
+        "kernel --against x.json",
+        "order --warmup 2",
+        "traffic configs/demo.yaml --soak 9",
+        "loader configs/demo.yaml --random-data",
+        "eval configs/demo.yaml --beside optim.lr=1",
+    ],
+)
+def test_bench_refuses_flags_of_other_kinds(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = next(word for word in words.split() if word.startswith("--"))
+
+    assert main(["bench", *words.split()]) == ExitStatus.INPUT_ERROR
+
+    assert f"error: {flag} is for bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slurm", "", "--jobs", "2"], "--jobs is for runs on this machine"),
+        (["--slurm", "", "--launcher", "x"], "--launcher is for runs on this machine"),
+        (["--slurm", "", "--only-print"], "--only-print starts nothing, and --slurm submits"),
+        (["--scale", "tiny"], "--scale is of --data refshapes"),
+    ],
+)
+def test_reproduce_refuses_flags_without_use(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", "table3", *words]) == ExitStatus.INPUT_ERROR
+
+    assert message in capsys.readouterr().err
+
+
+def test_closed_pipe_ends_without_a_complaint() -> None:
+    command = [sys.executable, "-m", "coupalign", "config", "configs/demo.yaml", "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+
+    assert (process.returncode, errors) == (ExitStatus.NO, b"")
