@@ -63,7 +63,7 @@ from coupalign.report.drawing import overlay, save_png
 
 log = logging.getLogger(__name__)
 
-# About 3 batches are in memory at a time, with about 8 bytes per pixel.
+# A batch has about 8 bytes per pixel, and up to three are in memory at a time.
 PIXELS_PER_BATCH = 2**28
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -306,8 +306,13 @@ class Predictor:
             tqdm(desc="predicting", total=len(requests), unit="image", leave=False) as progress,
         ):
             for size, group in groupby(requests, lambda request: _batch_of(request, batch)):
-                for result in self._predict_group(list(group), output, size, prepare, pool):
-                    results.append(result)
+                # Large images wait for each other, one batch at a time.
+                ahead = batch if size == batch else size - 1
+                lines = self._predict_group(
+                    list(group), output, prepare, batch=size, ahead=ahead, pool=pool
+                )
+                for line in lines:
+                    results.append(line)
                     progress.update()
 
         with _saving(output), whole_file(output / "results.jsonl", "w") as file:
@@ -318,15 +323,17 @@ class Predictor:
         self,
         requests: list[Request],
         output: Path,
-        batch: int,
         prepare: Callable[[Request], _ModelInput | InputError],
+        *,
+        batch: int,
+        ahead: int,
         pool: ThreadPoolExecutor,
     ) -> Iterator[dict[str, Any]]:
         # A pipeline: threads prepare inputs, this thread runs the model, threads write results.
-        inputs = in_order(pool, prepare, requests, batch)
+        inputs = in_order(pool, prepare, requests, ahead)
         pending = self._start_batches(inputs, batch)
         pairs = zip(requests, pending)
-        return in_order(pool, lambda pair: _write_result(*pair, output), pairs, batch)
+        return in_order(pool, lambda pair: _write_result(*pair, output), pairs, ahead)
 
     def _prepare(self, image: Picture, sentence: str) -> _ModelInput:
         """Open an image and bring it into the model's square."""

@@ -66,11 +66,13 @@ def overlay(
         outline: width of the border inside the mask, in pixels. 0 draws no border.
     """
     _check(image, mask)
-    drawn = image.astype(np.float32)
-    drawn[mask] += (np.array(color, np.float32) - drawn[mask]) * alpha
+    drawn = np.array(image)
+    # Compute the colors of the mask only: photographs may have many megapixels.
+    inside = image[mask].astype(np.float32)
+    drawn[mask] = inside + (np.array(color, np.float32) - inside) * alpha + 0.5
     drawn[_border(~mask, min(outline, 1))] = PAPER
     drawn[_border(mask, outline)] = color
-    return (drawn + 0.5).astype(np.uint8)
+    return drawn
 
 
 def difference(
