@@ -251,7 +251,7 @@ def _check_run_lengths(rle: dict[str, Any], height: int, width: int) -> None:
 
 def _runs_of(rle: dict[str, Any]) -> np.ndarray:
     """Unpack the run lengths of an rle and check that they fill its image; int64 [runs]."""
-    size, counts = rle["size"], rle["counts"]
+    size, counts = rle.get("size"), rle.get("counts")
     if type(size) is not list or len(size) != 2 or type(counts) is not str:
         raise ValueError("the mask is not an rle with a size [H, W] and a text of counts")
     height, width = size

@@ -334,6 +334,8 @@ def test_run_lengths_are_decoded_as_slowly_or_refused(rle: dict) -> None:
         {"size": [True, 20], "counts": "d0"},
         {"size": [4, 70000], "counts": "d0"},
         {"size": (4, 5), "counts": "d0"},
+        {"size": [4, 5]},
+        {"counts": "d0"},
     ],
 )
 def test_rle_of_wrong_types_is_refused(rle: dict) -> None:

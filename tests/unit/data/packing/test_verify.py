@@ -109,6 +109,8 @@ def test_jpeg_cut_short_is_reported(packed: Path) -> None:
         (lambda record: record["refs"][0].update(sentences=[[]] * 4), "a sentence is "),
         (lambda record: record["refs"][0].update(rle=[]), "`rle` is .*, not an object"),
         (lambda record: record["refs"][0]["rle"].update(counts="50"), "cover 5 of 3072 pixels"),
+        (lambda record: record["refs"][0]["rle"].pop("counts"), "not an rle with a size"),
+        (lambda record: record["refs"][0]["rle"].pop("size"), "run lengths are of size None"),
         (lambda record: record.update(refs=[]), "the record has 0 refs, the index says 4"),
         (lambda record: record.update(height=1), "run lengths are of size"),
         (lambda record: record.update(height=0), "height is 0, not a number of pixels"),
