@@ -295,3 +295,52 @@ def test_part_that_the_manifest_does_not_vouch_for_is_damage(
     manifest.write_text(lines)
 
     assert resume(checkpoints, tokenizer).step == 2
+
+
+class Faults:
+    """Makes the n-th call that changes the disk fail; counts all of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail_at: int) -> None:
+        self.calls, self.fail_at = 0, fail_at
+        for module, name in ((os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "symlink")):
+            monkeypatch.setattr(module, name, self._failing(getattr(module, name)))
+
+    def _failing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.fail_at:
+                raise OSError(errno.EIO, "Input/output error")
+            return function(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.slow
+def test_disk_that_fails_at_any_place_leaves_whole_checkpoints(
+    checkpoints: Checkpoints, tokenizer: Tokenizer
+) -> None:
+    """Once for each call that changes the disk. The same save again ends as without the fault."""
+    fail_at, is_past_the_end = 0, False
+    while not is_past_the_end:
+        fail_at += 1
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        save_steps(checkpoints, tokenizer, 2, 4, best_step=2)
+
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, fail_at)
+            try:
+                save_steps(checkpoints, tokenizer, 6, best_step=6)
+            except RunError as error:
+                assert "the checkpoint could not be written (OSError" in str(error)
+            is_past_the_end = faults.calls < fail_at
+
+        state = resume(checkpoints, tokenizer)
+        assert state.step in (4, 6), fail_at
+        save_steps(checkpoints, tokenizer, 6, 8, best_step=6)
+        assert resume(checkpoints, tokenizer).best_step == 6
+        expected = {"best", "step-00000006", "step-00000008"}
+        others = {*names(checkpoints.folder)} - expected
+        # What could not be removed stays visible.
+        assert expected <= {*names(checkpoints.folder)} and others <= {"step-00000002"}, fail_at
+
+    assert fail_at > 20
