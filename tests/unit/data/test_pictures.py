@@ -138,6 +138,22 @@ def test_tiff_whose_zero_is_white_is_inverted(tmp_path: Path):
     assert np.array_equal(pixels_of(floating), rgb(255 - RAMP_OF_8_BITS))
 
 
+def test_gray_of_12_bits_keeps_its_upper_8(tmp_path: Path):
+    values = np.linspace(0, 4095, 48).astype(np.uint16).reshape(6, 8)
+    # Two values share three bytes.
+    pairs = values.reshape(-1, 2).tolist()
+    packed = [[a >> 4, (a & 15) << 4 | b >> 8, b & 255] for a, b in pairs]
+    path = write_tiff(tmp_path / "a.tif", values, order="<", photometric=1, bits=12)
+    stored = bytearray(path.read_bytes())
+    stored[8 : 8 + 72] = bytes(np.uint8(packed))
+    # The length of the strip, which is the last but one of the tags.
+    length = stored.index(struct.pack("<HHI", 279, 4, 1)) + 8
+    stored[length : length + 4] = struct.pack("<I", 72)
+    path.write_bytes(stored)
+
+    assert np.array_equal(pixels_of(path), rgb((values >> 4).astype(np.uint8)))
+
+
 @pytest.mark.parametrize("scale", [1, 255])
 def test_floating_point_gray_is_scaled_to_its_white(tmp_path: Path, scale: int):
     values = (RAMP_OF_8_BITS / np.float32(255) * scale).astype(np.float32)
