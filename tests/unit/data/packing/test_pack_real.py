@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -58,15 +59,16 @@ def test_leaks_between_real_sets_are_reported(
     real_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Photograph 460986 is in the train split of all four sets, and in val of G-Ref google."""
-    # The real records, with blank pictures in the place of the photographs.
+    # The real records, with colored pictures in the place of the photographs.
     records, root = real_data / "real_records", tmp_path / "refer"
     photographs = root / "images" / "train2014"
     photographs.mkdir(parents=True)
     for dataset in ("refcoco", "refcoco+", "refcocog"):
         (root / dataset).symlink_to(records / dataset)
         for image in json.loads((records / dataset / "instances.json").read_text())["images"]:
-            blank = Image.new("RGB", (image["width"], image["height"]))
-            blank.save(photographs / image["file_name"])
+            small = np.random.default_rng(image["id"]).integers(0, 256, (9, 9, 3), np.uint8)
+            picture = Image.fromarray(small).resize((image["width"], image["height"]))
+            picture.save(photographs / image["file_name"])
 
     sets = [("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd"), ("refcocog", "google")]
     packed = []
