@@ -22,7 +22,7 @@ from typing import Any
 
 from coupalign.data.index import FORMAT, INDEX_NAME, read_index
 from coupalign.data.packing.layout import TOOL, PackingLayout
-from coupalign.errors import InputError, RunError
+from coupalign.errors import InputError, RunError, quoted
 from coupalign.files import locked, parse_strict_json, require_writable, write_json
 
 VOCABULARY = "vocab.txt"
@@ -49,7 +49,11 @@ def writable(out: Path) -> Iterator[None]:
         InputError: `out` is a file, cannot be written, or another process is packing into it.
         RunError: the disk failed in the block: it is full, or was lost.
     """
-    if out.exists() and not out.is_dir():
+    try:
+        is_file = out.exists() and not out.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{quoted(str(out))}: {error.strerror}; choose another --out") from None
+    if is_file:
         raise InputError(f"{out}: is a file; choose a directory for the shards")
     remedy = "choose another directory with --out"
     require_writable(out, "the shards", remedy[0].upper() + remedy[1:])

@@ -186,6 +186,14 @@ def test_place_that_cannot_be_written_is_refused_before_the_work(
         pack_quietly(recipe_of(refer_root), tmp_path / "out")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_name_that_is_too_long_is_refused_in_one_line(
+    refer_root: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    with pytest.raises(InputError, match="name too long"):
+        pack_quietly(recipe_of(refer_root), tmp_path / ("left" * 2000), overwrite=overwrite)
+
+
 def test_finished_set_needs_no_writing(
     refer_root: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
