@@ -52,6 +52,12 @@ def quoted(value: Any) -> str:
     return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"
 
 
+def describe_error(error: BaseException) -> str:
+    """Return an exception's type and the first line of its message, cut to 200 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
+
+
 class _ShortRepr(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ import os
 import resource
 from pathlib import Path
 
+from coupalign.errors import describe_error
+
 SHARED_MEMORY = Path("/dev/shm")
 
 # What torch and Python say, in lower case. The first match counts: a failure to share memory also
@@ -46,7 +48,7 @@ def explain_shortage(error: BaseException) -> str | None:
         remedy = f"too many processes or threads{_process_limit()}; lower data.workers"
     else:
         return None
-    return f"{remedy} ({describe(error)})"
+    return f"{remedy} ({describe_error(error)})"
 
 
 def shared_memory_remedy() -> str:
@@ -74,12 +76,6 @@ def free_shared_memory() -> int | None:
     except OSError:
         return None
     return status.f_bavail * status.f_frsize
-
-
-def describe(error: BaseException) -> str:
-    """Return an exception's type and the first line of its message, cut to 200 characters."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
 
 
 def _shared_memory_left() -> str:

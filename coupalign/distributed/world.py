@@ -26,8 +26,8 @@ from coupalign.distributed.launcher import (
 )
 from coupalign.distributed.parent import stop_with_launcher
 from coupalign.distributed.watchdog import Watchdog, current_phase, doing
-from coupalign.errors import InputError, RunError
-from coupalign.limits import describe, explain_shortage
+from coupalign.errors import InputError, RunError, describe_error
+from coupalign.limits import explain_shortage
 
 T = TypeVar("T")
 
@@ -283,8 +283,8 @@ def _describe_failure(rank: int, error: Exception) -> str | None:
     if is_lost_rank(error):
         return (
             f"rank {rank} lost contact with another rank while {current_phase()!r} "
-            f"({describe(error)}). That rank's own output says why it ended. Run the same command "
-            "to start again"
+            f"({describe_error(error)}). That rank's own output says why it ended. Run the same "
+            "command to start again"
         )
     shortage = explain_shortage(error)
     if shortage is None:

@@ -72,9 +72,9 @@ from coupalign.engine.layout import (
 )
 from coupalign.engine.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from coupalign.engine.optimizer_state import make_universal, open_optimizer_state
-from coupalign.engine.shares import SHARES_FOLDER, check_shares, describe_error
+from coupalign.engine.shares import SHARES_FOLDER, check_shares
 from coupalign.engine.state_file import BadState, EngineRecord, StateFile, read_state
-from coupalign.errors import InputError, RunError
+from coupalign.errors import InputError, RunError, describe_error
 from coupalign.files import partial_path, publish_directory, write_json
 from coupalign.model.text import write_bert_config
 from coupalign.model.weights.load import write_weights

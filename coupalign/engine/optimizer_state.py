@@ -26,13 +26,8 @@ from coupalign.compat import package_hidden
 from coupalign.distributed.world import World
 from coupalign.engine.layout import WHOLE_STATE
 from coupalign.engine.manifest import find_damage, write_manifest
-from coupalign.engine.shares import (
-    SHARES_FOLDER,
-    check_shares,
-    describe_error,
-    restricted_loading,
-)
-from coupalign.errors import InputError, RunError
+from coupalign.engine.shares import SHARES_FOLDER, check_shares, restricted_loading
+from coupalign.errors import InputError, RunError, describe_error
 from coupalign.files import whole_directory
 
 OptimizerState = Callable[[str], dict[str, Tensor] | None]

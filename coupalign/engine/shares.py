@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from coupalign.compat import package_hidden
-from coupalign.errors import InputError
+from coupalign.errors import InputError, describe_error
 
 SHARES_FOLDER = "deepspeed"
 
@@ -80,12 +80,6 @@ def restricted_loading() -> Iterator[None]:
     finally:
         del os.environ[_FORCE_RESTRICTED]
         os.environ |= {name: value for name, value in before.items() if value is not None}
-
-
-def describe_error(error: BaseException) -> str:
-    """Describe a foreign exception in a few words: its type and the start of its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]:.120}" if lines else type(error).__name__
 
 
 def _import_stored_classes() -> list[type]:

@@ -31,8 +31,8 @@ from coupalign.engine.optimizer_state import (
     write_whole_state,
     zero_state,
 )
-from coupalign.engine.shares import SHARES_FOLDER, describe_error, restricted_loading
-from coupalign.errors import InputError
+from coupalign.engine.shares import SHARES_FOLDER, restricted_loading
+from coupalign.errors import InputError, describe_error
 from coupalign.model.weights.load import load_model_weights
 
 

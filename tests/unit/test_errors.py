@@ -1,10 +1,10 @@
-"""Quoting foreign values in messages."""
+"""Quoting foreign values and errors in messages."""
 
 from __future__ import annotations
 
 import pytest
 
-from coupalign.errors import MAX_QUOTED, quoted
+from coupalign.errors import MAX_QUOTED, describe_error, quoted
 
 
 def bomb() -> list:
@@ -32,3 +32,9 @@ def test_large_values_are_cut(value: object) -> None:
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[2J", "half \ud83d", "\u2028"])
 def test_quoted_text_is_one_printable_line(text: str) -> None:
     assert quoted(text).isprintable()
+
+
+def test_description_of_an_error_is_one_short_line() -> None:
+    assert describe_error(MemoryError()) == "MemoryError"
+    assert describe_error(RuntimeError("first\nsecond")) == "RuntimeError: first"
+    assert len(describe_error(RuntimeError("x" * 10_000))) < 250

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from coupalign.limits import describe, explain_shortage
+from coupalign.limits import explain_shortage
 
 
 def raised(action) -> BaseException:
@@ -100,9 +100,3 @@ def test_known_shortages_are_explained(error: Exception, words: list[str]) -> No
 )
 def test_other_errors_are_no_shortages(error: Exception) -> None:
     assert explain_shortage(error) is None
-
-
-def test_description_is_one_short_line() -> None:
-    assert describe(MemoryError()) == "MemoryError"
-    assert describe(RuntimeError("first\nsecond")) == "RuntimeError: first"
-    assert len(describe(RuntimeError("x" * 10_000))) < 250
