@@ -44,13 +44,13 @@ MOMENTS: dict[str, dict[str, Any]] = {
     },
     "while a checkpoint is described": {
         "event": "open",
-        "match": r"\.step-\d+\.partial/\.(state|manifest)",
+        "match": r"\.step-\d+\.\S+\.partial/\.(state|manifest)",
         "max_count": 2,
         "rank": 0,
     },
     "between save and rename": {
         "event": "os.rename",
-        "match": r"\.step-\d+\.partial$",
+        "match": r"\.step-\d+\.\S+\.partial$",
         "max_count": 2,
         "rank": 0,
     },
@@ -61,9 +61,10 @@ MOMENTS: dict[str, dict[str, Any]] = {
         "rank": 0,
     },
     "while an old checkpoint is removed": {
-        "event": "shutil.rmtree",
+        "event": "os.rename",
         "match": r"/step-\d+$",
         "max_count": 1,
+        "max_delay_s": 0.02,
         "rank": 0,
     },
     "during an evaluation": {
