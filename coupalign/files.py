@@ -204,6 +204,21 @@ def locked(
         os.close(handle)
 
 
+def flock_if_possible(handle: int, operation: int) -> bool:
+    """Call flock on an open file; returns False where the file system has no locks.
+
+    Raises:
+        BlockingIOError: the operation has LOCK_NB, and another process holds the lock.
+    """
+    try:
+        fcntl.flock(handle, operation)
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+
+
 def require_writable(folder: Path, use: str, remedy: str) -> None:
     """Make sure that files can be written to a folder, before the work that makes them.
 
@@ -337,27 +352,27 @@ def _try_lock(file: Path, job: str) -> int | None:
 
 
 def _open_or_create(file: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing; returns also whether this call has created it."""
+    """Open a file for reading and writing; returns also whether this call has created it.
+
+    A link is not followed: whoever made the folder may have put one there.
+    """
     while True:
         with suppress(FileExistsError):
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         with suppress(FileNotFoundError):
-            return os.open(file, os.O_RDWR), False
+            return os.open(file, os.O_RDWR | os.O_NOFOLLOW), False
 
 
 def _is_free(handle: int, file: Path, is_new: bool, *, job: str) -> bool:
     """Lock an open lock file; returns False if another process holds it."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        if flock_if_possible(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return True
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _warn_of_no_locks(file.parent)
 
     # Only one process can create the file.
+    _warn_of_no_locks(file.parent)
     if is_new:
         return True
     if _may_live(_read_owner(file), job):

@@ -31,14 +31,14 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from coupalign.addresses import hide_secret
 from coupalign.data.index import MAX_INDEX_BYTES, Shard, ShardIndex, read_index
 from coupalign.errors import InputError
-from coupalign.files import locked, remove_debris, user_cache, whole_file
+from coupalign.files import flock_if_possible, locked, remove_debris, user_cache, whole_file
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,8 +60,6 @@ CHECKED_FOR_S = 3600.0  # how long the check of another process counts
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, ImportError, ValueError)
 PERMANENT_STATUSES = (400, 401, 403, 404, 405, 410)
 
-# What flock answers where the file system has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _PARTIAL = re.compile(r"[0-9a-f]{64}\.(?P<bytes>\d{1,19})\.partial")
 
 
@@ -283,7 +281,8 @@ class ShardCache:
                     f"{path}: cannot be opened ({error.strerror}); remove it, or set data.cache_dir"
                 ) from None
 
-            _lock(descriptor, fcntl.LOCK_SH)
+            # Without locks, a shard may be evicted in use. It can still be read: its file is open.
+            flock_if_possible(descriptor, fcntl.LOCK_SH)
             is_evicted = os.fstat(descriptor).st_nlink == 0  # between open and flock
             if not is_evicted and self._is_intact(descriptor, shard, path):
                 with suppress(OSError):  # a cache of another user
@@ -535,28 +534,16 @@ def _is_permanent(error: Exception) -> bool:
 # --------------------------------------------------------------------------------------- locks
 
 
-def _exclusively(path: Path) -> Any:
+def _exclusively(path: Path) -> AbstractContextManager[None]:
     """Wait for the lock of a shard or of the cache, and hold it."""
     return locked(path, "is being fetched into", "Wait for it", wait=True)
-
-
-def _lock(descriptor: int, operation: int) -> None:
-    """Lock an open file. Where the file system has no locks, nothing is locked.
-
-    A shard that is evicted while it is in use can still be read: its file is open.
-    """
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
 
 
 def _remove_if_unused(path: Path) -> bool:
     """Remove a shard unless a process has it open. Returns whether it is gone."""
     try:
         with open(path, "r+b") as file:
-            _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock_if_possible(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     except BlockingIOError:
         return False

@@ -410,3 +410,16 @@ def test_lock_on_a_full_disk_leaves_nothing(
         pass
 
     assert names_in(tmp_path) == []
+
+
+def test_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("precious")
+    lock = tmp_path / "a.lock"
+    lock.symlink_to(other)
+
+    with pytest.raises(OSError), locked(lock, "is used", "Wait"):
+        pass
+
+    assert other.read_text() == "precious"
+    assert lock.is_symlink()
