@@ -11,7 +11,6 @@ in it is found like a wrong bit in any other file:
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from coupalign.distributed.world import World, gather_objects, on_main
 from coupalign.errors import RunError
-from coupalign.files import sha256_of, write_json
+from coupalign.files import parse_strict_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 
@@ -81,12 +80,12 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
             raise ValueError("not a file that we wrote")
-        # A bit can turn one name into another. Python would keep the last of two equal names.
-        tree = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+        # A bit can turn one name into another: two equal names are refused.
+        tree = parse_strict_json(path.read_text("utf-8"))
         return _check_tree(tree)
     except FileNotFoundError as error:
         raise BadManifest(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BadManifest(f"{MANIFEST} is unreadable or damaged") from error
 
 
@@ -174,14 +173,6 @@ def _check_record(record: Any) -> FileRecord:
 
 def _has_keys(value: Any, keys: set[str]) -> bool:
     return isinstance(value, dict) and value.keys() == keys
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of a JSON object, unless it has a key twice."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key is there twice")
-    return value
 
 
 def _find_unlisted(
