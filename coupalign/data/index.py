@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from coupalign.addresses import hide_secret
 from coupalign.data.packing.counts import COUNTED, count_entries
 from coupalign.data.photos import PhotoMark
 from coupalign.errors import InputError, quoted
-from coupalign.files import whole_file
+from coupalign.files import parse_strict_json, whole_file
 
 INDEX_NAME = "index.json"
 FORMAT = "coupalign-shards"
@@ -276,9 +276,7 @@ def tar_spans(file: Path) -> list[tuple[str, int, int]]:
 def _parse(text: bytes, base: str, file: str) -> ShardIndex:
     file = hide_secret(file)
     try:
-        tree = json.loads(text, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise DamagedIndex(f"{file}: the JSON is nested too deeply; pack again") from None
+        tree = parse_strict_json(text)
     except ValueError as error:
         raise DamagedIndex(f"{file}: not valid JSON ({error}); pack again") from None
 
@@ -379,10 +377,6 @@ def _check_counts(counts: Any, shards: tuple[Shard, ...], images: tuple[ImageEnt
                 raise ValueError("`counts` holds something else than whole numbers")
     if sum(ref.sentences for image in images for ref in image.refs) > MAX_SENTENCES:
         raise ValueError(f"more than {MAX_SENTENCES:,} sentences, the limit")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def _base_and_file(location: str) -> tuple[str, str]:
