@@ -27,6 +27,7 @@ from coupalign.data.batch import Batch, Frame, SampleInfo
 from coupalign.data.index import ImageEntry, check_bytes, sample_key
 from coupalign.data.records import UNKNOWN, check_ref, read_record
 from coupalign.data.shards import ShardStore
+from coupalign.data.sides import mirror_sentence
 from coupalign.data.table import ALL, RANDOM, SampleTable
 from coupalign.data.tokenizer import Tokenizer
 from coupalign.errors import InputError
@@ -214,7 +215,7 @@ class SampleReader:
 
             for sentence in record["sentences"]:
                 total += 1
-                left_alone += transforms.mirror_sentence(sentence[field]) is None
+                left_alone += mirror_sentence(sentence[field]) is None
         return left_alone, total
 
     def collate(
@@ -283,7 +284,7 @@ class SampleReader:
 
         mirrored_sentence = None
         if coin < self.config.augment.flip:
-            mirrored_sentence = transforms.mirror_sentence(sentence)
+            mirrored_sentence = mirror_sentence(sentence)
         if mirrored_sentence is not None:
             sentence = mirrored_sentence
 

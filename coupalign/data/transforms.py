@@ -1,7 +1,7 @@
 """From a stored image to the square model input, and the augmentation of a training sample.
 
-Images are used as their pixels are stored. An EXIF orientation is ignored, because the annotations
-of COCO refer to the stored pixels.
+Images are used as their pixels are stored. An EXIF orientation is ignored: `pack` has turned each
+photograph whose annotations do not mean the stored pixels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from coupalign.data import masks
 from coupalign.data.batch import Frame
 from coupalign.data.pictures import load_pixels, open_picture
 from coupalign.data.sides import is_english
-from coupalign.data.sides import mirror_sentence as mirror_sentence
 
 PADDING = (124, 116, 104)  # the mean color of ImageNet, which the model normalizes to about 0
 

@@ -19,6 +19,7 @@ from coupalign.data.build import open_tokenizer
 from coupalign.data.index import read_index
 from coupalign.data.samples import BadSample, SampleReader
 from coupalign.data.shards import open_index
+from coupalign.data.sides import mirror_sentence
 from coupalign.data.table import build_table
 from tests.unit.data.batches import config_of, evaluate, steps_of, train
 from tests.unit.data.conftest import change_index
@@ -72,7 +73,7 @@ def test_flip_mirrors_image_mask_and_sentence(packed: Path):
 
     kept = 0
     for a, b in zip(plain, mirrored):
-        mirrored_sentence = transforms.mirror_sentence(a.sentence)
+        mirrored_sentence = mirror_sentence(a.sentence)
         if mirrored_sentence is None:
             assert (a.sentence, a.image, a.target) == (b.sentence, b.image, b.target)
             kept += 1
@@ -181,7 +182,7 @@ def test_sentences_that_are_never_mirrored_are_counted_once_per_ref(packed: Path
     left_alone, total = loader.count_not_mirrored()
 
     assert total == len(texts)
-    assert left_alone == sum(transforms.mirror_sentence(text) is None for text in texts)
+    assert left_alone == sum(mirror_sentence(text) is None for text in texts)
 
 
 def flip(packed: Path, at: int, bit: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from coupalign.data.refshapes.drawing import SceneObject
 from coupalign.data.refshapes.phrases import Phrase, Scene
-from coupalign.data.transforms import mirror_sentence
+from coupalign.data.sides import mirror_sentence
 from tests.unit.data.refshapes.reader import (
     SIDES,
     GeneratedSet,
