@@ -18,6 +18,7 @@ from coupalign.config.schema import Config
 from coupalign.data.batch import Batch
 from coupalign.distributed.world import World, gather_on_device, sum_over_ranks
 from coupalign.engine.ema import Ema
+from coupalign.engine.layout import AVERAGES, WEIGHTS
 from coupalign.engine.optimizer_state import OptimizerState, load_whole_state, open_optimizer_state
 from coupalign.errors import InputError
 from coupalign.model.weights.load import load_model_weights, read_weights
@@ -209,7 +210,7 @@ class EngineBase:
         self, directory: Path, optimizer_state: OptimizerState, counters: dict[str, float]
     ) -> None:
         self.loss_scale.restore(counters)
-        weights = read_weights(directory / "weights.safetensors")
+        weights = read_weights(directory / WEIGHTS)
         self._adopt_weights(weights, optimizer_state, source=str(directory))
         self._load_ema(directory)
 
@@ -284,7 +285,7 @@ class EngineBase:
     def _load_ema(self, directory: Path) -> None:
         if self.ema is None:
             return
-        file = directory / "ema.safetensors"
+        file = directory / AVERAGES
         averages = read_weights(file)
         shares = {}
         for name, live in self.ema.live.items():

@@ -106,8 +106,8 @@ def _refuse_damage(folder: Path, problems: list[str]) -> None:
 
 def _make_portable(config: Config, folder: Path) -> Config:
     """Make the model independent of its pretrained files and of the GPU kernels of its training."""
-    if isinstance(config.model.text, BertText) and (folder / "text").is_dir():
-        text = config.model.text.model_copy(update={"weights": f"random:{folder / 'text'}"})
+    if isinstance(config.model.text, BertText) and (folder / TEXT).is_dir():
+        text = config.model.text.model_copy(update={"weights": f"random:{folder / TEXT}"})
         config = config.model_copy(update={"model": config.model.model_copy(update={"text": text})})
 
     changes = []
