@@ -404,7 +404,7 @@ def _refuse_flags_without_use(options: argparse.Namespace) -> None:
     if options.only_print:
         raise InputError("--only-print starts nothing, and --slurm submits jobs: leave one out")
     for name in ("jobs", "launcher"):
-        if options.slurm is not None and getattr(options, name) is not None:
+        if getattr(options, name) is not None:
             raise InputError(
                 f"--{name} is for runs on this machine, and --slurm submits them: leave it out. "
                 "slurm/sweep.sbatch starts each run on all ranks of its job"

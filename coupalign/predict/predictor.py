@@ -19,7 +19,8 @@ folder. The end of a long name is a digest. A byte of a file name that is not UT
 A photograph is what a viewer shows, see `data/pictures.py`. While the model works, threads open the
 images of the next batch and write the files of the previous one. In a file of pairs, an unreadable
 image is an error, and no results.jsonl is written. In a folder it is skipped, with a warning and
-its error in results.jsonl."""
+its error in results.jsonl.
+"""
 
 from __future__ import annotations
 

@@ -439,7 +439,8 @@ def _create_database(file: Path) -> None:
     """Create MLflow's SQLite file if it is missing, whole or not at all.
 
     MLflow fills it with some seconds of migrations. A kill in the middle, or two runs at once,
-    would leave a database that no later start can open ("table _alembic_tmp_… already exists")."""
+    would leave a database that no later start can open ("table _alembic_tmp_… already exists").
+    """
     if file.exists():
         return
     from mlflow import MlflowClient
@@ -511,9 +512,9 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _name(name: str) -> str:
-    """Turn a name into one that MLflow accepts: letters, digits and _-. :/ ("P@0.5":
+    """Turn a name into one that MLflow accepts: letters, digits and _-. :/
 
-    "P_at_0.5").
+    "P@0.5" becomes "P_at_0.5".
     """
     return re.sub(r"[^/\w.\- :]", "_", name.replace("@", "_at_"))[:NAME_LENGTH]
 

@@ -19,6 +19,7 @@ from coupalign.files import locked, remove_debris, whole_file
 
 LOCK = "train.lock"
 
+# As earlier versions named a checkpoint that was being written.
 _HALF_CHECKPOINT = re.compile(r"\.step-\d+\.partial")
 # Every config.yaml that a run writes has these sections.
 _SECTIONS = {"name", "data", "model", "train"}
