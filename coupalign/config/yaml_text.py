@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, quoted
 
 # A configuration has some hundred values, four levels deep.
 MAX_BYTES = 1 << 20
@@ -164,7 +164,7 @@ def _value_of(root: yaml.Node | None) -> Any:
         for key_node, value_node in node.value:
             key = _key(key_node)
             if key in mapping:
-                raise _Refused(f"key {_short(key)} is given twice", key_node)
+                raise _Refused(f"key {quoted(key)} is given twice", key_node)
             mapping[key] = convert(value_node, depth + 1)
         return mapping
 
@@ -173,7 +173,7 @@ def _value_of(root: yaml.Node | None) -> Any:
 
 def _key(node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode) or node.tag != _STRING:
-        found = _short(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
+        found = quoted(node.value) if isinstance(node, yaml.ScalarNode) else "a list or a mapping"
         raise _Refused(f"expected a name as the key, found {found}", node)
     return _scalar(node)
 
@@ -197,7 +197,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     except (ValueError, KeyError):
         name = node.tag.rpartition(":")[2]
-        raise _Refused(f"{_short(text)} cannot be read as {name}", node) from None
+        raise _Refused(f"{quoted(text)} cannot be read as {name}", node) from None
     _refuse_tag(node, _STRING)
     raise AssertionError("every other tag was refused")
 
@@ -213,7 +213,7 @@ def _integer(text: str) -> int:
 
 def _refuse_tag(node: yaml.Node, expected: str) -> None:
     if node.tag != expected:
-        raise _Refused(f"the tag {_short(node.tag)} is not allowed here", node)
+        raise _Refused(f"the tag {quoted(node.tag)} is not allowed here", node)
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -224,7 +224,3 @@ def _one_line(error: yaml.YAMLError) -> str:
         place = f"line {mark.line + 1}: " if mark else ""
         return f"{place}{problem}"
     return " ".join(str(error).split())[:200]
-
-
-def _short(value: str) -> str:
-    return repr(value if len(value) <= 80 else f"{value[:77]}...")
