@@ -199,7 +199,10 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise InputError(f"tokenizer {file} cannot be read: {error}") from error
 
-    tokens = file.read_text(encoding="utf-8").split("\n")
+    try:
+        tokens = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"vocabulary {file} cannot be read: {error}") from None
     if tokens[-1] == "":  # after the last newline
         tokens = tokens[:-1]
     numbers = {token: number for number, token in enumerate(tokens)}
@@ -217,7 +220,10 @@ def _read_backend(file: Path) -> tokenizers.Tokenizer:
     config = file.with_name("tokenizer_config.json")
     lower = True
     if config.is_file():
-        lower = read_json(config, "the settings of a tokenizer").get("do_lower_case", True)
+        settings = read_json(config, "the settings of a tokenizer")
+        if not isinstance(settings, dict):
+            raise InputError(f"{config}: expected an object with the settings of a tokenizer")
+        lower = settings.get("do_lower_case", True)
     return _build_backend(numbers, lower)
 
 

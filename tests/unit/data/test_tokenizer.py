@@ -146,6 +146,13 @@ def test_broken_vocabulary_is_refused(tmp_path: Path, text: str, message: str):
         Tokenizer.open(tmp_path)
 
 
+def test_vocabulary_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe\n")
+
+    with pytest.raises(InputError, match="vocab.txt cannot be read"):
+        Tokenizer.open(tmp_path)
+
+
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="neither tokenizer.json nor vocab.txt"):
         Tokenizer.open(tmp_path)
@@ -154,6 +161,10 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path: Path):
 def test_broken_tokenizer_files_are_refused(vocabulary: Path):
     (vocabulary.parent / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer_config.json: cannot be read"):
+        Tokenizer.open(vocabulary)
+
+    (vocabulary.parent / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="tokenizer_config.json: expected an object"):
         Tokenizer.open(vocabulary)
 
     (vocabulary.parent / "tokenizer.json").write_text("{}")
