@@ -9,7 +9,6 @@ mlflow/store/tracking/dbmodels/models.py). A run is looked up by a tag of ours b
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import logging
 import os
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from coupalign.addresses import hide_secret
 from coupalign.errors import InputError
+from coupalign.files import locked
 from coupalign.tracking.journal import JOURNAL, logger, read_journal
 from coupalign.tracking.outbox import Outbox, find_way_out
 
@@ -446,8 +446,8 @@ def _create_database(file: Path) -> None:
     from mlflow import MlflowClient
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    lock = file.with_name(f".{file.name}.lock")
+    with locked(lock, f"{file.name} is being created", "Wait for it", wait=True):
         if file.exists():
             return
 
