@@ -44,13 +44,13 @@ MOMENTS: dict[str, dict[str, Any]] = {
     },
     "while a checkpoint is described": {
         "event": "open",
-        "match": r"\.step-\d+\.\S+\.partial/\.(state|manifest)",
+        "match": r"\.step-\d+\.[^/]+\.partial/\.(state|manifest)",
         "max_count": 2,
         "rank": 0,
     },
     "between save and rename": {
         "event": "os.rename",
-        "match": r"\.step-\d+\.\S+\.partial$",
+        "match": r"\.step-\d+\.[^/]+\.partial$",
         "max_count": 2,
         "rank": 0,
     },

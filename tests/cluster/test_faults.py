@@ -69,8 +69,8 @@ DDP = ["engine.kind=ddp"]
 # killed, four more steps are done.
 STARTS = (
     (2, ZERO, None),
-    (1, ZERO, {"event": "os.mkdir", "match": r"universal\.\S+\.partial/zero/", "count": 40}),
-    (1, ZERO, {"event": "os.rename", "match": r"universal\.\S+\.partial$", "count": 1}),
+    (1, ZERO, {"event": "os.mkdir", "match": r"universal\.[^/]+\.partial/zero/", "count": 40}),
+    (1, ZERO, {"event": "os.rename", "match": r"universal\.[^/]+\.partial$", "count": 1}),
     (1, ZERO, None),
     (2, DDP, {"event": "coupalign.doing", "match": "loading", "count": 1}),
     (2, DDP, None),
