@@ -16,8 +16,8 @@ truth) and `pixels` (of the image) are at the original one. `same_class` is the 
 objects of the category in the image, -1 if the shard does not know it. `sentence` is the text that
 the model read.
 
-A spreadsheet runs a cell that begins with = or + as a formula. So an apostrophe is written before
-such a text, and before one that begins with apostrophes and then = or +. Reading takes it away.
+A spreadsheet runs a cell that begins with =, +, - or @ as a formula. So an apostrophe is written
+before such a text, and before one with apostrophes in front of it. Reading takes it away.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ class Rows:
         )
 
 
-def rows_path(run: Path, split: str, protocol: str, rule: str = "each") -> Path:
-    """Return where a run keeps the rows of a split."""
+def rows_path(run: Path, name: str, protocol: str, rule: str = "each") -> Path:
+    """Return where a run keeps the rows of the evaluation set `name`."""
     suffix = "" if rule == "each" else f"-{rule}"
-    return run / "scores" / f"{split}-{protocol}{suffix}.csv"
+    return run / "scores" / f"{name}-{protocol}{suffix}.csv"
 
 
 def write_rows(path: Path, rows: Rows, iou_rule: IouRule = "one") -> None:

@@ -5,7 +5,7 @@ It is made from these files of the run directory:
     score.json, scores/*.json     the scores
     scores/*.csv                  the rows of each score, for the scores by group
     metrics.jsonl                 the curves
-    pictures/<split>/             best, median, worst and random samples
+    pictures/<set>/               best, median, worst and random samples
     config.yaml                   the configuration
 
 The page loads nothing from the network and no other file: pictures are embedded, curves are drawn
@@ -112,7 +112,7 @@ def write_report(
     Args:
         scores: by name, at least one.
         curves: (step, value) points by metric name, see `read_curves`.
-        pictures: folders of `save_pictures` by split.
+        pictures: folders of `save_pictures` by the name of their set.
         config: YAML text, shown unchanged.
         rows: of the scores that have any, by the name of the score.
     """

@@ -23,8 +23,8 @@ _PLAIN_NAME = re.compile(r"\w[\w+.-]*")
 def read_scores(run: Path) -> dict[ScoreKey, Score]:
     """Read the scores of a run; those of ris-v1 and of the rule "each" come first.
 
-    A score of `coupalign eval` (scores/<split>-<protocol>.json) replaces the one that training took
-    (scores/<split>.json).
+    A score of `coupalign eval` (scores/<set>-<protocol>.json) replaces the one that training took
+    (scores/<set>.json).
 
     Raises:
         InputError: there are no scores, or a file is damaged.
