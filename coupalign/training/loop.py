@@ -366,13 +366,15 @@ def _is_new_best(state: TrainState) -> bool:
 
 
 def _first_score(scores: dict[str, Score]) -> tuple[float | None, str]:
-    """Return the score on the first split and what it was measured on, for `TrainState`."""
-    for split, score in scores.items():
-        best_of = f"{split}, {score.protocol}, {score.sentences}, {score.samples} samples"
-        if score.fingerprint:
-            best_of += f", data {score.fingerprint[:16]}"
-        return score.metrics["oIoU"], best_of
-    return None, ""
+    """Return the score on the first set and what it was measured on, for `TrainState`."""
+    if not scores:
+        return None, ""
+
+    name, score = next(iter(scores.items()))
+    best_of = f"{name}, {score.protocol}, {score.sentences}, {score.samples} samples"
+    if score.fingerprint:
+        best_of += f", data {score.fingerprint[:16]}"
+    return score.metrics["oIoU"], best_of
 
 
 def _count_step(state: TrainState, stats: StepStats, config: Config) -> TrainState:
