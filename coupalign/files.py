@@ -133,6 +133,9 @@ def publish_directory(finished: Path, path: Path) -> None:
         for file in files:
             _sync(file)
 
+    # A link is replaced, and what it points to stays.
+    if path.is_symlink():
+        path.unlink()
     # A crash between the two renames leaves the old directory under its hidden name.
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -77,6 +77,21 @@ def test_publish_directory_replaces_an_older_one(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["target"]
 
 
+def test_publish_directory_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "target"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("precious")
+    target.symlink_to(elsewhere)
+
+    for text in ("new", "newer"):
+        with whole_directory(target) as folder:
+            (folder / "file").write_text(text)
+        assert (target / "file").read_text() == text
+
+    assert (elsewhere / "file").read_text() == "precious"
+    assert sorted(names_in(tmp_path)) == ["elsewhere", "target"]
+
+
 def test_write_json_ends_with_a_newline_and_keeps_accents(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
 
