@@ -178,7 +178,8 @@ def _owned_names(out: Path) -> set[str]:
         shards = index.get("shardlist")
         shards = shards if isinstance(shards, list) else []
         urls = [shard.get("url") for shard in shards if isinstance(shard, dict)]
-        owned |= {INDEX_NAME, VOCABULARY, *_names(urls)}
+        # A set without a vocabulary has not written the vocab.txt that may lie next to it.
+        owned |= {INDEX_NAME, *_names([index.get("vocabulary")]), *_names(urls)}
     return {name for name in owned if _OUTPUT.fullmatch(name)}
 
 

@@ -93,6 +93,22 @@ def test_files_of_others_are_never_touched(refer_root: Path, tmp_path: Path, nam
         assert contents(out) == {name: b"[]"}
 
 
+def test_vocabulary_of_others_next_to_a_set_without_one_is_kept(
+    refer_root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    bare = recipe_of(refer_root, vocabulary_size=None)
+    pack_quietly(bare, out)
+    (out / "vocab.txt").write_text("precious")
+
+    pack_quietly(bare, out, overwrite=True)
+    with pytest.raises(InputError, match="contains vocab.txt .* did not write"):
+        pack_quietly(recipe_of(refer_root), out, overwrite=True)
+
+    assert (out / "vocab.txt").read_text() == "precious"
+    assert (out / "index.json").is_file()
+
+
 def test_index_of_another_version_needs_overwrite(refer_root: Path, packed: Path) -> None:
     expected = contents(packed)
     tree = json.loads((packed / "index.json").read_text())
