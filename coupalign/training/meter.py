@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -170,8 +171,8 @@ class RankTimes:
             "data_s": [round(value, 4) for value in data_s],
             "forward_s": [round(value, 4) for value in forward_s],
         }
-        # The journal reports a full disk.
-        with suppress(OSError), open(self.path, "a", encoding="utf-8") as file:
+        # The journal reports a full disk. A link in somebody else's run directory is not followed.
+        with suppress(OSError), open(self.path, "a", opener=_open_no_link) as file:
             file.write(json.dumps(line) + "\n")
 
     def _warn_of_straggler(self, rank: int, seconds: torch.Tensor, median: float) -> None:
@@ -191,3 +192,7 @@ class RankTimes:
             median,
             self.path,
         )
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -93,6 +93,21 @@ def test_rank_times_writes_all_and_warns_of_a_straggler_once(
     assert lines[0]["data_s"] == [0.1, 0.9, 0.1] and lines[0]["forward_s"] == [0.2, 0.2, 0.2]
 
 
+def test_rank_times_do_not_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's run directory may link to a file of the user's."""
+    other = tmp_path / "other.txt"
+    other.write_text("precious")
+    (tmp_path / RANKS).symlink_to(other)
+    seconds = torch.zeros(2, 2, dtype=torch.float64)
+    monkeypatch.setattr(meter, "gather_objects", lambda value, world: ["n0", "n1"])
+    monkeypatch.setattr(meter, "gather_vector", lambda values, world: seconds)
+
+    metrics = RankTimes(tmp_path, World(0, 2, 0, 2, torch.device("cpu"))).compare(10, (0.0, 0.0))
+
+    assert metrics["ranks/median_s"] == 0
+    assert other.read_text() == "precious"
+
+
 def test_rank_times_of_a_single_rank_are_not_compared(tmp_path: Path) -> None:
     times = RankTimes(tmp_path, World(0, 1, 0, 1, torch.device("cpu")))
 
