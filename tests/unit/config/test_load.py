@@ -444,6 +444,7 @@ LISTS_OF_LISTS = "\n".join(
         ("train: {epochs: .inf}", "train.epochs"),
         ("optim: {betas: [1.5, 0]}", "optim.betas.0"),
         ("model: {image: {kind: small, widths: [0, 8, 8, 8]}}", "model.image.widths.0"),
+        ("model: {proposals: {stages: [5]}}", "model.proposals.stages.0"),
         ("model: {image: {kind: [small]}}", "model.image: "),
         ("data: {image_size: 1000000}", "data.image_size: "),
         ("evaluate: {batch: 100000000000}", "evaluate.batch: "),

@@ -184,7 +184,6 @@ def test_logits_are_bit_equal_for_channels_last_images():
 @pytest.mark.parametrize(
     "config, message",
     [
-        (small_config(proposal_stages=(5,)), "names stage 5"),
         (small_config(proposal_stages=()), "stages is empty"),
         (small_config(wpa=WpaConfig(heads=3)), "heads = 3"),
         (small_config(wpa=WpaConfig(impl="fused")), "impl = fused: out of order"),
