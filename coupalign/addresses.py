@@ -13,22 +13,24 @@ from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 
+# A text may be long and somebody else's, so no pattern may take more than linear time.
+
 # With one slash, it is an address that was taken for a path.
-_SCHEME = r"(?:[a-zA-Z][a-zA-Z0-9+.-]*://|(?:https?|s3|gs|ftps?|postgresql|mysql[+a-z]*):/(?!/))"
+_SCHEME = (
+    r"(?:[a-zA-Z][a-zA-Z0-9+.-]{0,40}://"
+    r"|(?:https?|s3|gs|ftps?|postgresql|mysql[+a-z]{0,40}):/(?!/))"
+)
 
 # One address in a text. A quote, a bracket or white space ends it.
 _ADDRESS = re.compile(rf"(?P<scheme>{_SCHEME})(?P<rest>[^\s'\"`<>{{}}\\]*)")
 
-# A login without a scheme, such as user:password@host.
-_BARE_LOGIN = re.compile(
-    r"(?<![^\s'\"=(\[,])(?://)?(?P<login>[^\s/@:'\"=]+:[^\s/@'\"]+)@(?=[\w\[])"
-)
+# What may end in a login without a scheme, such as user:password@host.
+_BEFORE_AT = re.compile(r"(?<![^\s/@'\"])[^\s/@'\"]+(?=@[\w\[])")
+_BEFORE_LOGIN = re.compile(r"(?:\A|[\s'\"=(\[,])(?://)?\Z")
 
-# One name=value after `?`, `&`, `;` or `#`, without the punctuation of a sentence around it.
-_PARAMETER = re.compile(
-    r"(?P<name>(?<=[?&;#])[^=&;?#\s]+)="
-    r"(?P<value>[^&;#\s'\"`<>\\]*?)(?=[)\]:,.]*(?:[&;#\s'\"`<>\\]|\Z))"
-)
+# One name=value after `?`, `&`, `;` or `#`; the punctuation of a sentence may end the value.
+_PARAMETER = re.compile(r"(?P<name>(?<=[?&;#])[^=&;?#\s]+)=(?P<value>[^&;#\s'\"`<>\\]*)")
+_PUNCTUATION = ")]:,."
 
 # Names of parameters that carry a secret: in a part of the name, or as the whole name.
 _SECRET_NAME = re.compile(
@@ -84,18 +86,18 @@ def _secrets_in(text: str) -> Iterator[tuple[str, int, int]]:
             elif scheme in _TOKEN_SCHEMES:
                 yield "a user or token", start, start + end_of_login
 
-    for login in _BARE_LOGIN.finditer(text):
-        if "://" not in login["login"]:
-            yield "a password", login.start("login"), login.end("login")
+    for before_at in _BEFORE_AT.finditer(text):
+        start = before_at.start()
+        begins_login = _BEFORE_LOGIN.search(text[max(0, start - 3) : start]) is not None
+        begin = _begin_of_login(before_at[0], begins_login)
+        if begin is not None:
+            yield "a password", start + begin, before_at.end()
 
     for parameter in _PARAMETER.finditer(text):
         name = unquote_plus(parameter["name"]).lower()
-        if parameter["value"] and _SECRET_NAME.search(name):
-            yield (
-                f"a secret ({parameter['name'][:40]}=…)",
-                parameter.start("value"),
-                parameter.end("value"),
-            )
+        value, start = parameter["value"].rstrip(_PUNCTUATION), parameter.start("value")
+        if value and _SECRET_NAME.search(name):
+            yield f"a secret ({parameter['name'][:40]}=…)", start, start + len(value)
 
 
 def _end_of_login(scheme: str, rest: str) -> int | None:
@@ -110,6 +112,29 @@ def _end_of_login(scheme: str, rest: str) -> int | None:
     is_port = after.isdigit() and scheme in _TOKEN_SCHEMES
     if colon and not is_port and "@" in rest:
         return rest.rindex("@")
+    return None
+
+
+def _begin_of_login(text: str, begins_login: bool) -> int | None:
+    """Find user:password at the end of a text; None if there is none.
+
+    Args:
+        begins_login: whether a login may begin with the text. Within it, one may begin after `=`,
+            `(`, `[` or a comma.
+    """
+    begin = 0
+    while (colon := text.find(":", begin)) >= 0:
+        # No user has an equals sign.
+        equals = text.rfind("=", begin, colon)
+        if equals >= 0:
+            begin, begins_login = equals + 1, True
+        if not begins_login:
+            opening = re.search(r"[(\[,]", text[begin:colon])
+            begin = colon if opening is None else begin + opening.end()
+
+        if begin < colon < len(text) - 1:
+            return begin
+        begin, begins_login = colon + 1, False
     return None
 
 

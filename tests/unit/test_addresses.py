@@ -122,3 +122,13 @@ def test_masking_is_idempotent_and_finds_what_it_masks(text: str) -> None:
 
     assert hide_secret(hidden) == hidden
     assert (hidden != text) <= (find_secret(text) is not None)
+
+
+@pytest.mark.parametrize("part", ["a:b,", "x=a:b", "(a", "a+", "mysql+", "?a=),", "http:/"])
+def test_long_foreign_text_takes_linear_time(part: str) -> None:
+    """Quadratic time would be minutes here: a stranger's configuration may have a megabyte."""
+    text = part * 200_000
+
+    hidden = hide_secret(f"{text} http://u:hunter2@host")
+
+    assert hidden == f"{text} http://{MASK}@host"
