@@ -30,7 +30,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -140,11 +140,21 @@ class _PendingPrediction:
     source: _ModelInput
     mask: PendingCopy
     probability: PendingCopy
+    finite: PendingCopy
     cut: bool
     unknown: bool
 
     def result(self) -> Prediction:
-        """Wait for the pixels."""
+        """Wait for the pixels.
+
+        Raises:
+            RunError: the model gave NaN or infinity, which would look like an empty mask.
+        """
+        if not self.finite.numpy():
+            raise RunError(
+                f"the model gave NaN or infinity for the sentence {quoted(self.source.sentence)}. "
+                "Take an earlier checkpoint, or one that was trained in fp32"
+            )
         mask, probability = self.mask.numpy(), self.probability.numpy()
 
         box, score = None, 0.0
@@ -433,6 +443,7 @@ class Predictor:
                 source=item,
                 mask=PendingCopy(full_size > 0),
                 probability=PendingCopy(torch.sigmoid(full_size)),
+                finite=PendingCopy(torch.isfinite(square_logits).all()),
                 cut=was_cut,
                 unknown=is_unknown,
             )
@@ -568,10 +579,12 @@ def _threads() -> int:
 
 def _find_device(name: str | None) -> torch.device:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device: torch.device | None = None
+    with suppress(RuntimeError):
         device = torch.device(name or default)
-    except RuntimeError:
-        raise InputError(f"device {name!r}: cpu, cuda or cuda:N is expected") from None
+    # PyTorch knows more kinds of devices, "meta" among them, than this package was made for.
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r}: cpu, cuda or cuda:N is expected")
 
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r}: this host shows {torch.cuda.device_count()} GPUs")

@@ -397,7 +397,19 @@ def test_array_that_is_no_image_is_refused(shape: tuple[int, ...], dtype: type) 
         open_picture(np.zeros(shape, dtype))
 
 
-@pytest.mark.parametrize("device", ["gpu7", "cuda:63"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_model_is_no_empty_mask(photos: Path, tmp_path: Path, value: float) -> None:
+    write_checkpoint(tmp_path / "run", tiny_config())
+    predictor = Predictor.from_checkpoint(tmp_path / "run", "cpu")
+    with torch.no_grad():
+        for parameter in predictor.model.parameters():
+            parameter.fill_(value)
+
+    with pytest.raises(RunError, match="NaN or infinity for the sentence .*earlier checkpoint"):
+        predictor.predict(photos / PHOTOS[0][0], SENTENCES[0])
+
+
+@pytest.mark.parametrize("device", ["gpu7", "cuda:63", "meta", "mps"])
 def test_absent_device_is_refused(run: Path, device: str) -> None:
     with pytest.raises(InputError, match=device):
         Predictor.from_checkpoint(run, device)
