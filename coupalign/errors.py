@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 MAX_QUOTED = 80  # characters of a foreign value in a message
+MAX_LISTED = 5  # names in a message
 
 
 class ExitStatus(IntEnum):
@@ -50,6 +52,12 @@ def quoted(value: Any) -> str:
 
     text = _SHORT.repr(value)
     return text if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"
+
+
+def first_of(names: Sequence[str], separator: str = ", ", most: int = MAX_LISTED) -> str:
+    """Join the first of some names for a message, with … in the place of the others."""
+    listed = separator.join(names[:most])
+    return f"{listed}{separator}…" if len(names) > most else listed
 
 
 def describe_error(error: BaseException) -> str:

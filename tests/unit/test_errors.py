@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coupalign.errors import MAX_QUOTED, describe_error, quoted
+from coupalign.errors import MAX_QUOTED, describe_error, first_of, quoted
 
 
 def bomb() -> list:
@@ -38,3 +38,8 @@ def test_description_of_an_error_is_one_short_line() -> None:
     assert describe_error(MemoryError()) == "MemoryError"
     assert describe_error(RuntimeError("first\nsecond")) == "RuntimeError: first"
     assert len(describe_error(RuntimeError("x" * 10_000))) < 250
+
+
+def test_more_names_than_fit_end_with_dots() -> None:
+    assert first_of(["a", "b"], most=2) == "a, b"
+    assert first_of(["a", "b", "c"], "; ", most=2) == "a; b; …"

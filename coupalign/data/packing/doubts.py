@@ -8,8 +8,7 @@ from typing import Literal
 from coupalign.data.masks import area, bounding_box, rle_from_segmentation
 from coupalign.data.packing.refer import Referral
 from coupalign.data.records import UNKNOWN
-
-MAX_LISTED = 5  # refs in a warning
+from coupalign.errors import first_of
 
 # A mask agrees with the area that its annotation states if the smaller one is at least this share
 # of the larger one, and with its box if the two overlap (intersection over union) by as much.
@@ -45,9 +44,7 @@ def find_doubts(referrals: Iterable[Referral]) -> list[str]:
     lines = []
     for kind, names in named.items():
         if names:
-            listed = "; ".join(names[:MAX_LISTED])
-            more = "; …" if len(names) > MAX_LISTED else ""
-            lines.append(f"{len(names):,} of {total:,} {MEANING[kind]}: {listed}{more}")
+            lines.append(f"{len(names):,} of {total:,} {MEANING[kind]}: {first_of(names, '; ')}")
     return lines
 
 

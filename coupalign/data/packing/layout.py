@@ -19,11 +19,10 @@ from coupalign.data.packing.images import (
 )
 from coupalign.data.packing.recipe import Recipe
 from coupalign.data.packing.refer import Referral, read_annotation_set
-from coupalign.errors import InputError, quoted
+from coupalign.errors import InputError, first_of, quoted
 from coupalign.version import __version__
 
 TOOL = f"coupalign {__version__}"
-MAX_LISTED = 5  # file names in a message
 
 
 @dataclass(frozen=True)
@@ -141,13 +140,10 @@ def describe_missing(recipe: Recipe, sources: Sources) -> str:
     total = len(names) + len(sources.images)
     refs = sum(referral.image_id in sources.missing_images for referral in sources.referrals)
 
-    listed = ", ".join(names[:MAX_LISTED])
-    if len(names) > MAX_LISTED:
-        listed += ", …"
     searched = recipe.images or f"{recipe.root}/{{{', '.join(IMAGE_FOLDERS)}}}"
     return (
-        f"{len(names):,} of {total:,} images are missing ({refs:,} refs need them): {listed}; "
-        f"looked in {searched}, those of COCO also as %012d.jpg"
+        f"{len(names):,} of {total:,} images are missing ({refs:,} refs need them): "
+        f"{first_of(names)}; looked in {searched}, those of COCO also as %012d.jpg"
     )
 
 

@@ -23,7 +23,6 @@ from coupalign.data.packing.counts import (
 from coupalign.data.packing.doubts import find_doubts
 from coupalign.data.packing.images import Turning
 from coupalign.data.packing.layout import (
-    MAX_LISTED,
     TOOL,
     NothingToPack,
     PackingLayout,
@@ -34,7 +33,7 @@ from coupalign.data.packing.layout import (
 )
 from coupalign.data.packing.recipe import Recipe
 from coupalign.data.packing.write import WrittenShard, write_shards
-from coupalign.errors import InputError
+from coupalign.errors import MAX_LISTED, InputError, first_of
 from coupalign.files import sha256_of
 
 
@@ -220,8 +219,10 @@ def _describe_turnings(written: Sequence[WrittenShard]) -> Iterator[str]:
     for turning, consequence in consequences.items():
         if turning in names:
             found = names[turning]
-            listed = ", ".join(found[:MAX_LISTED]) + (", …" if len(found) > MAX_LISTED else "")
-            yield f"photographs with an EXIF orientation: {len(found):,} {consequence} ({listed})"
+            yield (
+                f"photographs with an EXIF orientation: {len(found):,} {consequence} "
+                f"({first_of(found)})"
+            )
 
 
 def _write_vocabulary(recipe: Recipe, layout: PackingLayout, out: Path) -> str | None:
