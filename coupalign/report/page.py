@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from html import escape
 from importlib.resources import files
@@ -32,6 +33,8 @@ from coupalign.report.gallery import picture_section
 from coupalign.report.groups import group_section
 from coupalign.report.scores import name_scores, page_header, read_scores, score_section
 from coupalign.tracking.journal import JOURNAL
+
+_DOCTYPE = b"<!doctype html>"
 
 
 def report_run(run: Path, out: Path | None = None) -> Path:
@@ -49,6 +52,8 @@ def report_run(run: Path, out: Path | None = None) -> Path:
         raise InputError(f"{run}: no such run directory")
     if page.is_dir():
         raise InputError(f"{page}: is a folder; name the file of the page")
+    if out is not None and not _may_replace(page):
+        raise InputError(f"{page}: is there, and is no HTML page; name another file for the page")
     require_writable(page.parent, "the page", "Name another file with `coupalign report --out`")
 
     scores = read_scores(run)
@@ -128,6 +133,19 @@ def write_report(
     if config is not None:
         sections.append(_config_section(config))
     return write_page(path, title, filter(None, sections))
+
+
+def _may_replace(page: Path) -> bool:
+    """Whether a page may take this place: nothing is there, or an empty file, or another page.
+
+    Whatever else somebody names by mistake stays: the data of a run, or a device, which root could
+    replace by a file.
+    """
+    if not page.is_file():
+        return not os.path.lexists(page)
+    with open(page, "rb") as file:
+        start = file.read(len(_DOCTYPE))
+    return start.lower() == _DOCTYPE or (not start and not page.is_symlink())
 
 
 def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:

@@ -119,6 +119,23 @@ def test_half_written_pictures_are_not_shown(tmp_path: Path):
     assert "testA" not in report_run(run).read_text()
 
 
+def test_page_replaces_nothing_but_a_page(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    page = tmp_path / "page.html"
+    page.touch()
+    for _ in range(2):
+        assert report_run(run, page) == page
+
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    (tmp_path / "gone").symlink_to("nowhere")
+    for other in (run / "config.yaml", *map(tmp_path.joinpath, ("pipe", "link", "gone"))):
+        before = other.lstat()
+        with pytest.raises(InputError, match=f"{other.name}: is there, .* name another file"):
+            report_run(run, other)
+        assert other.lstat() == before
+
+
 def test_full_disk_while_the_page_is_written_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
