@@ -13,7 +13,7 @@ from coupalign.errors import InputError, quoted
 from coupalign.evaluation.metrics import Score
 from coupalign.evaluation.protocols import PROTOCOLS
 from coupalign.evaluation.rows import rows_path
-from coupalign.files import read_json
+from coupalign.files import parse_strict_json
 
 ScoreKey = tuple[str, str, str]  # name of the set, protocol, sentence rule
 
@@ -37,21 +37,22 @@ def read_scores(run: Path) -> dict[ScoreKey, Score]:
 
     scores: dict[ScoreKey, Score] = {}
     for file in files:
-        value = read_json(file, "a score")
-        if not isinstance(value, dict):
-            raise InputError(f"{file}: expected a JSON object, found {type(value).__name__}")
         try:
+            value = parse_strict_json(file.read_bytes())
+            if not isinstance(value, dict):
+                raise ValueError(f"expected a JSON object, found {type(value).__name__}")
             score = Score.from_json(value)
             protocol, rule = score.protocol, score.sentences
             if protocol not in PROTOCOLS or rule not in RULES:
                 raise ValueError(f"protocol {quoted(protocol)}, sentences {quoted(rule)}: unknown")
-        except (KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:
             # An old score of training does not matter once the set has been scored again.
             if any(name == file.stem for name, _, _ in scores):
                 continue
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(
-                f"{file}: not a score of this version ({reason}); run `coupalign eval` again"
+                f"{file}: not a score of this version ({reason}); run `coupalign eval` again, or "
+                "remove the file"
             ) from None
 
         scores.setdefault((_set_name(file, value, score), protocol, rule), score)

@@ -54,8 +54,16 @@ def test_damaged_score_is_named(tmp_path: Path, text: str):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "val.json").write_bytes(text.encode("utf-8", "surrogateescape"))
 
-    with pytest.raises(InputError, match=r"val\.json"):
+    with pytest.raises(InputError, match=r"val\.json.*`coupalign eval` again, or remove"):
         report_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null"])
+def test_damaged_score_of_training_is_ignored_once_scored_again(run: Path, text: str):
+    before = read_scores(run)
+    (run / "scores" / "val.json").write_text(text)
+
+    assert read_scores(run) == before
 
 
 FOREIGN_VALUES = [
