@@ -71,6 +71,7 @@ def score_checkpoint(
 
         trained, model, tokenizer = open_checkpoint(checkpoint, world.device)
         config = override(trained, overrides)
+        _refuse_without_effect(trained, config)
         config = config.model_copy(update={"run_dir": target})
 
         net = MixedPrecision(model, config.precision).eval()
@@ -121,8 +122,37 @@ def run_directory(checkpoint: Path) -> Path:
     return resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
 
 
+def _refuse_without_effect(trained: Config, config: Config) -> None:
+    """Refuse overrides of what the checkpoint decides: the scores would not be of the change.
+
+    Raises:
+        InputError: the message names the setting.
+    """
+    decided = {
+        "model": (trained.model, config.model),
+        "data.image_size": (trained.data.image_size, config.data.image_size),
+        "data.tokenizer": (trained.data.tokenizer, config.data.tokenizer),
+    }
+    for name, (own, changed) in decided.items():
+        if changed != own:
+            raise InputError(
+                f"{name}: is that of the checkpoint and cannot be changed for a score; leave the "
+                "override out, or train a model with it"
+            )
+    if config.run_dir != trained.run_dir:
+        raise InputError("run_dir: name the folder for the scores with --out")
+
+
 def _require_writable(run: Path) -> None:
     """Raise InputError if scores cannot be written below a folder."""
+    for name in ("scores", "pictures"):
+        # Files of the same names there would be replaced.
+        folder = run / name
+        if folder.is_symlink() and not folder.resolve().is_relative_to(run.resolve()):
+            raise InputError(
+                f"{folder}: is a link that leads out of the run directory. Put a folder there, or "
+                "name another place with --out"
+            )
     for folder in (run, run / "scores"):
         require_writable(folder, "the scores", "Name a folder of your own with --out")
 
