@@ -278,7 +278,8 @@ def _parse(text: bytes, base: str, file: str) -> ShardIndex:
     try:
         tree = parse_strict_json(text)
     except ValueError as error:
-        raise DamagedIndex(f"{file}: not valid JSON ({error}); pack again") from None
+        remedy = "is it the address of a packed directory?" if "://" in file else "pack again"
+        raise DamagedIndex(f"{file}: not valid JSON ({error}); {remedy}") from None
 
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise InputError(f"{file}: not an index of {FORMAT}; `coupalign pack` writes one")

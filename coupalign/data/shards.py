@@ -475,9 +475,16 @@ def _chunks(url: str) -> Iterator[bytes]:
         yield from _http_chunks(url)
         return
 
-    import fsspec
+    if "::" in url:
+        raise InputError(
+            f"{hide_secret(url)}: chained addresses (::) are not read; give the address of the "
+            "directory itself"
+        )
+    from fsspec.core import url_to_fs
 
-    with fsspec.filesystem(scheme).open(url, "rb", block_size=16 * CHUNK_BYTES) as file:
+    # Some file systems get their host and port from the address.
+    system, path = url_to_fs(url)
+    with system.open(path, "rb", block_size=16 * CHUNK_BYTES) as file:
         while chunk := file.read(CHUNK_BYTES):
             yield chunk
 

@@ -18,8 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
+import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 
 from coupalign.config.schema import DataConfig, Source
 from coupalign.data import shards
@@ -181,6 +185,42 @@ def test_each_shard_is_fetched_once(site: Site, packed: Path, tmp_path: Path):
     assert site.requests[index.shards[0].url] == 1
 
 
+class HostedFiles(AbstractFileSystem):
+    """Files of a server, whose name an address holds, as with ftp, sftp, smb and webhdfs."""
+
+    protocol = "hosted"
+    cachable = False
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.host = host
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return urlsplit(path).path if "://" in path else path
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"host": urlsplit(path).netloc}
+
+    def open(self, path: str, mode: str = "rb", **options: object) -> BinaryIO:
+        assert self.host == "a-server:9"
+        return open(path, mode)
+
+
+def test_file_system_gets_its_host_from_the_address(packed: Path):
+    fsspec.register_implementation("hosted", HostedFiles, clobber=True)
+
+    index = open_index(f"hosted://a-server:9{packed}")
+
+    assert len(index.images) == 12
+
+
+def test_chained_address_is_refused_at_once(packed: Path):
+    with pytest.raises(InputError, match="zip://x::http://h/s.*chained addresses .* directory"):
+        open_index("zip://x::http://h/s")
+
+
 def test_missing_file_is_requested_once(site: Site, tmp_path: Path):
     with pytest.raises(InputError, match="nowhere/index.json cannot be fetched"):
         open_index(f"{site.url}/nowhere")
@@ -190,6 +230,14 @@ def test_missing_file_is_requested_once(site: Site, tmp_path: Path):
     with pytest.raises(InputError, match="shard-000000.tar cannot be fetched"):
         ShardStore(open_index(site.url), tmp_path / "cache").read(0, 0, 1)
     assert site.requests["shard-000000.tar"] == 1
+
+
+def test_answer_that_is_no_index_asks_for_the_address(site: Site, packed: Path):
+    """A page that asks to log in, or the answer to an address with a query."""
+    (packed / "index.json").write_text("<html>Please log in</html>")
+
+    with pytest.raises(InputError, match="not valid JSON .* is it the address of a packed"):
+        open_index(site.url)
 
 
 def test_server_error_is_retried(site: Site, tmp_path: Path):
