@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from coupalign.model.build import build_model
 from coupalign.model.weights.load import load_model_weights, read_weights
 
 _MAX_ENTRIES_LISTED = 8
+
+logger = logging.getLogger("coupalign.engine")
 
 
 def open_checkpoint(
@@ -81,9 +85,18 @@ def find_checkpoint(path: Path) -> Path:
     candidates = [path]
     for parent in (path / "checkpoints", path):
         candidates += [parent / BEST, *reversed(finished_checkpoints(parent))]
+    broken_best = None
     for folder in candidates:
         if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
+            if broken_best is not None:
+                logger.warning(
+                    "%s leads to no checkpoint; %s is taken instead, which may not be the best",
+                    broken_best,
+                    folder,
+                )
             return folder
+        if folder.name == BEST and os.path.lexists(folder):
+            broken_best = folder
 
     entries = sorted(entry.name for entry in path.iterdir())
     raise InputError(

@@ -18,7 +18,9 @@ from coupalign.model.weights.load import write_weights
 from tests.unit.predict.conftest import ALONE, tiny_config, write_checkpoint
 
 
-def test_find_checkpoint_prefers_the_best_then_the_newest(tmp_path: Path) -> None:
+def test_find_checkpoint_prefers_the_best_then_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
     folder = run / "checkpoints"
     for step in (9, 10, 100):
@@ -36,10 +38,13 @@ def test_find_checkpoint_prefers_the_best_then_the_newest(tmp_path: Path) -> Non
     # The one that was given.
     assert find_checkpoint(folder / "step-00000010").name == "step-00000010"
 
-    # The newest, where the best is gone.
+    # The newest, where the best is gone, with a warning.
+    assert not caplog.messages
     (folder / "best").unlink()
     (folder / "best").symlink_to("step-00000001")
     assert find_checkpoint(run).resolve().name == "step-00000100"
+    [warning] = caplog.messages
+    assert "best leads to no checkpoint" in warning and "step-00000100 is taken" in warning
 
 
 def test_open_checkpoint_prefers_averaged_weights(tmp_path: Path) -> None:
