@@ -6,6 +6,7 @@ Verbs import what they need in their bodies, so that `coupalign --help` is fast.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import logging
@@ -42,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         answer = options.run(options)
         if options.json and answer.value is not None:
-            is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-            print(json.dumps(answer.value, ensure_ascii=not is_unicode), flush=True)
+            # There is no stdout where the shell closed it (>&-).
+            encoding = getattr(sys.stdout, "encoding", None) or ""
+            is_unicode = encoding.lower().startswith("utf")
+            print(json.dumps(answer.value, ensure_ascii=not is_unicode))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk can still be said
         return answer.status
     except InputError as error:
         print(f"coupalign: error: {_masked(error)}", file=sys.stderr)
@@ -52,11 +57,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coupalign: the run failed: {_masked(error)}", file=sys.stderr)
         return ExitStatus.RUN_FAILED
     except BrokenPipeError:
-        # The reader of the output, such as `head`, closed the pipe. When Python exits, it tries to
-        # write what is left once more, and would complain.
-        with suppress(io.UnsupportedOperation):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of the output, such as `head`, closed the pipe.
+        _drop_output()
         return ExitStatus.NO
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "the output of this command"
+        print(
+            f"coupalign: the run failed: {place} cannot be written ({error.strerror}). Free some "
+            "space, then run the same command again",
+            file=sys.stderr,
+        )
+        _drop_output()
+        return ExitStatus.RUN_FAILED
+
+
+def _drop_output() -> None:
+    """Send the rest of stdout nowhere: Python writes it once more at its exit, and complains."""
+    with suppress(io.UnsupportedOperation, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _MaskingFormatter(logging.Formatter):

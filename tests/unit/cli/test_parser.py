@@ -275,3 +275,21 @@ def test_closed_pipe_ends_without_a_complaint() -> None:
         errors = process.stderr.read()
 
     assert (process.returncode, errors) == (ExitStatus.NO, b"")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_output_on_a_full_disk_is_one_line(options: list[str]) -> None:
+    command = [sys.executable, "-m", "coupalign", "config", "configs/demo.yaml", *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    assert done.returncode == ExitStatus.RUN_FAILED
+    assert "the output of this command cannot be written" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_closed_output_is_no_error() -> None:
+    command = f"{sys.executable} -m coupalign config configs/demo.yaml --json >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+    assert (done.returncode, done.stderr) == (ExitStatus.OK, "")
