@@ -120,6 +120,9 @@ def run_bench(options: argparse.Namespace) -> Answer:
             setattr(options, name, value)
     if any(batch < 1 for batch in options.batch or ()):
         raise InputError("--batch must be at least 1")
+    # Before the measurement. And root could replace a device, such as /dev/null, by a file.
+    if options.out is not None and options.out.exists() and not options.out.is_file():
+        raise InputError(f"--out {options.out}: is no file; name one for the result")
     if (options.what in _KINDS_WITH_CONFIG) != bool(options.config):
         raise InputError(
             f"bench {', '.join(_KINDS_WITH_CONFIG)} need a configuration, the other benches take "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -293,3 +294,13 @@ def test_closed_output_is_no_error() -> None:
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
     assert (done.returncode, done.stderr) == (ExitStatus.OK, "")
+
+
+def test_bench_writes_its_result_over_nothing_but_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    for place in (tmp_path, tmp_path / "pipe"):
+        assert main(["bench", "step", "configs/demo.yaml", "--out", str(place)]) == 2
+        assert f"--out {place}: is no file" in capsys.readouterr().err
