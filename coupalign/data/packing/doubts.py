@@ -66,8 +66,13 @@ def _doubts_about(referral: Referral) -> Iterator[tuple[Kind, str]]:
 
     if referral.same_class == UNKNOWN:
         yield "crowds", ""
-    if not all(sentence.cleaned.strip() for sentence in referral.sentences):
+    if not all(_has_a_word(sentence.cleaned) for sentence in referral.sentences):
         yield "wordless", ""
+
+
+def _has_a_word(text: str) -> bool:
+    """Whether a text has a letter or a digit, and not spaces, marks and emoji only."""
+    return any(character.isalnum() for character in text)
 
 
 def _is_normalized(segmentation: list | dict) -> bool:

@@ -132,12 +132,17 @@ def find_refs_file(directory: Path, split_by: str) -> Path:
     """Return the path of `refs(<split_by>).p`, or of the `.json` with that name.
 
     Raises:
-        InputError: neither file exists; the message lists the refs files that do.
+        InputError: neither file exists, and the message lists the refs files that do; or both do.
     """
-    for suffix in (".p", ".json"):
-        file = directory / f"refs({split_by}){suffix}"
-        if file.is_file():
-            return file
+    candidates = [directory / f"refs({split_by}){suffix}" for suffix in (".p", ".json")]
+    found = [file for file in candidates if file.is_file()]
+    if len(found) > 1:
+        raise InputError(
+            f"{directory}: has both {found[0].name} and {found[1].name}, which may differ; "
+            "rename or remove the one that is not to be packed"
+        )
+    if found:
+        return found[0]
 
     if not directory.is_dir():
         raise InputError(

@@ -56,6 +56,8 @@ NAME = "mine/own ref_id 3 (ann_id 7, image_id 1)"
         ),
         ({"same_class": UNKNOWN}, "marked iscrowd"),
         ({"sentences": (Sentence(1, ".", " "),)}, "refs have a sentence without a word"),
+        ({"sentences": (Sentence(1, "?!", "\u200b"),)}, "refs have a sentence without a word"),
+        ({"sentences": (Sentence(1, "x", "\U0001f600 ."),)}, "refs have a sentence without a word"),
     ],
 )
 def test_doubtful_ref_is_named_and_counted(changes: dict, words: str) -> None:

@@ -496,6 +496,13 @@ def test_missing_refs_file_lists_the_existing_ones(refer_root: Path) -> None:
         read_annotation_set(refer_root, "refcoco+", "unc")
 
 
+def test_pickle_next_to_json_of_the_same_refs_is_refused(refer_root: Path) -> None:
+    (refer_root / "refcoco" / "refs(unc).json").write_text("[]")
+
+    with pytest.raises(InputError, match=r"both refs\(unc\)\.p and refs\(unc\)\.json.*remove"):
+        read_annotation_set(refer_root, "refcoco", "unc")
+
+
 # ---------------------------------------------------------------------------------- Real records
 
 
