@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from coupalign.errors import InputError
+from coupalign.errors import InputError, RunError
 
 JOURNAL = "metrics.jsonl"
 
@@ -126,7 +126,13 @@ class Journal:
         for measurement, _ in read_journal(self.path):
             self._remember_names(measurement)
 
-        self._file = open(self.path, "ab", buffering=0)
+        try:
+            self._file = open(self.path, "ab", buffering=0)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: the journal cannot be opened to write ({error.strerror}). Make it "
+                "writable or free some space, then run the same command again"
+            ) from error
         self._unwritten = b""
         self._failing = False
 

@@ -9,6 +9,7 @@ from typing import IO
 
 import pytest
 
+from coupalign.errors import RunError
 from coupalign.tracking import JOURNAL, read_journal
 from coupalign.tracking.journal import Journal
 
@@ -25,6 +26,16 @@ def points(run_dir: Path) -> list[tuple[int, str, float]]:
 def curve(run_dir: Path, name: str) -> list[tuple[int, float]]:
     """The numbers of one name as (step, value), in the order of the file."""
     return [(step, value) for step, other, value in points(run_dir) if other == name]
+
+
+def test_journal_that_cannot_be_opened_is_a_failed_run(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_, **__) -> IO[bytes]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("coupalign.tracking.journal.open", fail, raising=False)
+
+    with pytest.raises(RunError, match=r"metrics\.jsonl: .*Input/output error.*run the same"):
+        Journal(tmp_path)
 
 
 def test_log_writes_its_row_to_disk_before_it_returns(tmp_path: Path) -> None:
