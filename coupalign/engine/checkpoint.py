@@ -144,7 +144,7 @@ class Checkpoints:
             on_main(partial(self._check_compatible, path, content, tokenizer), self.world)
             doing(f"loading {path.name}")
             self._load(path, content, engine)
-            return on_main(partial(self._restore_best, content.train_state), self.world)
+            return on_main(partial(self._finish_publishing, path, content.train_state), self.world)
 
         # The next start refuses as well, when all of them have been renamed.
         if candidates or any(self.folder.glob(f"{DAMAGED_PREFIX}*")):
@@ -364,6 +364,12 @@ class Checkpoints:
         link.symlink_to(checkpoint.name)
         os.replace(link, best)
 
+    def _finish_publishing(self, loaded: Path, state: TrainState) -> TrainState:
+        """Do what a run still owed that ended right after it published a checkpoint."""
+        state = self._restore_best(state)
+        self._prune(loaded, state)
+        return state
+
     def _restore_best(self, state: TrainState) -> TrainState:
         """Set the link `best` to the checkpoint that `state` knows as the best.
 
@@ -393,7 +399,7 @@ class Checkpoints:
         return state
 
     def _prune(self, newest: Path, state: TrainState) -> None:
-        """Remove old checkpoints, except the one just written, `best`, and what it should be."""
+        """Remove old checkpoints, except the newest, `best`, and what it should be."""
         kept = {newest.name}
         if state.best_step is not None:
             kept.add(checkpoint_name(state.best_step))

@@ -181,6 +181,20 @@ def test_best_is_linked_again_after_a_kill_before_the_link(
     assert (checkpoints.folder / "best" / "weights.safetensors").is_file()
 
 
+def test_resume_prunes_what_a_run_left_that_failed_after_publishing(
+    checkpoints: Checkpoints, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_steps(checkpoints, tokenizer, 2, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_prune", lambda *_: os.stat("/no/such/place"))
+        with pytest.raises(RunError, match="step-00000006: the checkpoint could not be written"):
+            save_steps(checkpoints, tokenizer, 6)
+    assert len(names(checkpoints.folder)) == 3
+
+    assert resume(checkpoints, tokenizer).step == 6
+    assert names(checkpoints.folder) == ["step-00000004", "step-00000006"]
+
+
 def test_best_is_not_pruned_even_if_its_link_points_elsewhere(
     checkpoints: Checkpoints, tokenizer: Tokenizer
 ) -> None:
